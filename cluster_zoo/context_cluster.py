@@ -1,0 +1,505 @@
+"""Context Cluster (CoC): an image as a set of points that are grouped around centers.
+
+Paper: 'Image as Set of Points', ICLR 2023, https://arxiv.org/abs/2303.01494
+
+A network is a stem that turns patches into points, and four stages of blocks in which a cluster mixer lets the points of a
+region exchange what they hold through a few centers. Between stages a strided convolution reduces the points.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    GroupNorm1,
+    LayerScale2d,
+    Mlp,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    to_ntuple,
+    trunc_normal_,
+)
+from timm.models import (
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_module,
+)
+from timm.models._features import feature_take_indices
+from torch import Tensor
+
+from . import published
+from .clustering import cluster
+from .grids import divides, mean_grid, merge, pad_to_multiple, partition, point_mask
+from .weights import build_model
+
+__all__ = ['ClusterMixer', 'ContextCluster']  # register_model adds the entry points
+
+
+@register_notrace_module  # pads by the size of its input, which a symbolic trace cannot follow
+class PointStem(nn.Module):
+    """Patches of an image and their positions, as points (section 3.1).
+
+    The paper appends two coordinate channels to the image and convolves all of them. A convolution is a sum over its input
+    channels, so here ``proj`` sees the image alone and ``coord`` the coordinates, which are the same for the whole batch.
+
+    Args:
+        in_chans: Image channels C.
+        out_chans: Point features.
+        patch_size: Kernel and stride of the convolution.
+    """
+
+    def __init__(self, in_chans: int, out_chans: int, patch_size: int = 4, device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, out_chans, patch_size, patch_size, **dd)
+        self.coord = nn.Conv2d(2, out_chans, patch_size, patch_size, bias=False, **dd)
+        bound = ((in_chans + 2) * patch_size**2) ** -0.5  # of the one convolution over C + 2 channels
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, D, ceil(H / 4), ceil(W / 4)]; sizes that do not divide are filled up with zeros."""
+        H, W = x.shape[-2:]
+        # In float32 whatever the model's precision, as in the authors' code
+        rows = torch.arange(H, device=x.device, dtype=torch.float32) / max(H - 1, 1) - 0.5
+        columns = torch.arange(W, device=x.device, dtype=torch.float32) / max(W - 1, 1) - 0.5
+        position = torch.stack([rows.unsqueeze(1).expand(H, W), columns.expand(H, W)]).unsqueeze(0).to(x.dtype)
+        if not divides((H, W), self.patch_size):
+            x, position = pad_to_multiple(x, self.patch_size), pad_to_multiple(position, self.patch_size)
+        return self.proj(x) + self.coord(position)
+
+
+@register_notrace_module
+class ClusterMixer(nn.Module):
+    """Points of a region exchange what they hold through the region's centers (section 3.2).
+
+    Args:
+        dim: Channels C of the points.
+        num_heads: E, each of which clusters on its own.
+        head_dim: D, channels of one head.
+        proposals: g, centers per axis of a region; M = g^2.
+        regions: r, regions per axis.
+        weighted_mean: Members count in their center as much as they are similar; if false each counts one, as in FEC
+            and in Context Cluster's weights from before June 2023.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 4,
+        head_dim: int = 24,
+        proposals: int = 2,
+        regions: int = 1,
+        weighted_mean: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.num_heads = num_heads
+        self.proposals = proposals
+        self.regions = regions
+        self.weighted_mean = weighted_mean
+        self.f = nn.Conv2d(dim, num_heads * head_dim, 1, **dd)
+        self.v = nn.Conv2d(dim, num_heads * head_dim, 1, **dd)
+        self.proj = nn.Conv2d(num_heads * head_dim, dim, 1, **dd)
+        self.sim_alpha = nn.Parameter(torch.ones(1, **dd))
+        self.sim_beta = nn.Parameter(torch.zeros(1, **dd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]"""
+        H, W = x.shape[-2:]
+        f, v = self.f(x), self.v(x)
+        means = mean_grid((H, W), self.regions, self.proposals, f)
+        points: Tensor | None = None
+        centers: Tensor | None = None
+        if divides((H, W), self.regions):
+            means = means[0]  # the regions are alike
+        else:
+            points = point_mask((H, W), self.regions, self.regions, f)
+            centers = means.sum(-2) > 0
+            f, v = pad_to_multiple(f, self.regions), pad_to_multiple(v, self.regions)
+        padded = (f.shape[-2], f.shape[-1])
+
+        f, v = partition(f, self.num_heads, self.regions), partition(v, self.num_heads, self.regions)
+        out = cluster(f, v, f @ means, v @ means, self.sim_alpha, self.sim_beta, self.weighted_mean, points, centers)
+        out = merge(out, self.num_heads, self.regions, padded)[:, :, :H, :W]
+        return self.proj(out)
+
+
+class ContextClusterBlock(nn.Module):
+    """Cluster mixer and MLP, each on the normalised input, scaled and added to it (section 3.2).
+
+    Args:
+        dim: Channels of the points.
+        mixer: The cluster mixer.
+        mlp_ratio: Hidden width of the MLP over ``dim``.
+        drop_path: Probability of skipping each of the two branches.
+        init_values: Initial scale of the branches.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        init_values: float = 1e-5,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.norm1 = GroupNorm1(dim, **dd)
+        self.token_mixer = mixer
+        self.ls1 = LayerScale2d(dim, init_values, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = GroupNorm1(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.ls2 = LayerScale2d(dim, init_values, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, H, W]"""
+        x = x + self.drop_path1(self.ls1(self.token_mixer(self.norm1(x))))
+        y = self.mlp(self.norm2(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return x + self.drop_path2(self.ls2(y))
+
+
+class ContextClusterStage(nn.Module):
+    """Fewer points (but in the first stage), then blocks at one resolution."""
+
+    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', H', W']"""
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+class ContextCluster(nn.Module):
+    """Context Cluster, 'Image as Set of Points', https://arxiv.org/abs/2303.01494
+
+    Takes images [B, C, H, W] of any size from 32 pixels. Stage i gives [B, dims[i], ceil(H / s), ceil(W / s)] with strides
+    s = 4, 8, 16, 32; where a grid does not divide by its regions it is padded inside, and padded points join no cluster.
+
+    Args:
+        in_chans: Image channels.
+        num_classes: Classes; 0 for pooled features.
+        global_pool: Pooling of the head, '' for none.
+        depths: Blocks of each stage.
+        dims: Channels of each stage.
+        mlp_ratios: Hidden width of the MLPs over the channels, one a stage.
+        num_heads: Heads of the mixers, one a stage.
+        head_dim: Channels of one head.
+        proposals: Centers per axis of a region, one for all stages or one each.
+        regions: Regions per axis, one for all stages or one each.
+        weighted_mean: See `ClusterMixer`.
+        downsample_layers: What stands between stages, called with input and output channels; strided 3 x 3 convolutions
+            if None.
+        init_values: Initial scale of the residual branches.
+        drop_rate: Dropout before the classifier.
+        drop_path_rate: Stochastic depth, rising linearly over all blocks from 0 to this.
+
+    Raises:
+        ValueError: ``proposals`` or ``regions`` is not positive, or not one or one a stage.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = 'avg',
+        depths: tuple[int, ...] = (3, 4, 5, 2),
+        dims: tuple[int, ...] = (32, 64, 196, 320),
+        mlp_ratios: tuple[float, ...] = (8, 8, 4, 4),
+        num_heads: tuple[int, ...] = (4, 4, 8, 8),
+        head_dim: int = 24,
+        proposals: int | tuple[int, ...] = 2,
+        regions: int | tuple[int, ...] = (8, 4, 2, 1),
+        weighted_mean: bool = True,
+        downsample_layers: Sequence[Callable[..., nn.Module]] | None = None,
+        init_values: float = 1e-5,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.drop_rate = drop_rate
+        proposals = one_each('proposals', proposals, len(depths))
+        regions = one_each('regions', regions, len(depths))
+        if downsample_layers is None:
+            downsample_layers = [partial(nn.Conv2d, kernel_size=3, stride=2, padding=1)] * (len(depths) - 1)
+        drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+
+        self.stem = PointStem(in_chans, dims[0], **dd)
+        stages = []
+        for i, depth in enumerate(depths):
+            blocks = [
+                ContextClusterBlock(
+                    dims[i],
+                    ClusterMixer(dims[i], num_heads[i], head_dim, proposals[i], regions[i], weighted_mean, **dd),
+                    mlp_ratios[i],
+                    drop_path_rates[i][j],
+                    init_values,
+                    **dd,
+                )
+                for j in range(depth)
+            ]
+            downsample = downsample_layers[i - 1](dims[i - 1], dims[i], **dd) if i > 0 else nn.Identity()
+            stages.append(ContextClusterStage(downsample, blocks))
+        self.stages = nn.Sequential(*stages)
+        self.feature_info = [dict(num_chs=dim, reduction=4 * 2**i, module=f'stages.{i}') for i, dim in enumerate(dims)]
+        self.num_features = dims[-1]
+        self.norm = GroupNorm1(self.num_features, **dd)
+        self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        self.apply(_init_weights)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay leaves alone, beside biases and other vectors."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that group parameters by depth, for layer-wise learning rates."""
+        return dict(
+            stem=r'^stem',
+            blocks=r'^stages\.(\d+)'
+            if coarse
+            else [
+                (r'^stages\.(\d+)\.downsample', (0,)),
+                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+                (r'^norm', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping what they computed."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new classifier for ``num_classes`` (0 for none); ``global_pool`` None keeps the pooling, '' removes it."""
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        if isinstance(self.head.fc, nn.Linear) and not self.head.fc.weight.is_meta:
+            _init_weights(self.head.fc)
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Stage outputs, and the final features.
+
+        Args:
+            x: Images [B, C, H, W].
+            indices: The last n stages if an int, those stages if a sequence, all if None.
+            norm: Normalise the last stage's output; there is no norm for the others.
+            stop_early: Stop after the last stage that is asked for.
+            output_fmt: Only 'NCHW'.
+            intermediates_only: Return the stage outputs alone.
+
+        Returns:
+            The final features and the list of stage outputs, or that list alone.
+        """
+        assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
+        intermediates = []
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+        if torch.jit.is_scripting() or not stop_early:  # a scripted Sequential cannot be sliced
+            stages = self.stages
+        else:
+            stages = self.stages[: max_index + 1]
+
+        x = self.stem(x)
+        reached = 0
+        for i, stage in enumerate(stages):
+            x = stage(x)
+            reached = i
+            if i in take_indices:
+                intermediates.append(self.norm(x) if norm and i == last else x)
+        if intermediates_only:
+            return intermediates
+        if reached == last:
+            x = self.norm(x)
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | list[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Remove the stages after the last of ``indices``, and norm and head as asked or as they no longer fit."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        shortened = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+        if prune_head or shortened:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> normalised features of the last stage [B, D, ceil(H / 32), ceil(W / 32)]"""
+        return self.norm(self.stages(self.stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """[B, D, H, W] -> logits [B, num_classes], or what the classifier would see if ``pre_logits``."""
+        return self.head(x, pre_logits=True) if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> logits [B, num_classes]."""
+        return self.forward_head(self.forward_features(x))
+
+
+def one_each(name: str, value: int | tuple[int, ...], count: int) -> tuple[int, ...]:
+    """``count`` positive integers from one or from that many; `ValueError` that names the argument for anything else."""
+    values = to_ntuple(count)(value)
+    if len(values) != count or any(not isinstance(v, int) or v < 1 for v in values):
+        raise ValueError(f'{name} must be a positive integer or {count} of them, got {value!r}.')
+    return tuple(values)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The authors' checkpoint, old or new, under this package's names; one of ours as it is."""
+    return published.context_cluster(state_dict)
+
+
+def _create_context_cluster(variant: str, pretrained: bool = False, **kwargs: Any) -> ContextCluster:
+    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
+    return build_model(
+        ContextCluster,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
+        **dict(VARIANTS[variant], **kwargs),
+    )
+
+
+_TINY = dict(depths=(3, 4, 5, 2), dims=(32, 64, 196, 320), num_heads=(4, 4, 8, 8), head_dim=24)
+_WIDE = dict(dims=(64, 128, 320, 512), head_dim=32)
+
+# Table 1 of the paper and the authors' configurations. All have MLP ratios 8 8 4 4; where not said, proposals are 2 and
+# regions 8 4 2 1, one a stage.
+VARIANTS: dict[str, dict[str, Any]] = {
+    'coc_tiny': dict(_TINY),
+    'coc_tiny2': dict(_TINY, proposals=(4, 2, 7, 4), regions=(7, 7, 1, 1)),
+    'coc_tiny_plain': dict(_TINY, proposals=(4, 4, 2, 2), regions=1),
+    'coc_small': dict(_WIDE, depths=(2, 2, 6, 2), num_heads=(4, 4, 8, 8)),
+    'coc_medium': dict(_WIDE, depths=(4, 4, 12, 4), num_heads=(6, 6, 12, 12)),
+    'coc_base_dim64': dict(_WIDE, depths=(6, 6, 24, 6), num_heads=(8, 8, 16, 16)),
+    'coc_base_dim96': dict(depths=(4, 4, 12, 4), dims=(96, 192, 384, 768), num_heads=(8, 8, 16, 16), head_dim=32),
+}
+
+
+def cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.9,
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.proj',
+        'classifier': 'head.fc',
+        'paper_name': 'Image as Set of Points',
+        'paper_ids': 'arXiv:2303.01494',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        'coc_tiny.in1k': cfg(),
+        'coc_tiny2.untrained': cfg(),
+        'coc_tiny_plain.in1k': cfg(),
+        'coc_small.in1k': cfg(),
+        'coc_medium.in1k': cfg(),
+        'coc_base_dim64.untrained': cfg(),
+        'coc_base_dim96.untrained': cfg(),
+    }
+)
+
+
+@register_model
+def coc_tiny(pretrained: bool = False, **kwargs: Any) -> ContextCluster:
+    """Context Cluster, tiny: 5.57 M parameters."""
+    return _create_context_cluster('coc_tiny', pretrained, **kwargs)
+
+
+@register_model
+def coc_tiny2(pretrained: bool = False, **kwargs: Any) -> ContextCluster:
+    """Context Cluster, tiny, with other regions and numbers of centers."""
+    return _create_context_cluster('coc_tiny2', pretrained, **kwargs)
+
+
+@register_model
+def coc_tiny_plain(pretrained: bool = False, **kwargs: Any) -> ContextCluster:
+    """Context Cluster, tiny, without region partition: every center sees the whole image."""
+    return _create_context_cluster('coc_tiny_plain', pretrained, **kwargs)
+
+
+@register_model
+def coc_small(pretrained: bool = False, **kwargs: Any) -> ContextCluster:
+    """Context Cluster, small: 14.66 M parameters."""
+    return _create_context_cluster('coc_small', pretrained, **kwargs)
+
+
+@register_model
+def coc_medium(pretrained: bool = False, **kwargs: Any) -> ContextCluster:
+    """Context Cluster, medium: 29.29 M parameters."""
+    return _create_context_cluster('coc_medium', pretrained, **kwargs)
+
+
+@register_model
+def coc_base_dim64(pretrained: bool = False, **kwargs: Any) -> ContextCluster:
+    """Context Cluster, base, first width 64."""
+    return _create_context_cluster('coc_base_dim64', pretrained, **kwargs)
+
+
+@register_model
+def coc_base_dim96(pretrained: bool = False, **kwargs: Any) -> ContextCluster:
+    """Context Cluster, base, first width 96."""
+    return _create_context_cluster('coc_base_dim96', pretrained, **kwargs)

@@ -1,0 +1,158 @@
+"""FEC: Context Cluster in which clustering also reduces the points between stages.
+
+Paper: 'Neural Clustering based Visual Representation Learning', CVPR 2024, https://arxiv.org/abs/2403.17409
+
+Two differences from `context_cluster`: every member of a cluster counts one in its center, and cluster pooling stands
+between the stages.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import GroupNorm1
+from timm.models import generate_default_cfgs, register_model, register_notrace_module
+from torch import Tensor
+
+from . import published
+from .clustering import group_mean, nearest_center
+from .context_cluster import VARIANTS as CONTEXT_CLUSTER_VARIANTS
+from .context_cluster import ContextCluster, cfg, one_each
+from .grids import divides, merge, pad_to_multiple, partition, point_mask
+from .weights import build_model
+
+__all__ = ['FEC', 'ClusterPool']  # register_model adds the entry points
+
+
+@register_notrace_module  # pads by the size of its input, which a symbolic trace cannot follow
+class ClusterPool(nn.Module):
+    """Half the points per axis: each new point gathers the points that look most like it (section 3.2).
+
+    The new points start as the mean of 2 x 2 points; every point joins the one of highest cosine similarity, wherever in
+    the region it lies; the mean of the members' values is added to a strided convolution.
+
+    Args:
+        in_chans: Channels C of the points.
+        out_chans: Channels C' of the new points.
+        regions: r, regions per axis that are clustered on their own.
+    """
+
+    def __init__(self, in_chans: int, out_chans: int, regions: int = 1, device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.regions = regions
+        self.skip = nn.Conv2d(in_chans, out_chans, 3, stride=2, padding=1, **dd)
+        self.f = nn.Conv2d(in_chans, out_chans, 1, **dd)
+        self.v = nn.Conv2d(in_chans, out_chans, 1, **dd)
+        self.norm = GroupNorm1(out_chans, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C', ceil(H / 2), ceil(W / 2)]"""
+        H, W = x.shape[-2:]
+        h, w = (H + 1) // 2, (W + 1) // 2
+        r = self.regions
+        with torch.no_grad():
+            f = self.f(x)
+            center_f = F.avg_pool2d(f, 2, ceil_mode=True, count_include_pad=False)
+        v = self.v(x)
+        center_v = F.avg_pool2d(v, 2, ceil_mode=True, count_include_pad=False)
+        points: Tensor | None = None
+        centers: Tensor | None = None
+        if not divides((H, W), 2 * r):
+            points, centers = point_mask((H, W), r, 2 * r, f), point_mask((h, w), r, r, f)
+            f, v = pad_to_multiple(f, 2 * r), pad_to_multiple(v, 2 * r)
+            center_f, center_v = pad_to_multiple(center_f, r), pad_to_multiple(center_v, r)
+        padded = (center_v.shape[-2], center_v.shape[-1])
+
+        f, center_f = partition(f, 1, r).flatten(0, 1), partition(center_f, 1, r).flatten(0, 1)
+        v, center_v = partition(v, 1, r).flatten(0, 1), partition(center_v, 1, r).flatten(0, 1)
+        if points is not None and centers is not None:  # the same for every image
+            points, centers = points.repeat(x.shape[0], 1), centers.repeat(x.shape[0], 1)
+        out = group_mean(v, center_v, nearest_center(center_f, f, centers), points)
+        out = merge(out.unflatten(0, (-1, r * r)), 1, r, padded)[:, :, :h, :w]
+        out = self.skip(x) + self.norm(out)
+        if torch.is_grad_enabled():
+            # Small changes of f leave every assignment as it is: its gradient is zero, not missing. Saying so keeps
+            # DistributedDataParallel and gradient checks from treating its parameters as unused.
+            out = out + 0 * (self.f.weight.sum() + self.f.bias.sum())
+        return out
+
+
+class FEC(ContextCluster):
+    """FEC, 'Neural Clustering based Visual Representation Learning', https://arxiv.org/abs/2403.17409
+
+    Args:
+        depths: Blocks of each stage.
+        pool_regions: Regions per axis that cluster pooling treats on their own, one for all stages or one between each.
+        **kwargs: See `ContextCluster`.
+    """
+
+    def __init__(
+        self,
+        depths: tuple[int, ...] = (3, 4, 5, 2),
+        pool_regions: int | tuple[int, ...] = 1,
+        **kwargs: Any,
+    ):
+        pool_regions = one_each('pool_regions', pool_regions, len(depths) - 1)
+        super().__init__(
+            depths=depths,
+            weighted_mean=False,
+            downsample_layers=[partial(ClusterPool, regions=regions) for regions in pool_regions],
+            **kwargs,
+        )
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """The features of cluster pooling, which no gradient reaches: they stay as they are, as in the authors' code."""
+        return {'stages.*.downsample.f.weight'}
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The authors' checkpoint under this package's names; one of ours as it is."""
+    return published.context_cluster(state_dict)
+
+
+def _create_fec(variant: str, pretrained: bool = False, **kwargs: Any) -> FEC:
+    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
+    return build_model(
+        FEC,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
+        **dict(VARIANTS[variant], **kwargs),
+    )
+
+
+# Sizes of Context Cluster, one set of points per image, more centers in the early stages.
+VARIANTS: dict[str, dict[str, Any]] = {
+    name: dict(CONTEXT_CLUSTER_VARIANTS[size], proposals=(4, 4, 2, 2), regions=1)
+    for name, size in (('fec_small', 'coc_tiny'), ('fec_base', 'coc_small'), ('fec_large', 'coc_medium'))
+}
+
+_PAPER = dict(
+    paper_name='Neural Clustering based Visual Representation Learning',
+    paper_ids='arXiv:2403.17409',
+)
+
+default_cfgs = generate_default_cfgs({f'{name}.in1k': cfg(**_PAPER) for name in VARIANTS})
+
+
+@register_model
+def fec_small(pretrained: bool = False, **kwargs: Any) -> FEC:
+    """FEC, small: 5.73 M parameters."""
+    return _create_fec('fec_small', pretrained, **kwargs)
+
+
+@register_model
+def fec_base(pretrained: bool = False, **kwargs: Any) -> FEC:
+    """FEC, base: 15.09 M parameters."""
+    return _create_fec('fec_base', pretrained, **kwargs)
+
+
+@register_model
+def fec_large(pretrained: bool = False, **kwargs: Any) -> FEC:
+    """FEC, large: 29.72 M parameters."""
+    return _create_fec('fec_large', pretrained, **kwargs)

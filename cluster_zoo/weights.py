@@ -1,0 +1,214 @@
+"""How checkpoints are opened, and what is checked before a model takes them.
+
+A checkpoint is data: only tensors, plain containers and an explicit list of classes are ever unpickled, and nothing is
+loaded in part. Whatever is wrong with a file is one `CheckpointError`.
+"""
+
+import argparse
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import build_model_with_cfg, clean_state_dict, resolve_pretrained_cfg
+from torch import Tensor
+
+__all__ = ['CheckpointError', 'build_model', 'load_checkpoint', 'load_state_dict']
+
+# Classes beside tensors and containers that a checkpoint may hold: timm's saver stores the script's arguments.
+_ALLOWED_CLASSES = [argparse.Namespace]
+_STATE_DICT_KEYS = ('state_dict', 'model')
+_EMA_KEYS = ('state_dict_ema', 'model_ema')
+_SHOWN = 4  # differing entries that a message names
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be opened, is not safe to open, or does not fit the model. The message says which and why."""
+
+
+def load_state_dict(path: str | Path, use_ema: bool = True) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint: safetensors, a state dict, or a dictionary saved by timm's training script.
+
+    Args:
+        path: File. A ``.safetensors`` file, or one written by ``torch.save``.
+        use_ema: Prefer the averaged weights where the file has both.
+
+    Returns:
+        Tensors by name, on the CPU, without the prefixes of DistributedDataParallel and torch.compile.
+
+    Raises:
+        CheckpointError: No such file, a damaged one, one whose pickle would run code, or one without weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(
+            f"No checkpoint at '{path}': the path is {'a folder' if path.is_dir() else 'not a file'}."
+        )
+    checkpoint = _read_safetensors(path) if path.suffix == '.safetensors' else _read_pickle(path)
+    state_dict = checkpoint
+    if isinstance(checkpoint, dict):
+        keys = (_EMA_KEYS + _STATE_DICT_KEYS) if use_ema else _STATE_DICT_KEYS
+        state_dict = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
+    if not isinstance(state_dict, dict) or not state_dict:
+        raise CheckpointError(f"'{path}' holds no weights: expected tensors by name, found {_describe(state_dict)}.")
+    others = [name for name, value in state_dict.items() if not isinstance(value, Tensor)]
+    if others:
+        raise CheckpointError(f"'{path}' holds no weights: the entries {_first(others)} are not tensors.")
+    return clean_state_dict(state_dict)
+
+
+def _describe(value: Any) -> str:
+    return 'an empty dictionary' if isinstance(value, dict) else f'a {type(value).__name__}'
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"'{path}' is damaged or not a safetensors file ({error}). Get the file again."
+        ) from error
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals(_ALLOWED_CLASSES):
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        unsafe = _unsafe_globals(path)
+        if not unsafe:
+            raise _damaged(path, error) from error
+        raise CheckpointError(
+            f"'{path}' was refused: it would import and could run {_first(unsafe)}. Checkpoints may hold tensors only. "
+            'If you trust its origin, save its state_dict alone and load that.'
+        ) from error
+    except Exception as error:  # a truncated or altered file fails anywhere in the reader, with any error
+        raise _damaged(path, error) from error
+
+
+def _unsafe_globals(path: Path) -> list[str]:
+    """What the file's pickle imports beyond the allow-list, found without running it."""
+    try:
+        with torch.serialization.safe_globals(_ALLOWED_CLASSES):
+            return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # older formats cannot be listed; the reader's own message names the class
+        return []
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return CheckpointError(f"'{path}' is truncated, damaged or not a checkpoint ({reason}). Get the file again.")
+
+
+def check_fit(
+    state_dict: dict[str, Tensor],
+    model: nn.Module,
+    ignore: Callable[[str], bool] = lambda name: False,
+) -> None:
+    """Raise `CheckpointError` unless a state dict has the model's names and shapes, and only finite numbers.
+
+    Args:
+        state_dict: Tensors under the model's names.
+        model: The model, as it was built.
+        ignore: Names that need not agree.
+    """
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if not ignore(name)}
+    found = {name: tuple(value.shape) for name, value in state_dict.items() if not ignore(name)}
+    differences = []
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    if missing:
+        differences.append(f'{len(missing)} missing ({_first(missing)})')
+    if extra:
+        differences.append(f'{len(extra)} unknown to the model ({_first(extra)})')
+    shapes = [name for name in expected if name in found and expected[name] != found[name]]
+    if shapes:
+        described = [f'{name}: {list(found[name])} in the file, {list(expected[name])} in the model' for name in shapes]
+        differences.append(f'{len(shapes)} of another shape ({_first(described)})')
+    name = type(model).__name__
+    if differences:
+        raise CheckpointError(
+            f'The checkpoint does not fit this {name}: of {len(expected)} entries, ' + '; '.join(differences) + '.'
+        )
+    broken = [n for n in found if state_dict[n].is_floating_point() and not bool(state_dict[n].isfinite().all())]
+    if broken:
+        raise CheckpointError(
+            f'The checkpoint is broken: {len(broken)} entries hold NaN or infinity ({_first(broken)}).'
+        )
+
+
+def _first(names: list[str]) -> str:
+    return ', '.join(names[:_SHOWN]) + (', ...' if len(names) > _SHOWN else '')
+
+
+def load_checkpoint(model: nn.Module, path: str | Path, use_ema: bool = True) -> None:
+    """Load a checkpoint file, the authors', timm's or ours, into a model that it fits entirely.
+
+    Names are converted by the ``checkpoint_filter_fn`` of the module that defines the model, timm's convention.
+
+    Args:
+        model: Any timm model.
+        path: See `load_state_dict`.
+        use_ema: See `load_state_dict`.
+
+    Raises:
+        CheckpointError: The file cannot be read or does not fit. The model is then unchanged.
+    """
+    state_dict = load_state_dict(path, use_ema)
+    if set(state_dict) != set(model.state_dict()):
+        filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
+        state_dict = filter_fn(state_dict, model) if filter_fn else state_dict
+    check_fit(state_dict, model)
+    model.load_state_dict(state_dict)
+
+
+def build_model(
+    model_cls: Callable[..., nn.Module],
+    variant: str,
+    pretrained: bool,
+    pretrained_cfg: Any | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    pretrained_filter_fn: Callable | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """timm's ``build_model_with_cfg``, but weights from files are read by `load_state_dict` and checked by `check_fit`.
+
+    Only what timm adapts may differ from the model: the classifier if ``num_classes`` does, and the first convolution's
+    input channels if ``in_chans`` does.
+
+    Raises:
+        CheckpointError: The pretrained weights cannot be read or do not fit.
+    """
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    overlay = dict(pretrained_cfg_overlay or {})
+    if pretrained and cfg.file and not cfg.state_dict:
+        overlay['state_dict'] = load_state_dict(cfg.file)
+
+    def filter_and_check(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        if pretrained_filter_fn:
+            state_dict = pretrained_filter_fn(dict(state_dict), model)
+        adapted = []
+        if kwargs.get('features_only') or model.num_classes != cfg.num_classes:
+            adapted += [cfg.classifier] if isinstance(cfg.classifier, str) else list(cfg.classifier or ())
+        if model.in_chans != cfg.input_size[0]:
+            adapted += [cfg.first_conv] if isinstance(cfg.first_conv, str) else list(cfg.first_conv or ())
+        prefixes = tuple(f'{name}.' for name in adapted)
+        check_fit(state_dict, model, ignore=lambda name: name.startswith(prefixes))
+        return state_dict
+
+    model = build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=filter_and_check,
+        **kwargs,
+    )
+    model.pretrained_cfg.pop('state_dict', None)  # the weights are in the model now
+    return model
