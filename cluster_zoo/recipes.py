@@ -1,0 +1,107 @@
+"""Training recipes: the defaults that ``train.py`` starts from, by name.
+
+A recipe holds what differs from timm's own defaults, as ``{destination of the flag: value}``. It answers "what did the
+paper train with", so it leaves out what a machine decides: mixed precision is asked for with ``--amp``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# CoC and FEC share one script, and with it these defaults (learning rate for 8 processes of 128 images).
+_CLUSTER = dict(
+    opt='adamw',
+    lr=1e-3,
+    weight_decay=0.05,
+    epochs=300,
+    warmup_epochs=5,
+    warmup_lr=1e-6,
+    min_lr=1e-6,
+    cooldown_epochs=10,
+    decay_epochs=100.0,
+    aa='rand-m9-mstd0.5-inc1',
+    mixup=0.8,
+    cutmix=1.0,
+    reprob=0.25,
+    smoothing=0.1,
+    drop_path=0.1,
+    seed=42,
+    log_interval=200,
+    checkpoint_hist=4,
+    workers=8,
+)
+
+RECIPES: dict[str, dict[str, Any]] = {
+    'timm': {},
+    'coc': _CLUSTER,
+    'fec': _CLUSTER,
+    # DNC on ImageNet: ResNets with plain SGD and steps, Swin with its own recipe.
+    'dnc_resnet': dict(
+        opt='sgd',
+        lr_base=0.1,
+        lr_base_size=256,
+        momentum=0.9,
+        weight_decay=1e-4,
+        epochs=100,
+        sched='multistep',
+        decay_milestones=[30, 60, 90],
+        warmup_epochs=0,
+        smoothing=0.0,
+        batch_size=256,
+    ),
+    'dnc_swin': dict(
+        opt='adamw',
+        lr_base=1e-3,
+        lr_base_size=1024,
+        lr_base_scale='linear',
+        weight_decay=0.05,
+        clip_grad=5.0,
+        epochs=300,
+        warmup_epochs=20,
+        warmup_lr=1e-6,
+        min_lr=1e-5,
+        aa='rand-m9-mstd0.5-inc1',
+        mixup=0.8,
+        cutmix=1.0,
+        reprob=0.25,
+        smoothing=0.1,
+    ),
+    # DNC on CIFAR-10: 32 px, padded by 4 and cropped, flipped, nothing else.
+    'dnc_cifar': dict(
+        opt='sgd',
+        lr_base=0.1,
+        lr_base_size=128,
+        momentum=0.9,
+        weight_decay=1e-4,
+        epochs=200,
+        sched='multistep',
+        decay_milestones=[100, 150],
+        warmup_epochs=0,
+        smoothing=0.0,
+        batch_size=128,
+        img_size=32,
+        color_jitter=0.0,
+    ),
+}
+
+# First match wins, so the longer prefixes come first.
+_BY_PREFIX = (
+    ('dnc_coc', 'coc'),
+    ('dnc_fec', 'fec'),
+    ('dnc_swin', 'dnc_swin'),
+    ('dnc_', 'dnc_resnet'),
+    ('coc_', 'coc'),
+    ('fec_', 'fec'),
+)
+
+
+def recipe_for(model_name: str) -> str:
+    """Name of the recipe that a model was published with.
+
+    Args:
+        model_name: A timm model name, with or without a pretrained tag (``coc_tiny``, ``coc_tiny.cifar10``).
+
+    Returns:
+        A key of :data:`RECIPES`; ``'timm'`` for every model that is not one of ours.
+    """
+    return next((recipe for prefix, recipe in _BY_PREFIX if model_name.startswith(prefix)), 'timm')
