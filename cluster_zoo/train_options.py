@@ -1,0 +1,227 @@
+"""Command-line options of ``train.py``, in argument groups; the ones shared with ``validate.py`` are in ``options``."""
+
+from __future__ import annotations
+
+import argparse
+
+from timm.utils import ParseKwargs
+
+from .options import LEFT_OUT, Parser, add_dataset_options, add_input_options, add_runtime_options
+from .recipes import RECIPES
+
+
+def _add_train_model_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('model').add_argument
+    add('--model', default='resnet50', metavar='NAME', help='model to train (default: resnet50)')
+    add('--pretrained', action='store_true', help='start from pretrained weights')
+    add('--pretrained-path', metavar='FILE', help='pretrained weights from a file, adapted like --pretrained')
+    add('--initial-checkpoint', default='', metavar='FILE', help='load these weights, which must fit, after building')
+    add(
+        '--resume',
+        default='',
+        metavar='FILE',
+        help='go on from a checkpoint of this script; auto: from the last one of --experiment, if there is one',
+    )
+    add('--no-resume-opt', action='store_true', help='resume weights and epoch only, start the optimizer afresh')
+    add('--num-classes', type=int, metavar='N', help="number of classes (default: the model's)")
+    add('--gp', metavar='POOL', help='global pooling: fast, avg, max, avgmax, avgmaxc')
+    add('--head-init-scale', type=float, metavar='F', help='scale of the initial head weights')
+    add('--head-init-bias', type=float, metavar='F', help='initial value of the head bias')
+    add('--grad-checkpointing', action='store_true', help='trade compute for activation memory')
+    add('--drop', type=float, default=0.0, metavar='PCT', help='dropout of the head')
+    add('--drop-connect', type=float, metavar='PCT', help='old name of --drop-path')
+    add('--drop-path', type=float, metavar='PCT', help='stochastic depth')
+    add('--drop-block', type=float, metavar='PCT', help='drop-block')
+    add('--bn-tf', action='store_true', help="TensorFlow's batch-norm momentum and epsilon (0.01, 0.001)")
+    add('--bn-momentum', type=float, metavar='F', help='batch-norm momentum')
+    add('--bn-eps', type=float, metavar='F', help='batch-norm epsilon')
+    add('--sync-bn', action='store_true', help='synchronise batch-norm over processes')
+    add(
+        '--dist-bn',
+        default='reduce',
+        choices=('reduce', 'broadcast', ''),
+        help="share batch-norm statistics over processes after each epoch: 'reduce' (default), 'broadcast' or ''",
+    )
+    add('--split-bn', action='store_true', help='separate batch-norm statistics for each augmentation split')
+    add('--model-ema', action='store_true', help='keep an exponential moving average of the weights')
+    add('--model-ema-force-cpu', action='store_true', help='keep it on the CPU (it is not validated then)')
+    add('--model-ema-decay', type=float, default=0.9998, metavar='F', help='its decay (default: 0.9998)')
+    add('--model-ema-warmup', action='store_true', help='raise the decay from 0 in the first updates')
+
+
+def _add_optimizer_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('optimizer').add_argument
+    add('-b', '--batch-size', type=int, default=128, metavar='N', help='images a process in a batch (default: 128)')
+    add('-vb', '--validation-batch-size', type=int, metavar='N', help='the same for validation (default: -b)')
+    add('--grad-accum-steps', type=int, default=1, metavar='N', help='batches whose gradients make one update')
+    add('--opt', default='sgd', metavar='NAME', help="one of timm's optimizers (timm default: sgd)")
+    add('--opt-eps', type=float, metavar='F', help='epsilon of the optimizer')
+    add('--opt-betas', type=float, nargs='+', metavar='F', help='betas of the optimizer')
+    add('--momentum', type=float, default=0.9, metavar='M', help='momentum')
+    add('--weight-decay', type=float, default=2e-5, metavar='F', help='weight decay')
+    add('--clip-grad', type=float, metavar='F', help='clip gradients (default: no clipping)')
+    add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='what --clip-grad bounds')
+    add('--layer-decay', type=float, metavar='F', help='layer-wise learning rate decay')
+    add('--layer-decay-min-scale', type=float, default=0, metavar='F', help='smallest scale of --layer-decay')
+    add('--layer-decay-no-opt-scale', type=float, metavar='F', help='freeze layers whose scale is below this')
+    add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='further optimizer arguments')
+
+
+def _add_schedule_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('learning rate schedule').add_argument
+    add(
+        '--sched',
+        default='cosine',
+        metavar='NAME',
+        help='cosine, tanh, step, multistep, poly, wsd, rsqrt, constant, plateau or none',
+    )
+    add('--sched-on-updates', action='store_true', help='step after each update instead of each epoch')
+    add('--lr', type=float, metavar='LR', help='learning rate (default: from --lr-base and the batch size)')
+    add('--lr-base', type=float, default=0.1, metavar='LR', help='learning rate at --lr-base-size')
+    add('--lr-base-size', type=int, default=256, metavar='N', help='batch size over all processes for --lr-base')
+    add(
+        '--lr-base-scale',
+        default='',
+        choices=('', 'linear', 'sqrt'),
+        help='scaling with the batch size (default: sqrt for adaptive optimizers, else linear)',
+    )
+    add('--lr-noise', type=float, nargs='+', metavar='PCT', help='noise on and off points, in shares of the schedule')
+    add('--lr-noise-pct', type=float, default=0.67, metavar='PCT', help='noise limit')
+    add('--lr-noise-std', type=float, default=1.0, metavar='F', help='noise standard deviation')
+    add('--lr-cycle-mul', type=float, default=1.0, metavar='F', help='cycle length multiplier')
+    add('--lr-cycle-decay', type=float, default=0.5, metavar='F', help='learning rate decay a cycle')
+    add('--lr-cycle-limit', type=int, default=1, metavar='N', help='number of cycles')
+    add('--lr-k-decay', type=float, default=1.0, metavar='F', help='k-decay of cosine and poly')
+    add('--warmup-lr', type=float, default=1e-5, metavar='LR', help='learning rate that warm-up starts from')
+    add('--min-lr', type=float, default=0, metavar='LR', help='lower bound of cyclic schedules')
+    add('--epochs', type=int, default=300, metavar='N', help='epochs to train (timm default: 300)')
+    add('--epoch-repeats', type=float, default=0.0, metavar='F', help='passes over the data in an epoch (wds, tfds)')
+    add('--start-epoch', type=int, metavar='N', help='number of the first epoch (useful on restarts)')
+    add('--decay-milestones', type=int, nargs='+', default=[90, 180, 270], metavar='N', help='epochs of multistep')
+    add('--decay-epochs', type=float, default=90, metavar='N', help='epochs between two decays')
+    add('--warmup-epochs', type=int, default=5, metavar='N', help='epochs of warm-up')
+    add('--warmup-prefix', action='store_true', help='warm-up comes before the schedule instead of within it')
+    add('--cooldown-epochs', type=int, default=0, metavar='N', help='epochs at min-lr after a cyclic schedule')
+    add('--patience-epochs', type=int, default=10, metavar='N', help='patience of the plateau schedule')
+    add('--decay-rate', '--dr', type=float, default=0.1, metavar='F', help='learning rate decay rate')
+
+
+def _add_augmentation_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('augmentation and loss').add_argument
+    add('--no-aug', action='store_true', help='no training augmentation at all, overrides the rest')
+    add('--train-crop-mode', metavar='MODE', help='training crop: rrc (default), rkrc or rkrr')
+    add('--scale', type=float, nargs='+', default=[0.08, 1.0], metavar='F', help='random resize scale')
+    add('--ratio', type=float, nargs='+', default=[3.0 / 4.0, 4.0 / 3.0], metavar='F', help='random aspect ratio')
+    add('--hflip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip')
+    add('--vflip', type=float, default=0.0, metavar='P', help='probability of a vertical flip')
+    add('--color-jitter', type=float, default=0.4, metavar='F', help='colour jitter factor (not used with --aa)')
+    add('--color-jitter-prob', type=float, metavar='P', help='probability of colour jitter (default: always)')
+    add('--grayscale-prob', type=float, metavar='P', help='probability of conversion to gray')
+    add('--gaussian-blur-prob', type=float, metavar='P', help='probability of blurring')
+    add('--aa', metavar='NAME', help='AutoAugment policy such as rand-m9-mstd0.5-inc1, v0, original, 3a')
+    add('--aug-repeats', type=float, default=0, metavar='N', help='repeated augmentation (distributed only)')
+    add('--aug-splits', type=int, default=0, metavar='N', help='augmentation splits, 0 or at least 2')
+    add('--jsd-loss', action='store_true', help='Jensen-Shannon divergence + cross-entropy, needs --aug-splits')
+    add('--bce-loss', action='store_true', help='binary cross-entropy')
+    add('--bce-sum', action='store_true', help='sum over classes with --bce-loss')
+    add('--bce-target-thresh', type=float, metavar='F', help='threshold that makes soft targets binary')
+    add('--bce-pos-weight', type=float, metavar='F', help='weight of positives with --bce-loss')
+    add('--reprob', type=float, default=0.0, metavar='P', help='random erasing probability')
+    add('--remode', default='pixel', choices=('const', 'rand', 'pixel'), help='random erasing fill')
+    add('--recount', type=int, default=1, metavar='N', help='erased boxes an image')
+    add('--resplit', action='store_true', help='leave the first augmentation split unerased')
+    add('--mixup', type=float, default=0.0, metavar='A', help='mixup alpha, 0: off')
+    add('--cutmix', type=float, default=0.0, metavar='A', help='cutmix alpha, 0: off')
+    add('--cutmix-minmax', type=float, nargs='+', metavar='F', help='smallest and largest cutmix ratio (sets alpha)')
+    add('--mixup-prob', type=float, default=1.0, metavar='P', help='probability that a batch is mixed')
+    add('--mixup-switch-prob', type=float, default=0.5, metavar='P', help='of those, probability of cutmix')
+    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem', 'half'), help='what gets its own mix')
+    add('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixing from this epoch on, 0: never off')
+    add('--smoothing', type=float, default=0.1, metavar='F', help='label smoothing')
+    add('--train-interpolation', default='random', metavar='NAME', help='resize interpolation of training')
+
+
+def _add_size_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('scheduled image sizes').add_argument
+    add('--train-img-sizes', type=int, nargs='+', metavar='N', help='train with batches of these image sizes')
+    add('--train-batch-sizes', type=int, nargs='+', metavar='N', help='batch size of each (default: -b)')
+    add('--train-size-probs', type=float, nargs='+', metavar='P', help='weight of each (default: uniform)')
+    add('--train-size-schedule', default='constant', choices=('constant', 'progressive'), help='how sizes are drawn')
+    add('--train-size-schedule-spread', type=float, default=0.65, metavar='F', help='width of the progressive window')
+    add('--train-size-random-mix', type=float, default=0.1, metavar='F', help='share of uniformly drawn sizes')
+    add('--train-batches-per-epoch', '--train-steps-per-epoch', type=int, metavar='N', help='batches in an epoch')
+    add(
+        '--variable-batch-loss-scale',
+        default='none',
+        choices=('none', 'sqrt', 'linear'),
+        help='scale the loss by the batch size over the largest one',
+    )
+
+
+def _add_distillation_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('knowledge distillation').add_argument
+    add('--kd-model-name', metavar='NAME', help='teacher; turns distillation on')
+    add('--kd-distill-type', default='logit', choices=['logit', 'feature', 'token'], help='what is compared')
+    add('--kd-loss-type', default='kl', help='loss of logit distillation')
+    add('--distill-loss-weight', type=float, metavar='F', help='weight of the distillation loss')
+    add('--task-loss-weight', type=float, metavar='F', help='weight of the label loss; alone, the other is 1 - this')
+    add('--kd-temperature', type=float, default=4.0, metavar='F', help='softmax temperature')
+    add('--kd-student-feature-dim', type=int, metavar='N', help='width of student features (default: found out)')
+    add('--kd-teacher-feature-dim', type=int, metavar='N', help='width of teacher features (default: found out)')
+    add('--kd-token-distill-type', default='soft', choices=['soft', 'hard'], help='token distillation')
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('run').add_argument
+    add('--seed', type=int, default=42, metavar='N', help='random seed (default: 42)')
+    add('--worker-seeding', default='all', choices=('all', 'part'), help='which generators of a worker are seeded')
+    add('--log-interval', type=int, default=50, metavar='N', help='batches between log lines')
+    add('--val-interval', type=int, default=1, metavar='N', help='epochs between validations')
+    add('--recovery-interval', type=int, default=0, metavar='N', help='batches between recovery checkpoints, 0: none')
+    add('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
+    add('--save-images', action='store_true', help='save training batches as they reach the model')
+    add('--output', default='', metavar='DIR', help='parent of the run folder (default: ./output/train)')
+    add('--experiment', default='', metavar='NAME', help='name of the run folder (default: time, model and size)')
+    add('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'), help='metric that picks the best checkpoint')
+    add('--tta', type=int, default=0, metavar='N', help='average the outputs of each N images of validation')
+    add(
+        '--use-multi-epochs-loader',
+        action='store_true',
+        help='keep one loader iteration alive over epochs; a resumed run then differs from an uninterrupted one',
+    )
+    add('--no-ddp-bb', action='store_true', help='do not broadcast buffers in distributed training')
+    add('--synchronize-step', action='store_true', help='synchronise the device after each step')
+    add('--local_rank', '--local-rank', type=int, default=0, metavar='N', help='set by torch.distributed.launch')
+    add('--git-id', default='None', metavar='ID', help='noted in args.yaml, nothing else')
+
+
+def train_parser() -> Parser:
+    """The parser of ``train.py``."""
+    parser = Parser(
+        prog='train.py',
+        description="Train an image classifier with timm's parts. Defaults are those of a recipe (--recipe).",
+        epilog=LEFT_OUT,
+    )
+    add = parser.add_argument
+    add('-c', '--config', default='', metavar='FILE', help='YAML file of option values; flags win over it')
+    add(
+        '--recipe',
+        default='auto',
+        choices=('auto', *RECIPES),
+        help="defaults to start from; auto: the paper's for coc_*, fec_* and dnc_* models, timm's for any other",
+    )
+    group = add_dataset_options(parser)
+    group.add_argument('--train-split', default='train', metavar='NAME', help='training split')
+    group.add_argument('--val-split', default='validation', metavar='NAME', help='validation split')
+    group.add_argument('--train-num-samples', type=int, metavar='N', help='length of an iterable training split')
+    group.add_argument('--val-num-samples', type=int, metavar='N', help='length of an iterable validation split')
+    _add_train_model_options(parser)
+    add_input_options(parser)
+    _add_optimizer_options(parser)
+    _add_schedule_options(parser)
+    _add_augmentation_options(parser)
+    _add_size_options(parser)
+    _add_distillation_options(parser)
+    add_runtime_options(parser)
+    _add_run_options(parser)
+    return parser
