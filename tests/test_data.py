@@ -1,0 +1,358 @@
+"""cluster_zoo.data: the bundled sample, finding splits, refusing what is not in order, unreadable images."""
+
+import hashlib
+import io
+import tarfile
+
+import pytest
+import timm.data
+import torch
+from PIL import Image
+from timm.data.dataset import AugMixDataset
+
+from cluster_zoo.data import DataError, ImageDataset, check_dataset, class_names, create_dataset, unreadable_images
+
+COLOURS = {'blue': (0, 0, 255), 'green': (0, 255, 0), 'red': (255, 0, 0)}
+CIFAR10 = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
+
+
+def _png(colour, size=(6, 4)):
+    data = io.BytesIO()
+    Image.new('RGB', size, colour).save(data, 'PNG')
+    return data.getvalue()
+
+
+def _folder(root, count=3, classes=COLOURS):
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            (root / name / f'{index}.png').write_bytes(_png(COLOURS[name]))
+    return root
+
+
+def _tar(path, members):
+    """Members are (name, bytes); bytes of None is a folder."""
+    with tarfile.open(path, 'w') as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            if data is None:
+                info.type = tarfile.DIRTYPE
+            else:
+                info.size = len(data)
+            archive.addfile(info, io.BytesIO(data or b''))
+    return path
+
+
+def _colour_members(count=2):
+    return [(f'{name}/{index}.png', _png(colour)) for name, colour in COLOURS.items() for index in range(count)]
+
+
+def _message(error):
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+
+# The bundled sample
+
+
+def test_sample_is_cifar10():
+    dataset = create_dataset('cluster_zoo/cifar10_sample')
+    assert class_names(dataset) == dict(enumerate(CIFAR10))
+    pixels, targets = hashlib.sha256(), []
+    for image, target in dataset:
+        assert (image.size, image.mode) == ((32, 32), 'RGB')
+        pixels.update(image.tobytes())
+        targets.append(int(target))
+    assert sorted(targets) == [index // 100 for index in range(1000)]
+    # Of the pixels of the first 100 images a class of the original test batch, classes in order.
+    assert pixels.hexdigest() == '7c38c61aa8c7f1716d28cda247fd6f77a8db4bc051de264382e94804d47bce91'
+
+
+@pytest.mark.parametrize('split', ['train', 'validation', 'test'])
+def test_sample_has_one_split_and_needs_no_root(split):
+    dataset = create_dataset('cluster_zoo/cifar10_sample', root=None, split=split, is_training=True, batch_size=8)
+    assert len(dataset) == 1000
+    check_dataset(dataset, 10, split)
+
+
+def test_sample_through_timm_loader():
+    dataset = create_dataset('cluster_zoo/cifar10_sample')
+    first = dataset[0][0].getpixel((0, 0))  # opened here first: the workers must not inherit a position in the file
+    loader = timm.data.create_loader(
+        dataset, (3, 32, 32), 250, mean=(0,) * 3, std=(1,) * 3, crop_pct=1.0, num_workers=2, device=torch.device('cpu')
+    )
+    images, targets = zip(*loader)
+    assert torch.cat(targets).bincount().tolist() == [100] * 10
+    assert (images[0][0, :, 0, 0] * 255).round().int().tolist() == list(first)
+    assert unreadable_images(dataset) == []
+
+
+def test_unknown_bundled_dataset():
+    with pytest.raises(DataError, match='there is cluster_zoo/cifar10_sample'):
+        create_dataset('cluster_zoo/cifar100_sample')
+
+
+# Finding a split
+
+
+@pytest.mark.parametrize(
+    ('folder', 'split'), [('val', 'validation'), ('validation', 'val'), ('training', 'train'), ('test', 'test')]
+)
+def test_split_folder_and_synonyms(tmp_path, folder, split):
+    _folder(tmp_path / folder)
+    _folder(tmp_path / 'train' / 'extra', classes=['red']) if folder != 'training' else None
+    dataset = create_dataset('', tmp_path, split)
+    assert len(dataset) == 9
+    assert class_names(dataset) == dict(enumerate(COLOURS))
+
+
+def test_split_archives_beside_each_other(tmp_path):
+    _tar(tmp_path / 'train.tar', _colour_members(4))
+    _tar(tmp_path / 'val.tar', _colour_members(2))
+    assert len(create_dataset('', tmp_path, 'train')) == 12
+    assert len(create_dataset('', tmp_path, 'validation')) == 6
+    assert len(create_dataset('', tmp_path / 'train.tar', 'validation')) == 12  # a file is taken as it is
+
+
+def test_folder_without_splits_is_taken_whole(tmp_path):
+    assert len(create_dataset(None, str(_folder(tmp_path)), 'train')) == 9
+
+
+def test_same_images_as_timm(tmp_path):
+    _folder(tmp_path / 'val')
+    ours, theirs = create_dataset('', tmp_path, 'val'), timm.data.create_dataset('', str(tmp_path), 'val')
+    assert ours.filenames() == theirs.filenames()
+    assert [int(target) for _, target in ours] == [int(target) for _, target in theirs]
+    assert ours[4][0].tobytes() == theirs[4][0].tobytes()
+
+
+def test_reader_options_reach_timm(tmp_path):
+    _folder(tmp_path)
+    grey, _ = create_dataset('', tmp_path, 'val', input_img_mode='L')[0]
+    assert grey.mode == 'L'
+    raw, _ = create_dataset('', tmp_path, 'val', load_bytes=True)[0]
+    assert raw == _png(COLOURS['blue'])
+
+
+# What is refused on opening
+
+
+def test_missing_directory(tmp_path):
+    with pytest.raises(DataError, match='does not exist') as error:
+        create_dataset('', tmp_path / 'nowhere', 'train')
+    assert 'nowhere' in _message(error)
+
+
+@pytest.mark.parametrize('root', [None, ''])
+def test_no_directory(root):
+    with pytest.raises(DataError, match='no data directory'):
+        create_dataset('', root, 'train')
+
+
+def test_missing_split_beside_another(tmp_path):
+    _folder(tmp_path / 'train')
+    with pytest.raises(DataError, match='has no validation split, only train'):
+        create_dataset('', tmp_path, 'validation')
+
+
+def test_folder_without_images(tmp_path):
+    (tmp_path / 'cat').mkdir()
+    with pytest.raises(DataError, match='0 images') as error:
+        create_dataset('', tmp_path, 'train')
+    _message(error)
+
+
+def test_file_that_is_no_archive(tmp_path):
+    path = tmp_path / 'images.zip'
+    path.write_bytes(b'PK')
+    with pytest.raises(DataError, match=r'expected a folder or a \.tar'):
+        create_dataset('', path, 'train')
+
+
+@pytest.mark.parametrize('content', [b'', b'not an archive' * 100], ids=['empty file', 'garbage'])
+def test_broken_archive(tmp_path, content):
+    path = tmp_path / 'images.tar'
+    path.write_bytes(content)
+    with pytest.raises(DataError, match='can not open') as error:
+        create_dataset('', path, 'train')
+    assert 'images.tar' in _message(error)
+
+
+def test_archive_without_images(tmp_path):
+    path = _tar(tmp_path / 'images.tar', [('cat/readme.txt', b'none')])
+    with pytest.raises(DataError, match='can not open'):
+        create_dataset('', path, 'train')
+
+
+def test_torchvision_dataset_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match='torch/cifar10') as error:
+        create_dataset('torch/cifar10', tmp_path, 'train')
+    assert 'download' in _message(error)
+
+
+def test_missing_package_is_named(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'datasets'", name='datasets')
+
+    monkeypatch.setattr(timm.data, 'create_dataset', refuse)
+    with pytest.raises(DataError, match='pip install datasets'):
+        create_dataset('hfds/somebody/something', tmp_path, 'train')
+
+
+def test_strict_streamed_dataset_is_refused():
+    with pytest.raises(DataError, match='streamed'):
+        create_dataset('wds/any', 'anywhere', 'train', strict=True)
+
+
+# What check_dataset refuses
+
+
+def test_check_passes(tmp_path):
+    for root in (_folder(tmp_path / 'folder'), _tar(tmp_path / 'images.tar', _colour_members())):
+        check_dataset(create_dataset('', root, 'train'), 3, 'train')
+
+
+@pytest.mark.parametrize('num_classes', [2, 4])
+def test_check_class_count(tmp_path, num_classes):
+    dataset = create_dataset('', _folder(tmp_path), 'train')
+    with pytest.raises(DataError, match='3 classes') as error:
+        check_dataset(dataset, num_classes, 'train')
+    assert f'the model {num_classes}' in _message(error) and 'num_classes=3' in _message(error)
+
+
+def test_check_empty_class_folder(tmp_path):
+    _folder(tmp_path)
+    (tmp_path / 'yellow').mkdir()
+    (tmp_path / 'yellow' / 'notes.txt').write_text('soon')
+    with pytest.raises(DataError, match=r'no images .* of yellow'):
+        check_dataset(create_dataset('', tmp_path, 'train'), 3, 'train')
+
+
+def test_check_leaves_hidden_and_unmapped_folders_alone(tmp_path):
+    _folder(tmp_path)
+    (tmp_path / '.cache').mkdir()
+    dataset = create_dataset('', tmp_path, 'train', class_map={'blue': 0, 'red': 1})
+    assert len(dataset) == 6
+    check_dataset(dataset, 2, 'train')
+
+
+def test_check_empty_class_in_archive(tmp_path):
+    path = _tar(tmp_path / 'images.tar', [('all', None), ('all/yellow', None)] + [
+        (f'all/{name}', data) for name, data in _colour_members()
+    ])  # fmt: skip
+    with pytest.raises(DataError, match='all/yellow'):
+        check_dataset(create_dataset('', path, 'train'), 3, 'train')
+
+
+def test_check_empty_inner_archive(tmp_path):
+    inner = {name: _tar(tmp_path / f'{name}.tar', [('0.png', _png(colour))]) for name, colour in COLOURS.items()}
+    inner['yellow'] = _tar(tmp_path / 'yellow.tar', [('readme.txt', b'none')])
+    path = _tar(tmp_path / 'images.tar', [(f'{name}.tar', file.read_bytes()) for name, file in inner.items()])
+    dataset = create_dataset('', path, 'train')
+    assert len(dataset) == 3
+    with pytest.raises(DataError, match=r'yellow.tar'):
+        check_dataset(dataset, 3, 'train')
+
+
+def test_check_class_map(tmp_path):
+    class_map = {'blue': 0, 'green': 5, 'red': 7, 'yellow': 9}
+    dataset = create_dataset('', _folder(tmp_path), 'validation', class_map=class_map)
+    assert class_names(dataset)[5] == 'green'
+    check_dataset(dataset, 10, 'validation')  # a few classes of a larger model are a fair test set
+    with pytest.raises(DataError, match='10 classes'):
+        check_dataset(dataset, 9, 'validation')
+    with pytest.raises(DataError, match='of yellow'):
+        check_dataset(dataset, 10, 'train')
+
+
+def test_check_classes_of_both_splits_agree(tmp_path):
+    _folder(tmp_path / 'train', classes=['blue', 'green'])
+    _folder(tmp_path / 'val', classes=['blue', 'red'])
+    train, val = (create_dataset('', tmp_path, split) for split in ('train', 'val'))
+    check_dataset(val, 2, 'val')
+    with pytest.raises(DataError, match=r'differently .* red'):
+        check_dataset(val, 2, 'val', like=train)
+    check_dataset(train, 2, 'train', like=train)
+
+
+def test_check_empty_dataset():
+    with pytest.raises(DataError, match='no images'):
+        check_dataset(torch.utils.data.TensorDataset(torch.zeros(0, 3)), 10, 'train')
+
+
+def test_check_passes_what_names_no_classes():
+    check_dataset(torch.utils.data.TensorDataset(torch.zeros(4, 3)), 10, 'train')
+
+
+# Unreadable images
+
+
+def _damage(root):
+    """Three images of 'green' that each fail in another way; six images are left whole."""
+    whole = (root / 'green' / '1.png').read_bytes()
+    (root / 'green' / '0.png').write_bytes(b'')
+    (root / 'green' / '1.png').write_bytes(whole[:-30])
+    (root / 'green' / '2.png').write_bytes(b'<html>404</html>')
+    return root
+
+
+def test_unreadable_images_are_replaced_and_counted_once(tmp_path):
+    dataset = create_dataset('', _damage(_folder(tmp_path)), 'train')
+    for _ in range(2):
+        for index in range(len(dataset)):
+            image, target = dataset[index]
+            assert image.getpixel((0, 0)) == list(COLOURS.values())[target]
+    assert unreadable_images(dataset) == [f'green/{index}.png' for index in range(3)]
+
+
+@pytest.mark.parametrize(('context', 'workers'), [('fork', 2), ('spawn', 1)])
+def test_unreadable_images_are_counted_across_workers(tmp_path, context, workers):
+    dataset = create_dataset('', _damage(_folder(tmp_path)), 'train')
+    dataset.transform = _pixel
+    loader = torch.utils.data.DataLoader(dataset, batch_size=3, num_workers=workers, multiprocessing_context=context)
+    assert torch.cat([target for _, target in loader]).tolist() == [0, 0, 0, 2, 2, 2, 2, 2, 2]
+    assert len(unreadable_images(dataset)) == 3
+    assert len(unreadable_images(AugMixDataset(_with_splits(dataset)))) == 3
+
+
+def _pixel(image):
+    return torch.tensor(image.getpixel((0, 0)))
+
+
+def _with_splits(dataset):
+    dataset.transform = (None, None, None)
+    return dataset
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_strict_names_the_file(tmp_path, workers):
+    dataset = create_dataset('', _damage(_folder(tmp_path)), 'train', strict=True)
+    dataset.transform = _pixel
+    loader = torch.utils.data.DataLoader(dataset, batch_size=3, num_workers=workers)
+    with pytest.raises(DataError, match=r'^green/0.png is not a readable image') as error:
+        list(loader)
+    _message(error)
+
+
+def test_all_images_unreadable(tmp_path):
+    _folder(tmp_path, count=4)
+    for path in tmp_path.rglob('*.png'):
+        path.write_bytes(b'gone')
+    with pytest.raises(DataError, match='10 images in a row'):
+        create_dataset('', tmp_path, 'train')[0]
+
+
+def test_vanished_file_is_unreadable(tmp_path):
+    dataset = create_dataset('', _folder(tmp_path), 'train')
+    (tmp_path / 'blue' / '1.png').unlink()
+    dataset[1]
+    assert unreadable_images(dataset) == ['blue/1.png']
+
+
+def test_errors_of_a_transform_are_not_taken_for_unreadable_images(tmp_path):
+    dataset = create_dataset('', _folder(tmp_path), 'train')
+    assert isinstance(dataset, ImageDataset)
+    dataset.transform = lambda image: image.rotate('sideways')
+    with pytest.raises(TypeError):
+        dataset[0]
+    assert unreadable_images(dataset) == []
