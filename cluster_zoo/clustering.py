@@ -9,7 +9,6 @@ those that do; a masked point joins no cluster and a masked center gets no point
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Elements of one [M, chunk] block of similarities in `nearest_center`; bounds its memory whatever the number of points.
@@ -30,10 +29,9 @@ def cosine_similarity(centers: Tensor, points: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Columns scaled to length one; half precision is normalised in float32, where 1e-12 is not zero."""
-    if x.dtype == torch.float16 or x.dtype == torch.bfloat16:
-        return F.normalize(x.float(), dim=-2, eps=1e-12).to(x.dtype)
-    return F.normalize(x, dim=-2, eps=1e-12)
+    """Columns scaled to length one, ``x / max(|x|, 1e-12)``, with lengths in float32 at least: in float16 1e-12 is zero."""
+    wide = x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+    return (wide * (wide * wide).sum(-2, keepdim=True).clamp_min(1e-24).rsqrt()).to(x.dtype)
 
 
 def nearest_center(centers: Tensor, points: Tensor, center_mask: Tensor | None = None) -> Tensor:
@@ -62,7 +60,7 @@ def _first_largest(similarity: Tensor, center_mask: Tensor | None) -> Tensor:
     """[..., M, N] -> [..., N], the argument of the maximum over centers that count."""
     if center_mask is not None:
         similarity = similarity.masked_fill(~center_mask.unsqueeze(-1), -float('inf'))
-    return similarity.argmax(dim=-2)
+    return similarity.max(dim=-2)[1]  # much faster than argmax over a dimension that is not the last
 
 
 def assign(
