@@ -33,7 +33,7 @@ import torch.distributed as dist
 import torchvision
 import yaml
 from timm import utils
-from timm.data import FastCollateMixup, Mixup, resolve_data_config
+from timm.data import FastCollateMixup, Mixup, resolve_input_data_config
 from timm.models import clean_state_dict, safe_model_name
 from timm.task import TrainingTask, evaluation_sample_limit
 from tqdm import tqdm
@@ -379,7 +379,8 @@ def start(args: argparse.Namespace) -> Run:
     utils.random_seed(args.seed, args.rank)
 
     model = build.build_model(args)
-    data_config = resolve_data_config(vars(args), model=model)
+    with build.blame('image size'):
+        data_config = resolve_input_data_config(model, vars(args))
     datasets = build.build_datasets(args, data_config)
     mixup = build.build_mixup(args)
     train_loader, val_loader = build.build_loaders(args, datasets, data_config, mixup)
@@ -421,11 +422,11 @@ def start(args: argparse.Namespace) -> Run:
             task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
     if args.distributed:
         device_ids = None if args.device == 'cpu' else [torch.device(args.device)]
-        task.prepare_distributed(device_ids=device_ids, broadcast_buffers=not args.no_ddp_bb)
+        task.prepare_distributed(device_ids=device_ids, **dict(broadcast_buffers=False) if args.no_ddp_bb else {})
     parameters = sum(parameter.numel() for parameter in model.parameters())
     _logger.info(
-        f'{args.model}: {parameters / 1e6:.2f} M parameters, {args.num_classes} classes; {len(datasets[0])} training and '
-        f'{len(datasets[1])} validation images of {data_config["input_size"]}; {num_epochs} epochs of '
+        f'{args.model}: {parameters / 1e6:.2f} M parameters, {args.num_classes} classes; {len(datasets[0])} training '
+        f'and {len(datasets[1])} validation images of {data_config["input_size"]}; {num_epochs} epochs of '
         f'{updates_per_epoch} updates on {args.world_size} x {args.device}; output in {output_dir}'
     )
     return run

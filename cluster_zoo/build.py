@@ -19,7 +19,7 @@ from PIL import Image
 from timm import utils
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, auto_augment, create_loader
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
-from timm.models import create_model, is_model, list_models
+from timm.models import create_model, is_model, list_models, resolve_model_input_args
 from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import (
@@ -104,27 +104,36 @@ def check_model_name(name: str, option: str = '--model') -> None:
         raise OptionError(f'{option}: there is no model {name!r}{nearest(name.split(".")[0], list_models())}')
 
 
-def build_model(args: argparse.Namespace) -> nn.Module:
-    """The model to train, with its weights, on the device. Sets ``args.num_classes``."""
-    check_model_name(args.model)
-    kwargs = dict(args.model_kwargs)
-    if args.pretrained_path:
-        # -1 classes never fit: the head of the file is left out, as for a task of one's own.
-        kwargs['pretrained_cfg_overlay'] = dict(file=args.pretrained_path, num_classes=-1)
+def create(args: argparse.Namespace, **kwargs: Any) -> nn.Module:
+    """``timm.create_model`` for the options that both scripts have. Sets ``args.num_classes``."""
     with blame(f'--model {args.model}'):
-        model = create_model(
+        arguments = resolve_model_input_args(
             args.model,
-            pretrained=args.pretrained or bool(args.pretrained_path),
-            in_chans=args.in_chans or (args.input_size[0] if args.input_size else 3),
+            vars(args),
             num_classes=args.num_classes,
-            drop_rate=args.drop,
-            drop_path_rate=args.drop_connect if args.drop_path is None else args.drop_path,
-            drop_block_rate=args.drop_block,
             global_pool=args.gp,
             scriptable=args.torchscript,
             **kwargs,
+            **args.model_kwargs,
         )
+        model = create_model(**arguments)
     args.num_classes = model.num_classes if args.num_classes is None else args.num_classes
+    return model
+
+
+def build_model(args: argparse.Namespace) -> nn.Module:
+    """The model to train, with its weights, on the device."""
+    check_model_name(args.model)
+    # -1 classes never fit: the head of the file is left out, as for a task of one's own.
+    overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None
+    model = create(
+        args,
+        pretrained=args.pretrained or bool(args.pretrained_path),
+        pretrained_cfg_overlay=overlay,
+        drop_rate=args.drop,
+        drop_path_rate=args.drop_connect if args.drop_path is None else args.drop_path,
+        drop_block_rate=args.drop_block,
+    )
     if args.initial_checkpoint:
         load_checkpoint(model, args.initial_checkpoint)
     _init_head(model, args)
@@ -179,7 +188,9 @@ auto_augment.NAME_TO_OP |= dict.fromkeys(('Posterize', 'PosterizeIncreasing', 'P
 
 
 def uses_prefetcher(args: argparse.Namespace) -> bool:
-    """Whether the loader normalises on the device. On a CPU its workers do, beside the process that computes."""
+    """Whether timm's prefetcher normalises. On a CPU the workers do instead, beside the process that computes."""
+    if getattr(args, 'tf_preprocessing', False):
+        return True  # its images leave the workers as they are
     return not args.no_prefetcher and torch.device(args.device).type != 'cpu'
 
 

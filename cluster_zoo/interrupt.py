@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import time
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,10 @@ from timm.utils import random_seed
 
 
 class Stop:
-    """Turns SIGINT and SIGTERM into a request to stop after the update at hand. A second SIGINT stops at once."""
+    """Turns SIGINT and SIGTERM into a request to stop after the update at hand. A later SIGINT stops at once."""
 
     def __enter__(self) -> Stop:
-        self.signal = 0
+        self.signal, self.since = 0, 0.0
         # Asked after each update, so not over the device's own queue.
         self.group = dist.new_group(backend='gloo') if dist.is_initialized() else None
         self.previous = {n: signal.signal(n, self._request) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -27,9 +28,10 @@ class Stop:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: Any) -> None:
-        if self.signal and number == signal.SIGINT:
+        # One Ctrl-C may come twice, from the terminal and from a launcher that passes it on.
+        if self.signal and number == signal.SIGINT and time.monotonic() - self.since > 1:
             raise KeyboardInterrupt
-        self.signal = number
+        self.signal, self.since = number, time.monotonic()
 
     def requested(self) -> bool:
         """Whether to stop. All processes answer alike: the others would wait forever for one that stops alone."""
