@@ -1,0 +1,406 @@
+"""Deep nearest centroids (DNC): a class is a few points in feature space, and an image belongs to the nearest.
+
+Paper: 'Visual Recognition with Deep Nearest Centroids', ICLR 2023, https://arxiv.org/abs/2209.07383
+
+A model here is timm's own model in which only the last linear layer is another one: `NearestCentroidHead`, which has no
+class weights. The registered names cover the paper's backbones and this package's; `nearest_centroid` takes any other.
+"""
+
+import functools
+import re
+import sys
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import trunc_normal_
+from timm.models import generate_default_cfgs, model_entrypoint, register_model
+from torch import Tensor
+
+from .weights import build_model, load_checkpoint
+
+__all__ = ['NearestCentroidHead', 'NearestCentroidMixin', 'nearest_centroid']  # register_model adds the entry points
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Vectors [..., D] scaled to length one."""
+    # Half precision holds this eps; the usual 1e-12 is zero there, and the constant features of a blank image would be
+    # divided by it.
+    return F.normalize(x, dim=-1, eps=1e-6)
+
+
+class NearestCentroidHead(nn.Module):
+    """Scores classes by the cosine similarity of a feature to the nearest of their sub-centroids (section 3).
+
+    The centroids are no parameters: they are a buffer, which no gradient reaches and no optimizer moves. They need not
+    have length one, only their direction counts. With a single class all logits are ``mask_norm``'s bias.
+
+    Args:
+        in_features: Width D of the features.
+        num_classes: Classes K.
+        sub_centroids: Sub-centroids k of each class.
+
+    Raises:
+        ValueError: One of the three is not positive.
+    """
+
+    def __init__(self, in_features: int, num_classes: int, sub_centroids: int = 4, device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        for name, value in dict(in_features=in_features, num_classes=num_classes, sub_centroids=sub_centroids).items():
+            if value < 1:
+                raise ValueError(f'A nearest-centroid head needs {name} of at least 1, got {value}.')
+        self.in_features = in_features
+        self.num_classes = num_classes
+        self.sub_centroids = sub_centroids
+        self.register_buffer('prototypes', torch.empty(num_classes, sub_centroids, in_features, **dd))
+        self.feat_norm = nn.LayerNorm(in_features, **dd)
+        self.mask_norm = nn.LayerNorm(num_classes, **dd)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Centroids in random directions, norms without effect."""
+        trunc_normal_(self.prototypes, std=0.02)
+        self.prototypes.copy_(_unit(self.prototypes))
+        self.feat_norm.reset_parameters()
+        self.mask_norm.reset_parameters()
+
+    def similarity(self, x: Tensor) -> Tensor:
+        """Cosine of each feature and each sub-centroid: [..., D] -> [..., K, k], values -1 .. 1."""
+        cosines = F.linear(_unit(self.feat_norm(x)), _unit(self.prototypes).flatten(0, 1))
+        return cosines.unflatten(-1, (self.num_classes, self.sub_centroids))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features to logits: [B, D] -> [B, K]; further dimensions between the two are kept."""
+        return self.mask_norm(self.similarity(x).amax(-1))
+
+    def extra_repr(self) -> str:
+        return f'in_features={self.in_features}, num_classes={self.num_classes}, sub_centroids={self.sub_centroids}'
+
+
+class NearestCentroidMixin(nn.Module):
+    """What a timm model gets, in front of its own class, to end in a `NearestCentroidHead` and stay so.
+
+    Attributes:
+        backbone_class: The timm class behind this one.
+        classifier_name: Submodule that is the head, such as ``'fc'`` or ``'head.fc'``.
+        sub_centroids: Sub-centroids of each class.
+    """
+
+    backbone_class: type[nn.Module]
+    classifier_name: str
+    sub_centroids: int
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, **kwargs: Any) -> None:
+        """A new centroid head, or none.
+
+        Args:
+            num_classes: Classes of the new head; 0 for features.
+            global_pool: Pooling before it, '' for none; None keeps the pooling.
+            **kwargs: What else the backbone's own ``reset_classifier`` takes.
+        """
+        super().reset_classifier(num_classes, global_pool=global_pool, **kwargs)
+        if num_classes > 0:
+            self._replace_linear()
+
+    def _replace_linear(self) -> None:
+        """Put a centroid head where the backbone's own code has put a linear layer."""
+        linear = dict(self.named_modules()).get(self.classifier_name)
+        if not isinstance(linear, nn.Linear):
+            raise ValueError(
+                f'The centroid head takes the place of one linear layer, but {self.backbone_class.__name__} ends in '
+                f"{type(linear).__name__} ('{self.classifier_name}'). Keep the global pooling, or choose another one."
+            )
+        head = NearestCentroidHead(
+            linear.in_features,
+            linear.out_features,
+            self.sub_centroids,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        self.set_submodule(self.classifier_name, head.train(linear.training))
+
+    def __reduce_ex__(self, protocol):
+        # The class is made at run time, so that pickle and copy cannot import it by its name: they make it again.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _new_instance, (self.backbone_class,), *state
+
+
+@functools.cache
+def _nearest_centroid_class(backbone: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a timm model class whose instances end in a centroid head."""
+    namespace = dict(
+        __module__=__name__,
+        __doc__=f'{backbone.__name__} that classifies by the nearest centroid.',
+        backbone_class=backbone,
+    )
+    return type(f'NearestCentroid{backbone.__name__}', (NearestCentroidMixin, backbone), namespace)
+
+
+def _new_instance(backbone: type[nn.Module]) -> nn.Module:
+    cls = _nearest_centroid_class(backbone)
+    return cls.__new__(cls)
+
+
+def _convert(model: nn.Module, sub_centroids: int) -> nn.Module:
+    """Turn a timm classifier, in place, into one that ends in a centroid head."""
+    name = model.pretrained_cfg.get('classifier')
+    if not isinstance(name, str) or not hasattr(model, 'reset_classifier'):
+        found = f'several ({", ".join(name)})' if isinstance(name, tuple | list) else 'none'
+        raise ValueError(
+            'The centroid head takes the place of one linear layer; '
+            f'of classifiers {type(model).__name__} has {found}. Choose another backbone.'
+        )
+    model.__class__ = _nearest_centroid_class(type(model))
+    model.classifier_name = name
+    model.sub_centroids = sub_centroids
+    if model.num_classes > 0:
+        model._replace_linear()
+    return model
+
+
+def nearest_centroid(
+    model_name: str,
+    num_classes: int | None = None,
+    sub_centroids: int = 4,
+    pretrained: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """Any timm classifier with a nearest-centroid head in place of its last linear layer.
+
+    The model stays what it was in every other respect: features, pooling, gradient checkpointing, parameter groups.
+
+    Example:
+        >>> model = nearest_centroid('convnext_tiny', num_classes=10)
+
+    Args:
+        model_name: A model name of timm or of this package, with or without a tag.
+        num_classes: Classes; as in the backbone's configuration if None, 0 for features.
+        sub_centroids: Sub-centroids of each class.
+        pretrained: Start from the backbone's pretrained weights. The centroids are new in any case.
+        **kwargs: As for ``timm.create_model``. A ``checkpoint_path`` is loaded into the finished model.
+
+    Returns:
+        An instance of a subclass of the backbone's class, `NearestCentroidMixin` in front.
+
+    Raises:
+        ValueError: The model does not end in exactly one linear layer, or has a centroid head already.
+        CheckpointError: ``checkpoint_path`` does not fit.
+    """
+    if kwargs.get('features_only'):
+        raise ValueError(
+            'features_only leaves the classifier out, and with it the centroids: '
+            f"use timm.create_model('{model_name}', features_only=True)."
+        )
+    checkpoint_path = kwargs.pop('checkpoint_path', None)
+    model = timm.create_model(model_name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+    if isinstance(model, NearestCentroidMixin):
+        raise ValueError(f"'{model_name}' has a nearest-centroid head already: use timm.create_model('{model_name}').")
+    model = _convert(model, sub_centroids)
+    # timm looks here for the parameters that depend on the number of classes
+    model.pretrained_cfg = model.default_cfg = dict(
+        model.pretrained_cfg, classifier=f'{model.classifier_name}.mask_norm'
+    )
+    if checkpoint_path:
+        load_checkpoint(model, checkpoint_path)
+    return model
+
+
+# The authors' names, which may stand behind the `head.` of their framework's classifier.
+_AUTHORS_HEAD = re.compile(r'(?:head\.)?(prototypes|(?:feat_norm|mask_norm)\.(?:weight|bias))')
+_AUTHORS_UNUSED = re.compile(r'(?:head\.)?convs\.0\.conv\.(?:weight|bias)')
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: NearestCentroidMixin) -> dict[str, Tensor]:
+    """The authors' checkpoint under the names of the model; one of ours as it is.
+
+    Head and backbone are told apart by the names, and the backbone's part goes through the backbone's own filter. A
+    checkpoint whose head is linear keeps it, under names that the model does not have.
+    """
+    head, backbone = {}, {}
+    for name, value in state_dict.items():
+        if match := _AUTHORS_HEAD.fullmatch(name):
+            head[f'{model.classifier_name}.{match[1]}'] = value
+        elif name.startswith(f'{model.classifier_name}.'):
+            head[name] = value
+        elif not _AUTHORS_UNUSED.fullmatch(name):
+            backbone[name.removeprefix('backbone.')] = value
+    filter_fn = getattr(sys.modules[model.backbone_class.__module__], 'checkpoint_filter_fn', None)
+    return {**(filter_fn(backbone, model) if filter_fn else backbone), **head}
+
+
+def _adapt_classes(state_dict: dict[str, Tensor], model: NearestCentroidMixin) -> dict[str, Tensor]:
+    """`checkpoint_filter_fn` for pretrained weights, which may be of another number of classes.
+
+    timm then leaves out the classifier's ``weight`` and ``bias``, here those of ``mask_norm``. The centroids of other
+    classes are of no use either: the model keeps the ones that it was built with.
+    """
+    state_dict = checkpoint_filter_fn(state_dict, model)
+    prefix = f'{model.classifier_name}.'
+    if model.num_classes == 0:
+        return {name: value for name, value in state_dict.items() if not name.startswith(prefix)}
+    if model.num_classes != model.pretrained_cfg['num_classes']:
+        state_dict[f'{prefix}prototypes'] = model.get_submodule(model.classifier_name).prototypes
+    return state_dict
+
+
+_RESNET_LEVELS = dict(out_indices=(0, 1, 2, 3, 4))
+_MOBILENET_LEVELS = dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True)
+_STAGES = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
+
+# Backbone as timm names it, and how its levels become `features_only`.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    'dnc_resnet18': ('resnet18', _RESNET_LEVELS),
+    'dnc_resnet50': ('resnet50', _RESNET_LEVELS),
+    'dnc_resnet101': ('resnet101', _RESNET_LEVELS),
+    'dnc_mobilenetv2_100': ('mobilenetv2_100', _MOBILENET_LEVELS),
+    'dnc_swin_tiny': ('swin_tiny_patch4_window7_224', _STAGES),
+    'dnc_swin_small': ('swin_small_patch4_window7_224', _STAGES),
+    'dnc_swin_base': ('swin_base_patch4_window7_224', _STAGES),
+    'dnc_coc_tiny': ('coc_tiny', _STAGES),
+    'dnc_coc_small': ('coc_small', _STAGES),
+    'dnc_coc_medium': ('coc_medium', _STAGES),
+    'dnc_fec_small': ('fec_small', _STAGES),
+    'dnc_fec_base': ('fec_base', _STAGES),
+    'dnc_fec_large': ('fec_large', _STAGES),
+}
+
+
+def _build(backbone: str, sub_centroids: int = 4, **kwargs: Any) -> nn.Module:
+    return _convert(model_entrypoint(backbone)(**kwargs), sub_centroids)
+
+
+def _create_dnc(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    backbone, feature_cfg = VARIANTS[variant]
+    if kwargs.get('features_only'):
+        kwargs['num_classes'] = 0  # no head to build, none that a checkpoint must fit
+    return build_model(
+        functools.partial(_build, backbone),
+        variant,
+        pretrained,
+        pretrained_filter_fn=_adapt_classes,
+        feature_cfg=dict(feature_cfg),  # timm changes it in place
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'paper_name': 'Visual Recognition with Deep Nearest Centroids',
+        'paper_ids': 'arXiv:2209.07383',
+        **kwargs,
+    }
+
+
+_resnet_cfg = functools.partial(_cfg, first_conv='conv1', classifier='fc.mask_norm', interpolation='bilinear')
+_swin_cfg = functools.partial(
+    _cfg, first_conv='patch_embed.proj', classifier='head.fc.mask_norm', crop_pct=0.9, fixed_input_size=True
+)
+_cluster_cfg = functools.partial(_cfg, first_conv='stem.proj', classifier='head.fc.mask_norm', crop_pct=0.9)
+
+default_cfgs = generate_default_cfgs(
+    {
+        'dnc_resnet18.untrained': _resnet_cfg(),
+        'dnc_resnet50.untrained': _resnet_cfg(),
+        'dnc_resnet101.untrained': _resnet_cfg(),
+        'dnc_mobilenetv2_100.untrained': _cfg(first_conv='conv_stem', classifier='classifier.mask_norm'),
+        'dnc_swin_tiny.untrained': _swin_cfg(),
+        'dnc_swin_small.untrained': _swin_cfg(),
+        'dnc_swin_base.untrained': _swin_cfg(),
+        'dnc_coc_tiny.untrained': _cluster_cfg(),
+        'dnc_coc_small.untrained': _cluster_cfg(),
+        'dnc_coc_medium.untrained': _cluster_cfg(),
+        'dnc_fec_small.untrained': _cluster_cfg(),
+        'dnc_fec_base.untrained': _cluster_cfg(),
+        'dnc_fec_large.untrained': _cluster_cfg(),
+    }
+)
+
+
+@register_model
+def dnc_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Nearest centroids on ResNet-18."""
+    return _create_dnc('dnc_resnet18', pretrained, **kwargs)
+
+
+@register_model
+def dnc_resnet50(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Nearest centroids on ResNet-50."""
+    return _create_dnc('dnc_resnet50', pretrained, **kwargs)
+
+
+@register_model
+def dnc_resnet101(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Nearest centroids on ResNet-101."""
+    return _create_dnc('dnc_resnet101', pretrained, **kwargs)
+
+
+@register_model
+def dnc_mobilenetv2_100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Nearest centroids on MobileNetV2 of width 1.0."""
+    return _create_dnc('dnc_mobilenetv2_100', pretrained, **kwargs)
+
+
+@register_model
+def dnc_swin_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Nearest centroids on Swin-T, patch 4, window 7; another ``img_size`` than 224 must be named."""
+    return _create_dnc('dnc_swin_tiny', pretrained, **kwargs)
+
+
+@register_model
+def dnc_swin_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Nearest centroids on Swin-S, patch 4, window 7; another ``img_size`` than 224 must be named."""
+    return _create_dnc('dnc_swin_small', pretrained, **kwargs)
+
+
+@register_model
+def dnc_swin_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Nearest centroids on Swin-B, patch 4, window 7; another ``img_size`` than 224 must be named."""
+    return _create_dnc('dnc_swin_base', pretrained, **kwargs)
+
+
+@register_model
+def dnc_coc_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Nearest centroids on Context Cluster, tiny."""
+    return _create_dnc('dnc_coc_tiny', pretrained, **kwargs)
+
+
+@register_model
+def dnc_coc_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Nearest centroids on Context Cluster, small."""
+    return _create_dnc('dnc_coc_small', pretrained, **kwargs)
+
+
+@register_model
+def dnc_coc_medium(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Nearest centroids on Context Cluster, medium."""
+    return _create_dnc('dnc_coc_medium', pretrained, **kwargs)
+
+
+@register_model
+def dnc_fec_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Nearest centroids on FEC, small."""
+    return _create_dnc('dnc_fec_small', pretrained, **kwargs)
+
+
+@register_model
+def dnc_fec_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Nearest centroids on FEC, base."""
+    return _create_dnc('dnc_fec_base', pretrained, **kwargs)
+
+
+@register_model
+def dnc_fec_large(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Nearest centroids on FEC, large."""
+    return _create_dnc('dnc_fec_large', pretrained, **kwargs)
