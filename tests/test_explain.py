@@ -1,0 +1,102 @@
+"""cluster_zoo.explain: the map agrees with what the mixers do, the picture with the map."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import cluster_zoo  # noqa: F401
+from cluster_zoo.explain import cluster_map, draw_clusters
+
+STAGES = dict(depths=(1, 2), dims=(16, 24), mlp_ratios=(2, 2), num_heads=(2, 3), head_dim=8, num_classes=4)
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    return timm.create_model('coc_tiny', proposals=(2, 3), regions=(2, 2), **STAGES)
+
+
+@pytest.mark.parametrize('size', [(32, 48), (68, 52)], ids=['divides', 'padded inside'])
+@pytest.mark.parametrize(('stage', 'block', 'head'), [(0, 0, 1), (1, -1, 2), (-1, 0, 0)])
+def test_members_of_a_cluster_get_parallel_outputs(model, size, stage, block, head):
+    """A member receives its center, scaled: outputs before the projection point the same way in one cluster alone."""
+    images = torch.randn(2, 3, *size)
+    clusters = cluster_map(model, images, stage, block, head)
+    stride = 4 * 2 ** (stage % 2)
+    height, width = (-(-side // stride) for side in size)
+    assert clusters.shape == (2, height, width) and clusters.dtype == torch.int64
+
+    mixer, seen = model.stages[stage].blocks[block].token_mixer, []
+    handle = mixer.proj.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach()))
+    model.eval()(images)
+    handle.remove()
+    outputs = F.normalize(seen[0].unflatten(1, (mixer.num_heads, -1))[:, head].flatten(2), dim=1)
+    parallel = (outputs.transpose(1, 2) @ outputs) > 1 - 1e-5
+    together = clusters.flatten(1).unsqueeze(1) == clusters.flatten(1).unsqueeze(2)
+    assert torch.equal(parallel, together)
+    assert 1 < clusters.unique().numel() <= (mixer.regions * mixer.proposals) ** 2
+
+    # A center lies in the region of its members.
+    per_axis = mixer.regions * mixer.proposals
+    for axis, center in ((0, clusters // per_axis), (1, clusters % per_axis)):
+        count = clusters.shape[1 + axis]
+        region = torch.arange(count) // -(-count // mixer.regions)
+        assert torch.equal(center // mixer.proposals, region.unsqueeze(1 - axis).expand_as(center))
+
+
+def test_numbers_run_row_by_row_over_the_image(model):
+    """Features that tell a region's four cells apart send every point to the center of its own cell."""
+    rows, columns = torch.arange(8), torch.arange(12)
+    cell = (rows // 2).unsqueeze(1) * 4 + columns // 3  # 2 x 2 regions of 2 x 2 centers
+    within = (rows // 2 % 2).unsqueeze(1) * 2 + columns // 3 % 2
+    features = F.one_hot(within, 8).permute(2, 0, 1).float().repeat(2, 1, 1)
+    handle = model.stages[0].blocks[0].token_mixer.f.register_forward_hook(lambda *_: features.unsqueeze(0))
+    clusters = cluster_map(model, torch.randn(1, 3, 32, 48), stage=0)
+    handle.remove()
+    assert torch.equal(clusters[0], cell)
+
+
+def test_fec_and_training_mode_is_kept():
+    model = timm.create_model('fec_small', proposals=2, regions=1, **STAGES).train()
+    assert cluster_map(model, torch.randn(1, 3, 32, 32), stage=1).shape == (1, 4, 4)
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ('where', 'what'),
+    [(dict(stage=2), 'stage 2'), (dict(stage=0, block=-2), 'block -2'), (dict(stage=0, head=2), 'head 2')],
+)
+def test_what_is_not_there(model, where, what):
+    with pytest.raises(ValueError, match=f'no {what}: expected'):
+        cluster_map(model, torch.randn(1, 3, 32, 32), **where)
+
+
+def test_model_without_clusters():
+    with pytest.raises(ValueError, match='ResNet has no clusters'):
+        cluster_map(timm.create_model('resnet10t'), torch.randn(1, 3, 32, 32), stage=0)
+
+
+@pytest.mark.parametrize(('size', 'stride'), [((50, 33), 4), ((33, 70), 32), ((64, 64), 16)])
+def test_picture_keeps_its_size_and_colours_the_patches(size, stride):
+    width, height = size
+    columns, rows = (-(-side // stride) for side in size)
+    clusters = torch.arange(rows * columns).reshape(rows, columns)
+    picture = draw_clusters(Image.new('L', size, 200), clusters, opacity=1.0)
+    assert picture.size == size
+    colours = {}
+    for y in range(height):
+        for x in range(width):
+            colours.setdefault(int(clusters[y // stride, x // stride]), set()).add(picture.getpixel((x, y)))
+    assert all(len(found) == 1 for found in colours.values())
+    assert len(set.union(*colours.values())) == rows * columns
+
+
+def test_more_than_256_clusters_and_opacity():
+    clusters = torch.arange(32 * 32).reshape(32, 32)
+    image = Image.new('RGB', (128, 128), (10, 20, 30))
+    assert draw_clusters(image, clusters, opacity=0.0).tobytes() == image.tobytes()
+    half, full = (draw_clusters(image, clusters, opacity).getpixel((127, 127)) for opacity in (0.5, 1.0))
+    assert all(abs(h - (i + f) / 2) <= 1 for h, i, f in zip(half, (10, 20, 30), full))
