@@ -1,0 +1,152 @@
+"""The ``cluster-zoo`` command."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn as nn
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import to_pil_image
+
+from . import __version__
+from .data import DataError, check_dataset, class_names, create_dataset
+from .explain import cluster_map, draw_clusters
+from .weights import CheckpointError
+
+DEMO_MODEL = 'coc_tiny_plain.cifar10'
+DEMO_DATASET = 'cluster_zoo/cifar10_sample'
+
+_PANEL = 128  # side of one image in the demo's picture, pixels
+_MARGIN = 8
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0, or 2 after a message on standard error."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (CheckpointError, DataError, OSError) as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='cluster-zoo',
+        description='Clustering as a vision backbone: Context Cluster, FEC and Deep Nearest Centroids.',
+    )
+    parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
+    commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
+    demo = commands.add_parser(
+        'demo',
+        help='classify the bundled images with the bundled weights',
+        description=f'Classify 1,000 test images of CIFAR-10 with {DEMO_MODEL}, both part of the package, '
+        'and draw which points of an image were clustered together.',
+    )
+    demo.add_argument(
+        '--output', metavar='FILE', type=_picture, default='demo.png', help='picture to write (default: %(default)s)'
+    )
+    demo.add_argument(
+        '--device',
+        type=_device,
+        default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='where to run, such as cpu or cuda (default: %(default)s)',
+    )
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _picture(name: str) -> Path:
+    path = Path(name)
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise argparse.ArgumentTypeError(f'{name} names no picture format; let it end in .png')
+    if not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f'there is no folder {path.absolute().parent}')
+    return path
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise argparse.ArgumentTypeError(f'can not run on {name}: {str(error).splitlines()[0]}') from error
+    return device
+
+
+def _demo(args: argparse.Namespace) -> None:
+    model = timm.create_model(DEMO_MODEL, pretrained=True).to(args.device).eval()
+    dataset = create_dataset(DEMO_DATASET)
+    check_dataset(dataset, model.num_classes, 'test')
+    dataset.transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    names = class_names(dataset)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f'{DEMO_MODEL}: {parameters / 1e6:.2f} M parameters, on {args.device}', flush=True)
+
+    start = time.perf_counter()
+    probabilities, targets = classify(model, dataset, args.device)
+    seconds = time.perf_counter() - start
+    top1 = 100 * (probabilities.argmax(1) == targets).float().mean().item()
+    print(f"top-1 {top1:.1f} % of {len(dataset)} of CIFAR-10's test images, {len(dataset) / seconds:.0f} images/s\n")
+
+    # The first image of each class
+    shown = [targets.tolist().index(index) for index in names]
+    print(f'{"image":22} {"is":12} {"taken for":12} probability')
+    for index in shown:
+        probability, predicted = probabilities[index].max(0)
+        is_name, taken_for = names[int(targets[index])], names[int(predicted)]
+        print(f'{dataset.filename(index):22} {is_name:12} {taken_for:12} {100 * probability:9.1f} %')
+
+    captions = [names[int(probabilities[index].argmax())] for index in shown]
+    draw(model, torch.stack([dataset[index][0] for index in shown]).to(args.device), captions).save(args.output)
+    print(f'\nclusters of these images: {args.output}')
+
+
+@torch.inference_mode()
+def classify(model: nn.Module, dataset: Dataset, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Class probabilities [N, K] and targets [N] of a dataset of N images."""
+    probabilities, targets = [], []
+    for images, target in DataLoader(dataset, batch_size=100):
+        probabilities.append(model(images.to(device)).softmax(-1).cpu())
+        targets.append(target)
+    return torch.cat(probabilities), torch.cat(targets)
+
+
+def draw(model: nn.Module, images: Tensor, captions: Sequence[str]) -> Image.Image:
+    """A column for each image: the image as the model saw it, then its clusters in the last block of three stages.
+
+    Args:
+        model: A Context Cluster or FEC model.
+        images: Normalised images [B, C, H, W].
+        captions: What to write above each column.
+    """
+    mean, std = (torch.tensor(model.pretrained_cfg[key], device=images.device) for key in ('mean', 'std'))
+    pixels = (images * std.view(-1, 1, 1) + mean.view(-1, 1, 1)).clamp(0, 1).cpu()
+    photographs = [to_pil_image(image) for image in pixels]
+    rows = [photographs]
+    for stage in range(3):
+        clusters = cluster_map(model, images, stage)
+        rows.append([draw_clusters(image, joined) for image, joined in zip(photographs, clusters)])
+
+    step = _PANEL + _MARGIN
+    font = ImageFont.load_default(16)
+    sheet = Image.new('RGB', (_MARGIN + step * len(images), 32 + step * len(rows)), 'white')
+    for column, caption in enumerate(captions):
+        ImageDraw.Draw(sheet).text((_MARGIN + step * column, 6), caption, 'black', font)
+        for row, pictures in enumerate(rows):
+            panel = pictures[column].resize((_PANEL, _PANEL), Image.Resampling.NEAREST)
+            sheet.paste(panel, (_MARGIN + step * column, 32 + step * row))
+    return sheet
+
+
+if __name__ == '__main__':
+    sys.exit(main())
