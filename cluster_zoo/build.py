@@ -364,6 +364,13 @@ def check_training_options(args: argparse.Namespace) -> None:
 
 def build_task(args: argparse.Namespace, model: nn.Module) -> TrainingTask:
     """The model together with its loss and, for distillation, its teacher."""
+    task = _choose_task(args, model)
+    # The loss in float32: autocast sees to that on a GPU, but on a CPU it would be computed and summed up in bfloat16.
+    task.criterion.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
+    return task
+
+
+def _choose_task(args: argparse.Namespace, model: nn.Module) -> TrainingTask:
     criterion = dict(
         loss_type='jsd' if args.jsd_loss else 'bce' if args.bce_loss else 'ce',
         smoothing=args.smoothing,
