@@ -1,0 +1,35 @@
+"""torch.hub entry points: every model of cluster_zoo, by the name that timm knows it under.
+
+    torch.hub.load('/path/to/cluster_zoo', 'coc_small', source='local', num_classes=10)
+    torch.hub.load('/path/to/cluster_zoo', 'coc_tiny_plain.cifar10', source='local', pretrained=True)
+
+Keyword arguments are those of ``timm.create_model``. The package need not be installed, what it depends on must be.
+"""
+
+import functools as _functools
+
+import timm as _timm
+
+# torch.hub puts the folder of this file first on the import path, so this is the package that lies beside it.
+import cluster_zoo as _cluster_zoo
+
+dependencies = ['torch', 'timm', 'safetensors']
+
+
+def _entry_point(name):
+    """A function that creates a model as timm does: with its own factory, other keyword arguments would be lost."""
+
+    @_functools.wraps(_timm.models.model_entrypoint(name.partition('.')[0]))
+    def create(pretrained=False, **kwargs):
+        return _timm.create_model(name, pretrained=pretrained, **kwargs)
+
+    return create
+
+
+def _is_ours(name):
+    return _timm.models.model_entrypoint(name.partition('.')[0]).__module__.startswith(f'{_cluster_zoo.__name__}.')
+
+
+globals().update(
+    {name: _entry_point(name) for name in (*_timm.list_models(), *_timm.list_pretrained()) if _is_ours(name)}
+)
