@@ -11,8 +11,13 @@ those that do; a masked point joins no cluster and a masked center gets no point
 import torch
 from torch import Tensor
 
-# Elements of one [M, chunk] block of similarities in `nearest_center`; bounds its memory whatever the number of points.
-_BLOCK_ELEMENTS = 1 << 20
+
+def exporting() -> bool:
+    """Whether a graph for any size is being exported: no branch and no loop may then depend on a size."""
+    if torch.jit.is_scripting():
+        return False
+    else:  # TorchScript leaves this branch out, which it could not compile
+        return torch.compiler.is_exporting()
 
 
 def cosine_similarity(centers: Tensor, points: Tensor) -> Tensor:
@@ -34,7 +39,12 @@ def _unit(x: Tensor) -> Tensor:
     return (wide * (wide * wide).sum(-2, keepdim=True).clamp_min(1e-24).rsqrt()).to(x.dtype)
 
 
-def nearest_center(centers: Tensor, points: Tensor, center_mask: Tensor | None = None) -> Tensor:
+def nearest_center(
+    centers: Tensor,
+    points: Tensor,
+    center_mask: Tensor | None = None,
+    block_elements: int = 1 << 20,
+) -> Tensor:
     """Index of the center with the highest cosine similarity to each point, the first of equals.
 
     The [M, N] similarities are computed a block of points at a time, so memory grows with the number of points alone.
@@ -44,13 +54,14 @@ def nearest_center(centers: Tensor, points: Tensor, center_mask: Tensor | None =
         centers: [S, D, M].
         points: [S, D, N].
         center_mask: [..., M], true for centers that may be chosen.
+        block_elements: Similarities of one set that exist at a time.
 
     Returns:
         int64 [S, N], values 0 .. M - 1.
     """
     centers, points = _unit(centers.detach()).transpose(-2, -1), _unit(points.detach())
-    size = max(1, _BLOCK_ELEMENTS // centers.shape[-2])
-    if not torch.jit.is_scripting() and torch.compiler.is_exporting():
+    size = max(1, block_elements // centers.shape[-2])
+    if exporting():
         return _first_largest(centers @ points, center_mask)  # an exported graph has no loop over symbolic sizes
     blocks = [_first_largest(centers @ block, center_mask) for block in points.split(size, dim=-1)]
     return torch.cat(blocks, dim=-1)

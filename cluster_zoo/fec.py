@@ -76,7 +76,7 @@ class ClusterPool(nn.Module):
         if torch.is_grad_enabled():
             # Small changes of f leave every assignment as it is: its gradient is zero, not missing. Saying so keeps
             # DistributedDataParallel and gradient checks from treating its parameters as unused.
-            out = out + 0 * (self.f.weight.sum() + self.f.bias.sum())
+            out = out + 0 * self.f(x[:1, :, :1, :1]).sum()
         return out
 
 

@@ -8,16 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .clustering import exporting
+
 
 def divides(size: tuple[int, int], multiple: int) -> bool:
     """Whether both sides are a multiple, so that nothing must be padded or masked.
 
     Never true while a model is exported: an exported graph keeps the general path, which is right for every size.
     """
-    if not torch.jit.is_scripting():
-        if torch.compiler.is_exporting():
-            return False
-    return size[0] % multiple == 0 and size[1] % multiple == 0
+    return not exporting() and size[0] % multiple == 0 and size[1] % multiple == 0
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
