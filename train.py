@@ -115,9 +115,12 @@ def resume(run: Run, path: str) -> None:
     args = run.args
     if not Path(path).is_file():
         raise CheckpointError(f'--resume {path}: no such file')
-    with build.blame(f'--resume {path} is not a checkpoint of such a run'):
+    try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # what is not a checkpoint fails anywhere in the reader, with any error
+        raise CheckpointError(f'--resume {path} is not a checkpoint: {str(error).splitlines()[0]}') from error
+    with build.blame(f'--resume {path} is not of such a run'):
         run.task.load_checkpoint_state(clean_state_dict(checkpoint['state_dict']), checkpoint.get('task_state'))
         if run.task.has_ema():
             averaged = clean_state_dict(checkpoint.get('state_dict_ema', checkpoint['state_dict']))
@@ -255,7 +258,7 @@ def validate(run: Run, ema: bool = False) -> dict[str, float]:
         output = output[0] if isinstance(output, tuple | list) else output
         if args.tta > 1:
             output = output.unfold(0, args.tta, args.tta).mean(dim=2)
-            target = target[:: args.tta]
+            target = target[:: args.tta][: len(output)]
         evaluator.update(output, target)
         if run.stop.signal and not args.distributed:
             break  # the resumed run validates this epoch
@@ -326,9 +329,8 @@ class Report:
         self.start, self.samples_before, self.batches_before = time.monotonic(), progress.samples, progress.batch
         self.bar = None
         if self.shown and sys.stderr.isatty():
-            self.bar = tqdm(
-                desc=f'Epoch {progress.epoch}/{run.num_epochs}', total=self.total, initial=progress.batch, leave=False
-            )
+            title = f'Epoch {progress.epoch}/{run.num_epochs}'
+            self.bar = tqdm(desc=title, total=self.total, initial=progress.batch, mininterval=0, dynamic_ncols=True)
 
     def update(self, loss: torch.Tensor, updates: int, images: torch.Tensor) -> None:
         args, progress = self.run.args, self.run.progress
@@ -370,7 +372,7 @@ def start(args: argparse.Namespace) -> Run:
     build.check_training_options(args)
     build.setup_runtime(args)
     utils.init_distributed_device(args)
-    logging.basicConfig(format='%(message)s', force=True)
+    logging.basicConfig(format='%(message)s')
     logging.getLogger().setLevel(logging.INFO if utils.is_primary(args) else logging.ERROR)
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # would list all of them each epoch
     _logger.info(f'Recipe {args.recipe}; set on the command line: {", ".join(args.given) or "nothing"}.')

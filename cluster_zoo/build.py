@@ -189,8 +189,8 @@ auto_augment.NAME_TO_OP |= dict.fromkeys(('Posterize', 'PosterizeIncreasing', 'P
 
 def uses_prefetcher(args: argparse.Namespace) -> bool:
     """Whether timm's prefetcher normalises. On a CPU the workers do instead, beside the process that computes."""
-    if getattr(args, 'tf_preprocessing', False):
-        return True  # its images leave the workers as they are
+    if getattr(args, 'tf_preprocessing', False) or getattr(args, 'aug_splits', 0):
+        return True  # only there does timm normalise the one's images, and spare the other's first split from erasing
     return not args.no_prefetcher and torch.device(args.device).type != 'cpu'
 
 

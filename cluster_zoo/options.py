@@ -116,8 +116,8 @@ def read_config(path: str, actions: dict[str, argparse.Action]) -> dict[str, Any
 
 def _typed(action: argparse.Action, value: Any) -> Any:
     """Converts a config value the way the command line would have; TypeError or ValueError if that cannot be."""
-    if value is None and action.default is None:
-        return None
+    if value is None:
+        return action.default
     if isinstance(action, ParseKwargs):
         return dict(value)
     if action.nargs == 0:

@@ -1,0 +1,221 @@
+"""cluster_zoo.build: parts of a run as the options ask for them, and what is said about options that cannot be met."""
+
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+from timm.data import FastCollateMixup, Mixup, auto_augment, rand_augment_transform
+from timm.task import ClassificationTask
+
+from cluster_zoo import build
+from cluster_zoo.options import OptionError, validate_parser
+from cluster_zoo.train_options import train_parser
+
+MODEL = ['--model', 'test_resnet', '--num-classes', '3', '--device', 'cpu']
+
+
+def _args(*flags):
+    args = train_parser().resolve([*MODEL, *map(str, flags)])
+    args.distributed, args.world_size, args.rank = False, 1, 0
+    return args
+
+
+def test_blame_names_the_option_in_one_line():
+    with pytest.raises(OptionError, match=r'^--aa: first line second line$'), build.blame('--aa'):
+        raise AssertionError('first line\n  second line')
+    with pytest.raises(OptionError, match=r'^--aa: AssertionError$'), build.blame('--aa'):
+        raise AssertionError
+    with pytest.raises(ZeroDivisionError), build.blame('--aa'):  # a fault of ours stays one
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--mixup', 1, '-b', 3], 'must be even'),
+        (['--cutmix', 1, '--train-img-sizes', 32, '--train-batch-sizes', 5], 'must be even'),
+        (['--aug-splits', 1], '--aug-splits'),
+        (['--jsd-loss'], '--aug-splits'),
+        (['--split-bn'], '--aug-splits'),
+        (['--resume', 'auto'], '--experiment'),
+        (['-b', 0], 'at least 1'),
+        (['--grad-accum-steps', 0], 'at least 1'),
+        (['--checkpoint-hist', 0], 'at least 1'),
+        (['--train-batch-sizes', 5], '--train-img-sizes'),
+    ],
+)
+def test_contradictions(flags, message):
+    with pytest.raises(OptionError, match=message):
+        build.check_training_options(_args(*flags))
+
+
+def test_recipes_do_not_contradict_themselves():
+    for model in ('coc_tiny', 'fec_small', 'dnc_resnet18', 'dnc_swin_tiny', 'resnet50'):
+        build.check_training_options(train_parser().resolve(['--model', model]))
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--device', 'cdua'], '--device cdua'),
+        (['--device-modules', 'no_such_module'], '--device-modules'),
+        (['--fuser', 'none'], '--fuser'),
+        (['--amp', '--model-dtype', 'bfloat16'], 'exclude'),
+        (['--torchscript', '--torchcompile'], 'exclude'),
+    ],
+)
+def test_runtime_that_is_not_there(flags, message):
+    for args in (_args(*flags), validate_parser().resolve(flags)):
+        with pytest.raises(OptionError, match=message):
+            build.setup_runtime(args)
+
+
+def test_device_is_what_is_there():
+    args = train_parser().resolve([])
+    build.setup_runtime(args)
+    assert args.device == ('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def test_precision():
+    autocast, scaler = build.build_precision(_args())
+    assert scaler is None
+    with autocast():
+        assert not torch.is_autocast_enabled('cpu')
+    for flags, dtype, scaled in [
+        (['--amp'], torch.bfloat16, False),
+        (['--amp', '--amp-dtype', 'float16'], torch.float16, True),
+    ]:
+        autocast, scaler = build.build_precision(_args(*flags))
+        with autocast():
+            assert torch.get_autocast_dtype('cpu') == dtype and torch.is_autocast_enabled('cpu')
+        assert (scaler is not None) == scaled
+
+
+def test_model_options_reach_the_model():
+    flags = ['--in-chans', 1, '--gp', 'max', '--bn-tf', '--bn-eps', 0.1, '--head-init-bias', 0.5, '--channels-last']
+    model = build.build_model(_args(*flags))
+    assert model.num_classes == 3 and model.conv1[0].in_channels == 1
+    assert model.global_pool.pool_type == 'max'
+    assert all((m.momentum, m.eps) == (0.01, 0.1) for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    assert (model.fc.bias == 0.5).all()
+    assert model.layer4[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_number_of_classes_is_the_models_unless_given():
+    args = train_parser().resolve(['--model', 'test_resnet', '--device', 'cpu', '--model-dtype', 'bfloat16'])
+    model = build.build_model(args)
+    assert args.num_classes == model.num_classes == 1000
+    assert model.fc.weight.dtype == torch.bfloat16
+
+
+def test_image_size_reaches_models_of_a_fixed_size():
+    args = train_parser().resolve(['--model', 'test_vit', '--img-size', '32', '--device', 'cpu'])
+    assert build.build_model(args)(torch.zeros(1, 3, 32, 32)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--model', 'coc_tinny'], 'coc_tiny'),
+        (['--model-kwargs', 'colour=3'], 'colour'),
+        (['--initial-checkpoint', 'none.pth'], 'none.pth'),
+        (['--gp', 'median'], 'median'),
+    ],
+)
+def test_model_that_can_not_be_built(flags, message):
+    with pytest.raises((OptionError, RuntimeError), match=message):
+        build.build_model(_args(*flags))
+
+
+def test_initial_checkpoint(tmp_path):
+    source = build.build_model(_args())
+    torch.save({'state_dict': {f'module.{k}': v for k, v in source.state_dict().items()}}, tmp_path / 'a.pth')
+    model = build.build_model(_args('--initial-checkpoint', tmp_path / 'a.pth'))
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in source.state_dict().items())
+
+
+@pytest.mark.parametrize('flags', [['--opt', 'adamx'], ['--opt', 'adamw', '--opt-kwargs', 'speed=3']])
+def test_optimizer_that_is_not_there(flags):
+    args = _args('--lr', 1, *flags)
+    with pytest.raises(OptionError, match='--opt'):
+        build.build_optimizer(args, ClassificationTask(build.build_model(args), verbose=False))
+
+
+@pytest.mark.parametrize(
+    ('flags', 'lr'),
+    [
+        (['--lr', 0.5], 0.5),
+        (['-b', 64, '--lr-base', 0.1], 0.1 * 64 / 256),
+        (['-b', 64, '--grad-accum-steps', 2], 0.1 * 128 / 256),
+        (['-b', 64, '--opt', 'adamw'], 0.1 * (64 / 256) ** 0.5),
+        (['-b', 64, '--opt', 'adamw', '--lr-base-scale', 'linear'], 0.1 * 64 / 256),
+        (['-b', 64, '--lr-base-scale', 'sqrt', '--lr-base-size', 16], 0.1 * 2),
+    ],
+)
+def test_learning_rate(flags, lr):
+    args = _args(*flags)
+    optimizer = build.build_optimizer(args, ClassificationTask(build.build_model(args), verbose=False))
+    assert args.lr == pytest.approx(lr) and optimizer.param_groups[0]['lr'] == pytest.approx(lr)
+
+
+def test_weight_decay_leaves_norms_and_biases_alone():
+    args = _args('--lr', 1, '--weight-decay', 0.3, '--opt', 'lookahead_adamw')
+    task = ClassificationTask(build.build_model(args), verbose=False)
+    groups = build.build_optimizer(args, task).param_groups
+    assert sorted(group['weight_decay'] for group in groups) == [0, 0.3]
+    assert all(p.ndim <= 1 for group in groups if not group['weight_decay'] for p in group['params'])
+
+
+def test_schedule_with_cool_down_and_warm_up_prefix():
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
+    flags = ['--epochs', 10, '--warmup-epochs', 3, '--cooldown-epochs', 2]
+    assert build.build_scheduler(_args(*flags), optimizer, 5)[1] == 12
+    assert build.build_scheduler(_args(*flags, '--warmup-prefix'), optimizer, 5)[1] == 15
+    assert build.build_scheduler(_args('--sched', 'none', '--epochs', 4), optimizer, 5) == (None, 4)
+    scheduler, epochs = build.build_scheduler(_args(*flags, '--sched-on-updates'), optimizer, 5)
+    assert epochs == 12 and scheduler._get_lr(60) == [0]
+    with pytest.raises(OptionError, match='--sched'):
+        build.build_scheduler(_args('--sched', 'cosin'), optimizer, 5)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'criterion'),
+    [
+        ([], 'LabelSmoothingCrossEntropy'),
+        (['--smoothing', 0], 'CrossEntropyLoss'),
+        (['--mixup', 0.2], 'SoftTargetCrossEntropy'),
+        (['--bce-loss', '--bce-target-thresh', 0.2, '--bce-sum'], 'BinaryCrossEntropy'),
+        (['--jsd-loss', '--aug-splits', 3], 'JsdCrossEntropy'),
+    ],
+)
+def test_loss(flags, criterion):
+    args = _args(*flags)
+    task = build.build_task(args, build.build_model(args))
+    assert type(task.criterion).__name__ == criterion
+
+
+def test_mixup_is_the_collate_function_of_the_prefetcher(monkeypatch):
+    args = _args('--mixup', 0.2, '--cutmix', 0.3, '--mixup-prob', 0.4, '--mixup-mode', 'pair')
+    mixup = build.build_mixup(args)
+    assert type(mixup) is Mixup
+    assert (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.mix_prob, mixup.mode) == (0.2, 0.3, 0.4, 'pair')
+    args.device = 'cuda'
+    assert type(build.build_mixup(args)) is FastCollateMixup
+    args.no_prefetcher = True
+    assert type(build.build_mixup(args)) is Mixup
+    assert build.build_mixup(_args()) is None
+
+
+def test_randaugment_reaches_magnitude_ten():
+    """Magnitude 10 keeps no bits, which Pillow refuses since 13.0; the result is the black image that it was."""
+    operation = auto_augment.AugmentOp('PosterizeIncreasing', prob=1.0, magnitude=10)
+    image = Image.new('RGB', (4, 4), (250, 130, 7))
+    assert operation(image).getextrema() == ((0, 0), (0, 0), (0, 0))
+    operation = auto_augment.AugmentOp('PosterizeIncreasing', prob=1.0, magnitude=5)
+    assert operation(image).getpixel((0, 0)) == (250 & 0b11000000, 130 & 0b11000000, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        transform = rand_augment_transform('rand-m10-n8-mstd0.5-inc1', {})
+        for _ in range(30):
+            transform(image)

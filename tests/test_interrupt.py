@@ -1,0 +1,58 @@
+"""cluster_zoo.interrupt: generators that can be put back, and a stop that waits for the update at hand."""
+
+import io
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from cluster_zoo.interrupt import Stop, rng_state, seed_epoch, set_rng_state
+
+
+def _draw():
+    return torch.rand(3).tolist(), np.random.randn(3).tolist(), random.gauss(0, 1), torch.randn(1).item()
+
+
+def test_generators_go_on_where_they_were():
+    seed_epoch(1, 0, 0)
+    _draw()  # numpy, Python and torch keep a second normal number for later
+    state = rng_state()
+    expected = _draw()
+    _draw()
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    set_rng_state(torch.load(file, weights_only=True))
+    assert _draw() == expected
+
+
+def test_every_epoch_and_process_has_its_own_seed():
+    draws = set()
+    for seed, rank, epoch in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0), (0, 1, 0), (0, 0, 1)]:
+        seed_epoch(seed, rank, epoch)
+        draws.add(str(_draw()))
+    assert len(draws) == 6
+    seed_epoch(1, 0, 1)
+    assert str(_draw()) in draws
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_signal_is_a_request(number):
+    before = signal.getsignal(number)
+    with Stop() as stop:
+        assert not stop.requested()
+        os.kill(os.getpid(), number)
+        assert stop.requested() and stop.signal == number
+    assert signal.getsignal(number) is before
+
+
+def test_second_interrupt_stops_at_once():
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # the same key press, passed on by a launcher
+        stop.since -= 2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
