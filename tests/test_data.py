@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import tarfile
 
 import pytest
@@ -132,6 +133,35 @@ def test_reader_options_reach_timm(tmp_path):
     assert grey.mode == 'L'
     raw, _ = create_dataset('', tmp_path, 'val', load_bytes=True)[0]
     assert raw == _png(COLOURS['blue'])
+
+
+# Other kinds of datasets
+
+
+def test_hugging_face_dataset(tmp_path):
+    pytest.importorskip('datasets', reason='the extra "datasets" is not installed')
+    _damage(_folder(tmp_path / 'images' / 'train'))
+    dataset = create_dataset(f'hfds/{tmp_path}/images', tmp_path / 'cache', 'train')
+    check_dataset(dataset, 3, 'train')
+    assert [int(target) for _, target in dataset] == [0, 0, 0, 2, 2, 2, 2, 2, 2]
+    assert len(unreadable_images(dataset)) == 3
+    with pytest.raises(DataError, match='validation'):
+        create_dataset(f'hfds/{tmp_path}/images', tmp_path / 'cache', 'validation')
+
+
+def test_web_dataset(tmp_path):
+    pytest.importorskip('webdataset', reason='the extra "datasets" is not installed')
+    _tar(
+        tmp_path / 'x-0000.tar', [('0.png', _png(COLOURS['red'])), ('0.cls', b'2'), ('1.png', b'gone'), ('1.cls', b'1')]
+    )
+    split = dict(name='train', num_samples=2, filenames=['x-0000.tar'], shard_lengths=[2])
+    (tmp_path / 'info.json').write_text(json.dumps(dict(splits=dict(train=split))))
+    dataset = create_dataset('wds/x', tmp_path, 'train')
+    check_dataset(dataset, 3, 'train')
+    ((image, target),) = dataset
+    assert (image.getpixel((0, 0)), target) == (COLOURS['red'], 2)
+    with pytest.raises(DataError, match='validation not found'):
+        create_dataset('wds/x', tmp_path, 'validation')
 
 
 # What is refused on opening
