@@ -111,8 +111,9 @@ def compile_model(model: torch.nn.Module, args: argparse.Namespace) -> torch.nn.
 
         model = memory_efficient_fusion(model)
     if args.num_gpu > 1:
-        with build.blame(f'--num-gpu {args.num_gpu}'):
-            model = torch.nn.DataParallel(model, device_ids=list(range(args.num_gpu)))
+        if args.num_gpu > torch.cuda.device_count():
+            raise OptionError(f'--num-gpu {args.num_gpu}: there are {torch.cuda.device_count()}')
+        model = torch.nn.DataParallel(model, device_ids=list(range(args.num_gpu)))
     return model
 
 
@@ -123,8 +124,9 @@ def read_labels(args: argparse.Namespace, dataset: Any) -> tuple[list[int] | Non
         with build.blame(f'--valid-labels {args.valid_labels}'):
             valid = [int(line) for line in Path(args.valid_labels).read_text().split()]
     if args.real_labels:
-        with build.blame(f'--real-labels {args.real_labels}: made for other images than those of the dataset'):
-            real = RealLabelsImagenet(dataset.filenames(basename=True), real_json=args.real_labels)
+        with build.blame(f'--real-labels {args.real_labels} is not for the images of this dataset'):
+            top = (1, min(5, args.num_classes))
+            real = RealLabelsImagenet(dataset.filenames(basename=True), real_json=args.real_labels, topk=top)
     return valid, real
 
 
@@ -170,7 +172,8 @@ def run(args: argparse.Namespace, setup: Setup, input_size: tuple[int, ...]) -> 
     figures = evaluator.compute()
     result = dict(top1=figures['top1'], top5=figures['top5'])
     if setup.real_labels is not None:
-        result = dict(top1=setup.real_labels.get_accuracy(k=1), top5=setup.real_labels.get_accuracy(k=5))
+        top1, *_, top5 = [*setup.real_labels.get_accuracy().values()] * 2
+        result = dict(top1=top1, top5=top5)
     if confusion is not None:
         result |= averages(confusion.view(classes, classes), args.metrics_avg)
     return result | dict(img_per_sec=evaluator.num_samples / (time.monotonic() - start))
@@ -289,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 after a mistake of the user's that left nothing measured.
     """
-    logging.basicConfig(format='%(message)s', force=True)
+    logging.basicConfig(format='%(message)s')
     _logger.setLevel(logging.INFO)
     results = []
     try:

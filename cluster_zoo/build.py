@@ -44,7 +44,16 @@ def blame(option: str) -> Iterator[None]:
         yield
     except (CheckpointError, DataError, OptionError):
         raise
-    except (AssertionError, AttributeError, ImportError, KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        AssertionError,
+        AttributeError,
+        ImportError,
+        KeyError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise OptionError(f'{option}: {reason}') from error
 

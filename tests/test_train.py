@@ -1,19 +1,25 @@
 """train.py, run on a few images: that it learns, what it writes, that it stops and goes on to the same bits."""
 
+import argparse
 import csv
+import fcntl
 import os
 import pty
 import re
 import shlex
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 
 from cluster_zoo.weights import load_checkpoint
 
@@ -291,8 +297,6 @@ def test_resume_a_checkpoint_of_timms_script(run, tmp_path):
     assert run('a', '--epochs', 1, '--lr', 0.01) == 0
     checkpoint = _load(tmp_path / 'a' / 'last.pth.tar')
     checkpoint = {k: v for k, v in checkpoint.items() if k not in ('progress', 'args')}
-    import argparse
-
     torch.save({**checkpoint, 'args': argparse.Namespace(lr=0.01)}, tmp_path / 'timm.pth.tar')
     assert run('b', '--epochs', 2, '--lr', 0.01, '--resume', tmp_path / 'timm.pth.tar') == 0
     assert [row['epoch'] for row in _summary(tmp_path / 'b')] == ['1']
@@ -333,6 +337,7 @@ def test_interrupted_process_prints_the_command_that_goes_on(image_folder, tmp_p
 def test_bar_on_a_terminal(image_folder, tmp_path):
     flags = ['--epochs', '1', '--lr', '0.01', '--output', str(tmp_path)]
     leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 160, 0, 0))
     process = subprocess.Popen(
         [sys.executable, 'train.py', str(image_folder), *BASE, *flags], cwd=ROOT, stderr=follower
     )
@@ -355,8 +360,6 @@ def test_bar_on_a_terminal(image_folder, tmp_path):
 @pytest.fixture(scope='module')
 def imagenet_folder(tmp_path_factory):
     """As many classes as the published models have, an image in each."""
-    from PIL import Image
-
     root = tmp_path_factory.mktemp('imagenet')
     for split in ('train', 'val'):
         for index in range(1000):
@@ -454,8 +457,6 @@ def test_checkpoint_inside_an_epoch_needs_the_same_batches(run, train, tmp_path,
 
 @pytest.mark.parametrize('workers', [0, 1])
 def test_unreadable_image(train, tmp_path, caplog, capsys, image_folder, workers):
-    import shutil
-
     shutil.copytree(image_folder, tmp_path / 'data')
     (tmp_path / 'data' / 'train' / 'red' / '3.png').write_bytes(b'no image')
     line = ['--data-dir', tmp_path / 'data', *BASE, '-j', workers, '--epochs', 2, '--lr', 0.01, '-b', 6]
