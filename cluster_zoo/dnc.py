@@ -113,7 +113,7 @@ class NearestCentroidMixin(nn.Module):
         if not isinstance(linear, nn.Linear):
             raise ValueError(
                 f'The centroid head takes the place of one linear layer, but {self.backbone_class.__name__} ends in '
-                f"{type(linear).__name__} ('{self.classifier_name}'). Keep the global pooling, or choose another one."
+                f"{type(linear).__name__} ('{self.classifier_name}'). Keep the global pooling or take another model."
             )
         head = NearestCentroidHead(
             linear.in_features,
@@ -124,7 +124,7 @@ class NearestCentroidMixin(nn.Module):
         )
         self.set_submodule(self.classifier_name, head.train(linear.training))
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: int) -> tuple:
         # The class is made at run time, so that pickle and copy cannot import it by its name: they make it again.
         _, _, *state = super().__reduce_ex__(protocol)
         return _new_instance, (self.backbone_class,), *state
@@ -153,7 +153,7 @@ def _convert(model: nn.Module, sub_centroids: int) -> nn.Module:
         found = f'several ({", ".join(name)})' if isinstance(name, tuple | list) else 'none'
         raise ValueError(
             'The centroid head takes the place of one linear layer; '
-            f'of classifiers {type(model).__name__} has {found}. Choose another backbone.'
+            f'of classifiers {type(model).__name__} has {found}. Take another model.'
         )
     model.__class__ = _nearest_centroid_class(type(model))
     model.classifier_name = name
