@@ -1,8 +1,8 @@
 """Clustering sets of points: similarity, hard assignment, aggregation, dispatch.
 
-The one operation that Context Cluster, FEC and their relatives share, as pure functions on sets of points. Nothing here
-knows about images or modules. A batch of sets is a tensor of *columns*: N points of D features are ``[..., D, N]``, their
-M centers ``[..., D, M]``, so that the output of a 1x1 convolution is a batch of sets without a copy.
+The one operation that Context Cluster, FEC and their relatives share, as pure functions on sets of points. Nothing
+here knows about images or modules. A batch of sets is a tensor of *columns*: N points of D features are [..., D, N],
+their M centers [..., D, M], so that the output of a 1x1 convolution is a batch of sets without a copy.
 
 Padding: a set may be filled up with points that do not count. ``point_mask`` [..., N] and ``center_mask`` [..., M] mark
 those that do; a masked point joins no cluster and a masked center gets no point.
@@ -10,14 +10,6 @@ those that do; a masked point joins no cluster and a masked center gets no point
 
 import torch
 from torch import Tensor
-
-
-def exporting() -> bool:
-    """Whether a graph for any size is being exported: no branch and no loop may then depend on a size."""
-    if torch.jit.is_scripting():
-        return False
-    else:  # TorchScript leaves this branch out, which it could not compile
-        return torch.compiler.is_exporting()
 
 
 def cosine_similarity(centers: Tensor, points: Tensor) -> Tensor:
@@ -34,7 +26,7 @@ def cosine_similarity(centers: Tensor, points: Tensor) -> Tensor:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """Columns scaled to length one, ``x / max(|x|, 1e-12)``, with lengths in float32 at least: in float16 1e-12 is zero."""
+    """Columns scaled to length one, ``x / max(|x|, 1e-12)``; in float32 at least, because 1e-12 is zero in float16."""
     wide = x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
     return (wide * (wide * wide).sum(-2, keepdim=True).clamp_min(1e-24).rsqrt()).to(x.dtype)
 
@@ -61,8 +53,9 @@ def nearest_center(
     """
     centers, points = _unit(centers.detach()).transpose(-2, -1), _unit(points.detach())
     size = max(1, block_elements // centers.shape[-2])
-    if exporting():
-        return _first_largest(centers @ points, center_mask)  # an exported graph has no loop over symbolic sizes
+    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch, but not half a condition
+        if torch.compiler.is_exporting():
+            size = points.shape[-1]  # a graph for any size has no loop over it
     blocks = [_first_largest(centers @ block, center_mask) for block in points.split(size, dim=-1)]
     return torch.cat(blocks, dim=-1)
 

@@ -2,8 +2,8 @@
 
 Paper: 'Image as Set of Points', ICLR 2023, https://arxiv.org/abs/2303.01494
 
-A network is a stem that turns patches into points, and four stages of blocks in which a cluster mixer lets the points of a
-region exchange what they hold through a few centers. Between stages a strided convolution reduces the points.
+A network is a stem that turns patches into points, and four stages of blocks in which a cluster mixer lets the points
+of a region exchange what they hold through a few centers. Between stages a strided convolution reduces the points.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,8 +45,8 @@ __all__ = ['ClusterMixer', 'ContextCluster']  # register_model adds the entry po
 class PointStem(nn.Module):
     """Patches of an image and their positions, as points (section 3.1).
 
-    The paper appends two coordinate channels to the image and convolves all of them. A convolution is a sum over its input
-    channels, so here ``proj`` sees the image alone and ``coord`` the coordinates, which are the same for the whole batch.
+    The paper appends two coordinate channels to the image and convolves all of them. A convolution is a sum over its
+    input channels, so here ``proj`` sees the image alone and ``coord`` the coordinates, the same for the whole batch.
 
     Args:
         in_chans: Image channels C.
@@ -193,8 +193,9 @@ class ContextClusterStage(nn.Module):
 class ContextCluster(nn.Module):
     """Context Cluster, 'Image as Set of Points', https://arxiv.org/abs/2303.01494
 
-    Takes images [B, C, H, W] of any size from 32 pixels. Stage i gives [B, dims[i], ceil(H / s), ceil(W / s)] with strides
-    s = 4, 8, 16, 32; where a grid does not divide by its regions it is padded inside, and padded points join no cluster.
+    Takes images [B, C, H, W] of any size from 32 pixels. Stage i gives [B, dims[i], ceil(H / s), ceil(W / s)] with
+    strides s = 4, 8, 16, 32; where a grid does not divide by its regions it is padded inside, and padded points join no
+    cluster. Exported with dynamic sizes it takes those that divide: multiples of 32 for most variants.
 
     Args:
         in_chans: Image channels.
@@ -387,7 +388,7 @@ class ContextCluster(nn.Module):
 
 
 def one_each(name: str, value: int | tuple[int, ...], count: int) -> tuple[int, ...]:
-    """``count`` positive integers from one or from that many; `ValueError` that names the argument for anything else."""
+    """``count`` positive integers from one or from that many; anything else is a `ValueError` that names the argument."""
     values = to_ntuple(count)(value)
     if len(values) != count or any(not isinstance(v, int) or v < 1 for v in values):
         raise ValueError(f'{name} must be a positive integer or {count} of them, got {value!r}.')

@@ -30,8 +30,8 @@ __all__ = ['FEC', 'ClusterPool']  # register_model adds the entry points
 class ClusterPool(nn.Module):
     """Half the points per axis: each new point gathers the points that look most like it (section 3.2).
 
-    The new points start as the mean of 2 x 2 points; every point joins the one of highest cosine similarity, wherever in
-    the region it lies; the mean of the members' values is added to a strided convolution.
+    The new points start as the mean of 2 x 2 points; every point joins the one of highest cosine similarity, wherever
+    in the region it lies; the mean of the members' values is added to a strided convolution.
 
     Args:
         in_chans: Channels C of the points.
@@ -53,9 +53,8 @@ class ClusterPool(nn.Module):
         H, W = x.shape[-2:]
         h, w = (H + 1) // 2, (W + 1) // 2
         r = self.regions
-        with torch.no_grad():
-            f = self.f(x)
-            center_f = F.avg_pool2d(f, 2, ceil_mode=True, count_include_pad=False)
+        f = self.f(x.detach()).detach()
+        center_f = F.avg_pool2d(f, 2, ceil_mode=True, count_include_pad=False)
         v = self.v(x)
         center_v = F.avg_pool2d(v, 2, ceil_mode=True, count_include_pad=False)
         points: Tensor | None = None
@@ -105,7 +104,7 @@ class FEC(ContextCluster):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The features of cluster pooling, which no gradient reaches: they stay as they are, as in the authors' code."""
+        """The features of cluster pooling: no gradient reaches them, and they stay as they are in the authors' code."""
         return {'stages.*.downsample.f.weight'}
 
 

@@ -1,22 +1,17 @@
 """Grids of an image as sets of points: equal regions, padding where they do not divide, mean-grid centers.
 
-A set has one point a column (see `clustering`): a map [B, E * D, H, W] of E heads, cut into r x r regions, is the batch of
-sets [B * E, r * r, D, N]. Rows are H and come first.
+A set has one point a column (see `clustering`): a map [B, E * D, H, W] of E heads, cut into r x r regions, is the batch
+of sets [B * E, r * r, D, N]. Rows are H and come first.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .clustering import exporting
-
 
 def divides(size: tuple[int, int], multiple: int) -> bool:
-    """Whether both sides are a multiple, so that nothing must be padded or masked.
-
-    Never true while a model is exported: an exported graph keeps the general path, which is right for every size.
-    """
-    return not exporting() and size[0] % multiple == 0 and size[1] % multiple == 0
+    """Whether both sides are a multiple, so that nothing must be padded or masked."""
+    return size[0] % multiple == 0 and size[1] % multiple == 0
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -192,8 +192,11 @@ def build_model(
     def filter_and_check(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         if pretrained_filter_fn:
             state_dict = pretrained_filter_fn(dict(state_dict), model)
+        head = state_dict.get(f'{cfg.classifier}.weight')
+        if head is not None and len(head) == model.num_classes:
+            model.pretrained_cfg['num_classes'] = model.num_classes  # or timm would drop a head that fits
         adapted = []
-        if kwargs.get('features_only') or model.num_classes != cfg.num_classes:
+        if kwargs.get('features_only') or model.num_classes != model.pretrained_cfg['num_classes']:
             adapted += [cfg.classifier] if isinstance(cfg.classifier, str) else list(cfg.classifier or ())
         if model.in_chans != cfg.input_size[0]:
             adapted += [cfg.first_conv] if isinstance(cfg.first_conv, str) else list(cfg.first_conv or ())
