@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shlex
 import signal
 import sys
 import time
@@ -41,14 +40,22 @@ from tqdm import tqdm
 import cluster_zoo  # noqa: F401  registers the models
 from cluster_zoo import build
 from cluster_zoo.data import DataError, unreadable_images
-from cluster_zoo.interrupt import Stop, rng_state, seed_epoch, set_rng_state
+from cluster_zoo.interrupt import (
+    Stop,
+    buffers,
+    gather,
+    newest_checkpoint,
+    resume_command,
+    rng_state,
+    seed_epoch,
+    set_buffers,
+    set_rng_state,
+)
 from cluster_zoo.options import OptionError, available_workers
 from cluster_zoo.train_options import train_parser
 from cluster_zoo.weights import CheckpointError
 
 _logger = logging.getLogger('train')
-
-_NO_OPTIONS = ('argv', 'given', 'distributed', 'world_size', 'rank')  # what else `args` carries
 
 
 # --- state ------------------------------------------------------------------------------------------------------------
@@ -62,8 +69,8 @@ class Progress:
     batch: int = 0
     loss_sum: torch.Tensor | float = 0.0
     samples: int = 0
-    num_batches: int = 0  # of an epoch; this and the generators are only set in a checkpoint from inside an epoch
-    rng: list[dict[str, Any]] = field(default_factory=list)  # one a process
+    num_batches: int = 0  # of an epoch; set in a checkpoint from inside an epoch, as is the following
+    rng: list[dict[str, Any]] = field(default_factory=list)  # generators and what else is a process's own, one each
 
 
 @dataclass
@@ -98,16 +105,14 @@ class Run:
 
 
 def save_recovery(run: Run) -> None:
-    """A checkpoint inside an epoch. All processes take part, because each has generators of its own."""
-    states = [rng_state()]
-    if run.args.distributed:
-        states = [None] * run.args.world_size
-        dist.all_gather_object(states, rng_state(), group=run.stop.group)
+    """A checkpoint inside an epoch. All processes take part, because each has a state of its own."""
+    progress = run.progress
+    progress.loss_sum = float(progress.loss_sum)
+    states = gather(dict(rng_state(), buffers=buffers(run.task), loss_sum=progress.loss_sum), run.stop.group)
     if run.saver is not None:
-        run.progress.loss_sum = float(run.progress.loss_sum)
-        run.progress.num_batches, run.progress.rng = len(run.train_loader), states
-        run.saver.save_recovery(run.progress.epoch, run.progress.batch)
-        run.progress.rng = []
+        progress.num_batches, progress.rng = len(run.train_loader), states
+        run.saver.save_recovery(progress.epoch, progress.batch)
+        progress.rng = []
 
 
 def resume(run: Run, path: str) -> None:
@@ -141,7 +146,8 @@ def resume(run: Run, path: str) -> None:
         plateau.__dict__.update(checkpoint.get('plateau', {}))
     elif run.scheduler is not None:
         run.scheduler.step(progress.epoch)
-        run.scheduler.step_update(progress.epoch * run.updates_per_epoch + progress.batch // args.grad_accum_steps)
+        updates = -(-progress.batch // args.grad_accum_steps)
+        run.scheduler.step_update(progress.epoch * run.updates_per_epoch + updates)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -162,7 +168,6 @@ def epoch_batches(run: Run) -> Iterator[tuple[int, Any]]:
         next(batches)  # drawn and dropped, so that the workers' generators advance as they did
     if progress.rng:
         set_rng_state(progress.rng[args.rank])
-        progress.rng = []
     yield from enumerate(batches, start=progress.batch)
 
 
@@ -250,7 +255,8 @@ def validate(run: Run, ema: bool = False) -> dict[str, float]:
     args = run.args
     model = run.task.get_eval_model(ema=ema)
     model.eval()
-    evaluator = run.task.create_evaluator(max_samples=evaluation_sample_limit(run.val_loader))
+    limit = evaluation_sample_limit(run.val_loader)
+    evaluator = run.task.create_evaluator(max_samples=limit)
     for images, target in run.val_loader:
         images, target = to_device(run, images, target)
         with run.autocast():
@@ -260,10 +266,11 @@ def validate(run: Run, ema: bool = False) -> dict[str, float]:
             output = output.unfold(0, args.tta, args.tta).mean(dim=2)
             target = target[:: args.tta][: len(output)]
         evaluator.update(output, target)
-        if run.stop.signal and not args.distributed:
-            break  # the resumed run validates this epoch
+        # Only processes that have a sampler in common are sure to have as many batches, and so to ask as often.
+        if (not args.distributed or limit is not None) and run.stop.requested():
+            break
     metrics = evaluator.compute(distributed=args.distributed)
-    if utils.is_primary(args):
+    if utils.is_primary(args) and not run.stop.signal:
         figures = f'top-1 {metrics["top1"]:.2f}  top-5 {metrics["top5"]:.2f}  loss {metrics["loss"]:.4f}'
         _logger.info(f'{"EMA:  " if ema else "Test: "}{run.progress.epoch}  {figures}')
     return metrics
@@ -290,6 +297,10 @@ def fit(run: Run) -> int:
         0, or the number of the signal that stopped the run.
     """
     args, skipped = run.args, 0
+    if run.progress.rng:
+        own = run.progress.rng[args.rank]
+        run.progress.loss_sum = own.get('loss_sum', run.progress.loss_sum)
+        set_buffers(run.task, own.get('buffers', []))
     while run.progress.epoch < run.num_epochs:
         epoch = run.progress.epoch
         seed_epoch(args.seed, args.rank, epoch)
@@ -364,7 +375,8 @@ class Report:
 
 def options(args: argparse.Namespace) -> dict[str, Any]:
     """The options alone, as `args.yaml` and checkpoints keep them."""
-    return {name: value for name, value in vars(args).items() if name not in _NO_OPTIONS}
+    process = ('given', 'distributed', 'world_size', 'rank')
+    return {name: value for name, value in vars(args).items() if name not in process}
 
 
 def start(args: argparse.Namespace) -> Run:
@@ -434,12 +446,6 @@ def start(args: argparse.Namespace) -> Run:
     return run
 
 
-def newest_checkpoint(output_dir: Path) -> str:
-    """The checkpoint that `--resume auto` goes on from; empty if there is none yet."""
-    found = [*output_dir.glob('last.pth.tar'), *output_dir.glob('recovery-*.pth.tar')]
-    return str(max(found, key=lambda path: path.stat().st_mtime)) if found else ''
-
-
 def open_output(run: Run, output_dir: Path, checkpoint: str) -> None:
     """Makes the run folder, with the options in `args.yaml`, and the saver of checkpoints."""
     args = run.args
@@ -461,19 +467,6 @@ def open_output(run: Run, output_dir: Path, checkpoint: str) -> None:
         run.saver.load_state_dict_from_checkpoint(checkpoint)
 
 
-def resume_command(run: Run) -> str:
-    """The command line of this run, going on from the checkpoint that was saved last."""
-    kept, words = [], iter(run.args.argv)
-    for word in words:
-        if word in ('--resume', '--output', '--experiment'):
-            next(words)
-        elif not word.startswith(('--resume=', '--output=', '--experiment=')):
-            kept.append(word)
-    launcher = ['torchrun', f'--nproc-per-node={run.args.world_size}'] if run.args.distributed else [sys.executable]
-    place = ['--output', str(run.output_dir.parent), '--experiment', run.output_dir.name]
-    return shlex.join([*launcher, sys.argv[0], *kept, *place, '--resume', run.saver.curr_recovery_file])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the script.
 
@@ -486,7 +479,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         args = train_parser().resolve(argv)
-        args.argv = argv
         run = start(args)
         with Stop() as run.stop:
             number = fit(run)
@@ -501,7 +493,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             dist.destroy_process_group()
     if number and run.saver is not None:
         where = f'epoch {run.progress.epoch}, batch {run.progress.batch}'
-        print(f'\nStopped at {where}. To go on:\n\n    {resume_command(run)}\n', file=sys.stderr)
+        command = resume_command(argv, run.output_dir, run.saver.curr_recovery_file, args.world_size)
+        print(f'\nStopped at {where}. To go on:\n\n    {command}\n', file=sys.stderr)
     return 128 + number if number else 0
 
 

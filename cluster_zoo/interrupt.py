@@ -1,16 +1,21 @@
-"""What lets a run be interrupted at any batch: asking it to stop, and random generators that can be put back."""
+"""What lets a run be interrupted at any batch: asking it to stop, the state that is a process's own, the way back."""
 
 from __future__ import annotations
 
 import random
+import shlex
 import signal
+import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from timm.utils import random_seed
+from timm.task import TrainingTask
+from timm.utils import random_seed, unwrap_model
 
 
 class Stop:
@@ -61,3 +66,55 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state['python'])
     if 'cuda' in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state['cuda'])
+
+
+def _modules(task: TrainingTask) -> list[torch.nn.Module]:
+    modules = (task.get_trainable_module(), task.get_trainable_module(ema=True))
+    return [unwrap_model(module) for module in modules if module is not None]
+
+
+def buffers(task: TrainingTask) -> list[dict[str, torch.Tensor]]:
+    """Buffers of the model and of its average: batch statistics differ between processes until an epoch ends."""
+    return [{name: buffer.cpu() for name, buffer in module.named_buffers()} for module in _modules(task)]
+
+
+def set_buffers(task: TrainingTask, values: list[dict[str, torch.Tensor]]) -> None:
+    """Puts the buffers back that :func:`buffers` has read."""
+    for module, named in zip(_modules(task), values):
+        for name, buffer in module.named_buffers():
+            buffer.copy_(named[name])
+
+
+def gather(state: dict[str, Any], group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
+    """The states of all processes in every one of them, by rank."""
+    if group is None:
+        return [state]
+    states = [None] * dist.get_world_size(group)
+    dist.all_gather_object(states, state, group=group)
+    return states
+
+
+def newest_checkpoint(output_dir: Path) -> str:
+    """The checkpoint of a run folder that was written last; empty if there is none."""
+    found = [*output_dir.glob('last.pth.tar'), *output_dir.glob('recovery-*.pth.tar')]
+    return str(max(found, key=lambda path: path.stat().st_mtime)) if found else ''
+
+
+def resume_command(argv: Sequence[str], output_dir: Path, checkpoint: str, processes: int) -> str:
+    """The command line of a run, changed to go on from a checkpoint in the same folder.
+
+    Args:
+        argv: Arguments that the run was started with.
+        output_dir: Its folder.
+        checkpoint: Where to go on from.
+        processes: How many processes it has.
+    """
+    kept, words = [], iter(argv)
+    for word in words:
+        if word in ('--resume', '--output', '--experiment'):
+            next(words)
+        elif not word.startswith(('--resume=', '--output=', '--experiment=')):
+            kept.append(word)
+    launcher = ['torchrun', f'--nproc-per-node={processes}'] if processes > 1 else [sys.executable]
+    place = ['--output', str(output_dir.parent), '--experiment', output_dir.name]
+    return shlex.join([*launcher, sys.argv[0], *kept, *place, '--resume', checkpoint])

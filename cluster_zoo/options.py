@@ -226,6 +226,7 @@ def validate_parser() -> Parser:
     """The parser of ``validate.py``."""
     parser = Parser(
         prog='validate.py',
+        usage='%(prog)s [DIR] [options]',
         description='Measure top-1 and top-5 accuracy and speed of one or several image classifiers.',
         epilog=LEFT_OUT,
     )

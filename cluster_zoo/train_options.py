@@ -135,7 +135,7 @@ def _add_augmentation_options(parser: argparse.ArgumentParser) -> None:
     add('--cutmix-minmax', type=float, nargs='+', metavar='F', help='smallest and largest cutmix ratio (sets alpha)')
     add('--mixup-prob', type=float, default=1.0, metavar='P', help='probability that a batch is mixed')
     add('--mixup-switch-prob', type=float, default=0.5, metavar='P', help='of those, probability of cutmix')
-    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem', 'half'), help='what gets its own mix')
+    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what gets its own mix')
     add('--mixup-off-epoch', type=int, default=0, metavar='N', help='no mixing from this epoch on, 0: never off')
     add('--smoothing', type=float, default=0.1, metavar='F', help='label smoothing')
     add('--train-interpolation', default='random', metavar='NAME', help='resize interpolation of training')
@@ -199,6 +199,7 @@ def train_parser() -> Parser:
     """The parser of ``train.py``."""
     parser = Parser(
         prog='train.py',
+        usage='%(prog)s [DIR] [options]',
         description="Train an image classifier with timm's parts. Defaults are those of a recipe (--recipe).",
         epilog=LEFT_OUT,
     )

@@ -211,13 +211,13 @@ FULL = [
 ]
 
 
-def _stop_after(train, monkeypatch, updates):
-    """Ctrl-C after so many updates."""
+def _stop_after(train, monkeypatch, asked):
+    """Ctrl-C when the run asks for the so many-th time whether to stop."""
     count = iter(range(1, 10**6))
     original = train.Stop.requested
 
     def requested(self):
-        if next(count) == updates:
+        if next(count) == asked:
             os.kill(os.getpid(), signal.SIGINT)
         return original(self)
 
@@ -234,19 +234,20 @@ def _assert_same_run(a, b):
 
 
 @pytest.mark.parametrize(
-    ('updates', 'flags'),
+    ('asked', 'flags'),
+    # An epoch asks 11 times: after each of 4 updates and of 2 x 3 batches of validation, and at its end.
     [
         (2, ['-j', 1]),  # inside the first epoch, before any other checkpoint
-        (6, ['-j', 0]),  # 4 updates and one question after validation make 5, so inside the second
-        (8, ['-j', 1, '--sched-on-updates']),
-        (4, ['-j', 0]),  # all batches done, not validated
-        (5, ['-j', 1]),  # validated, no checkpoint yet
-        (12, ['-j', 0, '--sched', 'plateau', '--patience-epochs', 0]),
+        (13, ['-j', 0]),
+        (4, ['-j', 1, '--sched-on-updates']),  # all batches done, not validated
+        (9, ['-j', 0, '--sched-on-updates']),  # half validated
+        (11, ['-j', 1]),  # validated, no checkpoint of it yet
+        (24, ['-j', 0, '--sched', 'plateau', '--patience-epochs', 0]),
     ],
 )
-def test_resumed_run_ends_in_the_same_bits(run, train, tmp_path, monkeypatch, capsys, updates, flags):
+def test_resumed_run_ends_in_the_same_bits(run, train, tmp_path, monkeypatch, capsys, asked, flags):
     assert run('whole', *FULL, *flags) == 0
-    undo = _stop_after(train, monkeypatch, updates)
+    undo = _stop_after(train, monkeypatch, asked)
     assert run('cut', *FULL, *flags) == 128 + signal.SIGINT
     undo()
     message = capsys.readouterr().err
