@@ -38,19 +38,8 @@ from timm.task import TrainingTask, evaluation_sample_limit
 from tqdm import tqdm
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo import build
+from cluster_zoo import build, interrupt
 from cluster_zoo.data import DataError, unreadable_images
-from cluster_zoo.interrupt import (
-    Stop,
-    buffers,
-    gather,
-    newest_checkpoint,
-    resume_command,
-    rng_state,
-    seed_epoch,
-    set_buffers,
-    set_rng_state,
-)
 from cluster_zoo.options import OptionError, available_workers
 from cluster_zoo.train_options import train_parser
 from cluster_zoo.weights import CheckpointError
@@ -88,8 +77,8 @@ class Run:
     scaler: utils.NativeScaler | None
     num_epochs: int
     updates_per_epoch: int
-    progress: Progress
-    stop: Stop | None = None
+    progress: Progress = field(default_factory=Progress)
+    stop: interrupt.Stop | None = None
     output_dir: Path | None = None
     saver: utils.CheckpointSaver | None = None
 
@@ -108,7 +97,8 @@ def save_recovery(run: Run) -> None:
     """A checkpoint inside an epoch. All processes take part, because each has a state of its own."""
     progress = run.progress
     progress.loss_sum = float(progress.loss_sum)
-    states = gather(dict(rng_state(), buffers=buffers(run.task), loss_sum=progress.loss_sum), run.stop.group)
+    own = dict(interrupt.rng_state(), buffers=interrupt.buffers(run.task), loss_sum=progress.loss_sum)
+    states = interrupt.gather(own, run.stop.group)
     if run.saver is not None:
         progress.num_batches, progress.rng = len(run.train_loader), states
         run.saver.save_recovery(progress.epoch, progress.batch)
@@ -144,10 +134,6 @@ def resume(run: Run, path: str) -> None:
         )
     if plateau := getattr(run.scheduler, 'lr_scheduler', None):
         plateau.__dict__.update(checkpoint.get('plateau', {}))
-    elif run.scheduler is not None:
-        run.scheduler.step(progress.epoch)
-        updates = -(-progress.batch // args.grad_accum_steps)
-        run.scheduler.step_update(progress.epoch * run.updates_per_epoch + updates)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -167,7 +153,7 @@ def epoch_batches(run: Run) -> Iterator[tuple[int, Any]]:
     for _ in range(progress.batch):
         next(batches)  # drawn and dropped, so that the workers' generators advance as they did
     if progress.rng:
-        set_rng_state(progress.rng[args.rank])
+        interrupt.set_rng_state(progress.rng[args.rank])
     yield from enumerate(batches, start=progress.batch)
 
 
@@ -300,10 +286,10 @@ def fit(run: Run) -> int:
     if run.progress.rng:
         own = run.progress.rng[args.rank]
         run.progress.loss_sum = own.get('loss_sum', run.progress.loss_sum)
-        set_buffers(run.task, own.get('buffers', []))
+        interrupt.set_buffers(run.task, own.get('buffers', []))
     while run.progress.epoch < run.num_epochs:
         epoch = run.progress.epoch
-        seed_epoch(args.seed, args.rank, epoch)
+        interrupt.seed_epoch(args.seed, args.rank, epoch)
         loss = train_epoch(run)
         metrics = evaluate(run) if loss is not None else None
         if run.stop.requested():
@@ -379,8 +365,8 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in process}
 
 
-def start(args: argparse.Namespace) -> Run:
-    """Builds every part of a run, and puts it where `--resume` says."""
+def set_up(args: argparse.Namespace) -> None:
+    """Device, processes, log and seed."""
     build.check_training_options(args)
     build.setup_runtime(args)
     utils.init_distributed_device(args)
@@ -392,6 +378,10 @@ def start(args: argparse.Namespace) -> Run:
         args.workers = available_workers(args.workers)
     utils.random_seed(args.seed, args.rank)
 
+
+def start(args: argparse.Namespace) -> Run:
+    """Builds every part of a run, and puts it where `--resume` says."""
+    set_up(args)
     model = build.build_model(args)
     with build.blame('image size'):
         data_config = resolve_input_data_config(model, vars(args))
@@ -406,7 +396,6 @@ def start(args: argparse.Namespace) -> Run:
     if args.model_ema:
         device = torch.device('cpu') if args.model_ema_force_cpu else None
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
-
     run = Run(
         args=args,
         task=task,
@@ -419,15 +408,32 @@ def start(args: argparse.Namespace) -> Run:
         scaler=scaler,
         num_epochs=num_epochs,
         updates_per_epoch=updates_per_epoch,
-        progress=Progress(args.start_epoch or 0),
     )
     image_size = data_config['input_size'][-1]
     folder = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}-{image_size}'
     output_dir = Path(args.output or './output/train', folder)
-    checkpoint = newest_checkpoint(output_dir) if args.resume == 'auto' else args.resume
+    place(run, output_dir)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    _logger.info(
+        f'{args.model}: {parameters / 1e6:.2f} M parameters, {args.num_classes} classes; {len(datasets[0])} training '
+        f'and {len(datasets[1])} validation images of {data_config["input_size"]}; {num_epochs} epochs of '
+        f'{updates_per_epoch} updates on {args.world_size} x {args.device}; output in {output_dir}'
+    )
+    return run
+
+
+def place(run: Run, output_dir: Path) -> None:
+    """Puts a run where it starts from, into its folder, and on its processes, in the order that timm's task needs."""
+    args, task = run.args, run.task
+    checkpoint = interrupt.newest_checkpoint(output_dir) if args.resume == 'auto' else args.resume
     if checkpoint:
         resume(run, checkpoint)
-        run.progress = run.progress if args.start_epoch is None else Progress(args.start_epoch)
+    if args.start_epoch is not None:
+        run.progress = Progress(args.start_epoch)
+    updates = run.progress.epoch * run.updates_per_epoch - (-run.progress.batch // args.grad_accum_steps)
+    if run.scheduler is not None and updates > 0 and args.sched != 'plateau':
+        run.scheduler.step(run.progress.epoch)
+        run.scheduler.step_update(updates)
     if utils.is_primary(args):
         open_output(run, output_dir, checkpoint)
     if args.torchcompile:
@@ -437,13 +443,6 @@ def start(args: argparse.Namespace) -> Run:
     if args.distributed:
         device_ids = None if args.device == 'cpu' else [torch.device(args.device)]
         task.prepare_distributed(device_ids=device_ids, **dict(broadcast_buffers=False) if args.no_ddp_bb else {})
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    _logger.info(
-        f'{args.model}: {parameters / 1e6:.2f} M parameters, {args.num_classes} classes; {len(datasets[0])} training '
-        f'and {len(datasets[1])} validation images of {data_config["input_size"]}; {num_epochs} epochs of '
-        f'{updates_per_epoch} updates on {args.world_size} x {args.device}; output in {output_dir}'
-    )
-    return run
 
 
 def open_output(run: Run, output_dir: Path, checkpoint: str) -> None:
@@ -477,13 +476,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 after a mistake of the user's, 128 + the number of the signal that stopped it.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    run = None
     try:
         args = train_parser().resolve(argv)
         run = start(args)
-        with Stop() as run.stop:
+        with interrupt.Stop() as run.stop:
             number = fit(run)
     except (OptionError, DataError, CheckpointError) as error:
-        if os.environ.get('LOCAL_RANK', '0') == '0':
+        # Before a run stands, all processes make the same mistake.
+        if run is not None or os.environ.get('LOCAL_RANK', '0') == '0':
             print(f'error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -493,7 +494,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             dist.destroy_process_group()
     if number and run.saver is not None:
         where = f'epoch {run.progress.epoch}, batch {run.progress.batch}'
-        command = resume_command(argv, run.output_dir, run.saver.curr_recovery_file, args.world_size)
+        processes = int(os.environ.get('LOCAL_WORLD_SIZE', 1)) if args.distributed else 0
+        command = interrupt.resume_command(argv, run.output_dir, run.saver.curr_recovery_file, processes)
         print(f'\nStopped at {where}. To go on:\n\n    {command}\n', file=sys.stderr)
     return 128 + number if number else 0
 

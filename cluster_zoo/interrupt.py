@@ -107,14 +107,14 @@ def resume_command(argv: Sequence[str], output_dir: Path, checkpoint: str, proce
         argv: Arguments that the run was started with.
         output_dir: Its folder.
         checkpoint: Where to go on from.
-        processes: How many processes it has.
+        processes: Processes on this machine; 0 for a run without a launcher.
     """
     kept, words = [], iter(argv)
     for word in words:
         if word in ('--resume', '--output', '--experiment'):
             next(words)
-        elif not word.startswith(('--resume=', '--output=', '--experiment=')):
+        elif not word.startswith(('--resume=', '--output=', '--experiment=', '--local-rank=', '--local_rank=')):
             kept.append(word)
-    launcher = ['torchrun', f'--nproc-per-node={processes}'] if processes > 1 else [sys.executable]
+    launcher = ['torchrun', f'--nproc-per-node={processes}'] if processes else [sys.executable]
     place = ['--output', str(output_dir.parent), '--experiment', output_dir.name]
     return shlex.join([*launcher, sys.argv[0], *kept, *place, '--resume', checkpoint])

@@ -3,13 +3,15 @@
 import io
 import os
 import random
+import shlex
 import signal
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from cluster_zoo.interrupt import Stop, rng_state, seed_epoch, set_rng_state
+from cluster_zoo.interrupt import Stop, newest_checkpoint, resume_command, rng_state, seed_epoch, set_rng_state
 
 
 def _draw():
@@ -56,3 +58,21 @@ def test_second_interrupt_stops_at_once():
         stop.since -= 2
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_resume_command(monkeypatch, tmp_path):
+    monkeypatch.setattr('sys.argv', ['train.py'])
+    argv = ['--local-rank=0', 'my data', '--resume', 'a', '--output=b', '-b', '8', '--experiment', 'c']
+    folder = tmp_path / 'out put' / 'run'
+    words = shlex.split(resume_command(argv, folder, 'x.pth.tar', 2))
+    assert words[:6] == ['torchrun', '--nproc-per-node=2', 'train.py', 'my data', '-b', '8']
+    assert words[6:] == ['--output', str(folder.parent), '--experiment', 'run', '--resume', 'x.pth.tar']
+    assert shlex.split(resume_command(argv, folder, 'x.pth.tar', 0))[:2] == [sys.executable, 'train.py']
+
+
+def test_newest_checkpoint(tmp_path):
+    assert newest_checkpoint(tmp_path) == ''
+    for age, name in enumerate(('last.pth.tar', 'recovery-1-20.pth.tar', 'recovery-2-3.pth.tar', 'model_best.pth.tar')):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (age, age))
+    assert newest_checkpoint(tmp_path) == str(tmp_path / 'recovery-2-3.pth.tar')
