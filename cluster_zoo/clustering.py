@@ -52,10 +52,10 @@ def nearest_center(
         int64 [S, N], values 0 .. M - 1.
     """
     centers, points = _unit(centers.detach()).transpose(-2, -1), _unit(points.detach())
-    size = max(1, block_elements // centers.shape[-2])
     if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch, but not half a condition
-        if torch.compiler.is_exporting():
-            size = points.shape[-1]  # a graph for any size has no loop over it
+        if torch.compiler.is_exporting():  # a graph for any size has no loop over it
+            return _first_largest(centers @ points, center_mask)
+    size = max(1, block_elements // centers.shape[-2])
     blocks = [_first_largest(centers @ block, center_mask) for block in points.split(size, dim=-1)]
     return torch.cat(blocks, dim=-1)
 

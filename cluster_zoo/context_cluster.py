@@ -388,7 +388,7 @@ class ContextCluster(nn.Module):
 
 
 def one_each(name: str, value: int | tuple[int, ...], count: int) -> tuple[int, ...]:
-    """``count`` positive integers from one or from that many; anything else is a `ValueError` that names the argument."""
+    """``count`` positive integers from one or from that many; anything else raises a `ValueError` that names it."""
     values = to_ntuple(count)(value)
     if len(values) != count or any(not isinstance(v, int) or v < 1 for v in values):
         raise ValueError(f'{name} must be a positive integer or {count} of them, got {value!r}.')
