@@ -29,6 +29,7 @@ from timm.task import (
     TokenDistillationTask,
     TrainingTask,
 )
+from torchvision import transforms
 
 from .data import DataError, check_dataset, create_dataset
 from .options import OptionError, nearest
@@ -297,6 +298,15 @@ def build_loaders(
             **_scheduled_sizes(args),
             **options,
         )
+    if args.train_crop_mode == 'pad' and not args.no_aug:
+        height, width = data_config['input_size'][-2:]
+        # In place of timm's crop, which is the first step.
+        train.transform.transforms[0] = transforms.Compose(
+            [
+                transforms.Resize((height, width)),
+                transforms.RandomCrop((height, width), padding=(width // 8, height // 8)),
+            ]
+        )
     val_loader = create_loader(
         val,
         batch_size=args.validation_batch_size or args.batch_size,
@@ -319,7 +329,7 @@ def _augmentation(args: argparse.Namespace) -> dict[str, Any]:
         re_mode=args.remode,
         re_count=args.recount,
         re_split=args.resplit,
-        train_crop_mode=args.train_crop_mode,
+        train_crop_mode=None if args.train_crop_mode == 'pad' else args.train_crop_mode,
         scale=args.scale,
         ratio=args.ratio,
         hflip=args.hflip,
@@ -365,6 +375,10 @@ def check_training_options(args: argparse.Namespace) -> None:
         (args.resume == 'auto' and not args.experiment, '--resume auto needs --experiment, to know where to look'),
         (args.train_batch_sizes and not args.train_img_sizes, '--train-batch-sizes needs --train-img-sizes'),
         (args.checkpoint_hist < 1, '--checkpoint-hist must be at least 1'),
+        (
+            args.train_crop_mode == 'pad' and (args.aug_splits or args.train_img_sizes),
+            '--train-crop-mode pad does not go with --aug-splits or --train-img-sizes',
+        ),
     )
     for broken, message in rules:
         if broken:

@@ -80,6 +80,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         smoothing=0.0,
         batch_size=128,
         img_size=32,
+        train_crop_mode='pad',
         color_jitter=0.0,
     ),
 }

@@ -109,7 +109,11 @@ def _add_schedule_options(parser: argparse.ArgumentParser) -> None:
 def _add_augmentation_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('augmentation and loss').add_argument
     add('--no-aug', action='store_true', help='no training augmentation at all, overrides the rest')
-    add('--train-crop-mode', metavar='MODE', help='training crop: rrc (default), rkrc or rkrr')
+    add(
+        '--train-crop-mode',
+        metavar='MODE',
+        help='training crop: rrc (default), rkrc, rkrr, or pad (CIFAR: padded by 1/8)',
+    )
     add('--scale', type=float, nargs='+', default=[0.08, 1.0], metavar='F', help='random resize scale')
     add('--ratio', type=float, nargs='+', default=[3.0 / 4.0, 4.0 / 3.0], metavar='F', help='random aspect ratio')
     add('--hflip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip')

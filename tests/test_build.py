@@ -42,6 +42,7 @@ def test_blame_names_the_option_in_one_line():
         (['-b', 0], 'at least 1'),
         (['--grad-accum-steps', 0], 'at least 1'),
         (['--checkpoint-hist', 0], 'at least 1'),
+        (['--train-crop-mode', 'pad', '--aug-splits', 2], '--train-crop-mode pad'),
         (['--train-batch-sizes', 5], '--train-img-sizes'),
     ],
 )
@@ -193,6 +194,25 @@ def test_loss(flags, criterion):
     args = _args(*flags)
     task = build.build_task(args, build.build_model(args))
     assert type(task.criterion).__name__ == criterion
+
+
+def test_pad_and_crop_moves_the_image(image_folder):
+    """CIFAR's augmentation: by at most an eighth in each direction, black moves in, and flipped or not."""
+    args = _args('--recipe', 'dnc_cifar', '--data-dir', image_folder, '-j', 0, '-b', 4, '--hflip', 0)
+    config = dict(input_size=(3, 32, 32), mean=(0, 0, 0), std=(1, 1, 1), interpolation='bicubic', crop_pct=1.0)
+    datasets = build.build_datasets(args, config)
+    loader, _ = build.build_loaders(args, datasets, config, None)
+    image = Image.new('RGB', (32, 32), (255, 255, 255))
+    moves = set()
+    for _ in range(200):
+        moved = loader.dataset.transform(image)
+        assert moved.shape == (3, 32, 32) and set(moved.unique().tolist()) <= {0, 1}
+        rows, columns = moved[0].amax(1), moved[0].amax(0)
+        moves.add((int(rows.argmax() - rows.flip(0).argmax()), int(columns.argmax() - columns.flip(0).argmax())))
+    assert {row for row, _ in moves} == {column for _, column in moves} == set(range(-4, 5))
+    args.no_aug = True
+    loader, _ = build.build_loaders(args, datasets, config, None)
+    assert (loader.dataset.transform(image) == 1).all()
 
 
 def test_mixup_is_the_collate_function_of_the_prefetcher(monkeypatch):
