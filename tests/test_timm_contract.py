@@ -1,7 +1,7 @@
 """What a timm user takes for granted of every registered model.
 
-The structural checks run on every name under the meta device, which costs nothing; those that need numbers on the smallest
-model of each family. DNC over timm's own backbones has its own file.
+The structural checks run on every name under the meta device, which costs nothing; those that need numbers on the
+smallest model of each family. DNC over timm's own backbones has its own file.
 """
 
 import copy
@@ -39,7 +39,7 @@ def _images(*size, batch=2, chans=3):
 
 
 def test_the_names_are_registered():
-    coc = 'tiny tiny2 tiny_plain small medium base_dim64 base_dim96'.split()
+    coc = ['tiny', 'tiny2', 'tiny_plain', 'small', 'medium', 'base_dim64', 'base_dim96']
     assert set(list_models('coc_*')) == {f'coc_{size}' for size in coc}
     assert set(list_models('fec_*')) == {'fec_small', 'fec_base', 'fec_large'}
     assert len(list_models('dnc_*')) == 13

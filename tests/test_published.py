@@ -1,0 +1,42 @@
+"""The authors' checkpoint names."""
+
+import timm
+import torch
+from parity_cases import recipe
+
+import cluster_zoo  # noqa: F401  registers the models
+from cluster_zoo import published
+
+
+def _before_june_2023(state_dict):
+    """The same weights under the names and shapes of the authors' first checkpoints."""
+    names = {'token_mixer.f.': 'token_mixer.fc1.', 'token_mixer.v.': 'token_mixer.fc_v.'}
+    names |= {'token_mixer.proj.': 'token_mixer.fc2.'}
+    old = {}
+    for name, value in state_dict.items():
+        for new_part, old_part in names.items():
+            name = name.replace(new_part, old_part)
+        old[name] = value[:, :, None, None] if '.mlp.fc' in name and value.ndim == 2 else value
+    return old
+
+
+def test_names_and_shapes_are_those_of_the_models():
+    for case in ('coc_tiny', 'coc_small', 'fec_small', 'fec_base'):
+        with torch.device('meta'):
+            expected = {name: value.shape for name, value in timm.create_model(case).state_dict().items()}
+        renamed = published.context_cluster(recipe.state_dict(case))
+        assert {name: value.shape for name, value in renamed.items()} == expected
+
+
+def test_old_checkpoints_are_the_new_ones_under_other_names():
+    state_dict = recipe.state_dict('coc_tiny')
+    old = _before_june_2023(state_dict)
+    assert set(old) != set(state_dict)
+    expected, renamed = published.context_cluster(state_dict), published.context_cluster(old)
+    assert set(renamed) == set(expected)
+    assert all(torch.equal(renamed[name], expected[name]) for name in expected)
+
+
+def test_own_names_are_left_alone():
+    state_dict = timm.create_model('fec_small').state_dict()
+    assert published.context_cluster(state_dict) is state_dict
