@@ -8,6 +8,7 @@ of a region exchange what they hold through a few centers. Between stages a stri
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from . import published
 from .clustering import cluster
-from .grids import divides, mean_grid, merge, pad_to_multiple, partition, point_mask
+from .grids import mean_centers, merge, pad_to_multiple, partition
 from .weights import build_model
 
 __all__ = ['ClusterMixer', 'ContextCluster']  # register_model adds the entry points
@@ -71,8 +72,7 @@ class PointStem(nn.Module):
         rows = torch.arange(H, device=x.device, dtype=torch.float32) / max(H - 1, 1) - 0.5
         columns = torch.arange(W, device=x.device, dtype=torch.float32) / max(W - 1, 1) - 0.5
         position = torch.stack([rows.unsqueeze(1).expand(H, W), columns.expand(H, W)]).unsqueeze(0).to(x.dtype)
-        if not divides((H, W), self.patch_size):
-            x, position = pad_to_multiple(x, self.patch_size), pad_to_multiple(position, self.patch_size)
+        x, position = pad_to_multiple(x, self.patch_size), pad_to_multiple(position, self.patch_size)
         return self.proj(x) + self.coord(position)
 
 
@@ -115,23 +115,12 @@ class ClusterMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]"""
-        H, W = x.shape[-2:]
-        f, v = self.f(x), self.v(x)
-        means = mean_grid((H, W), self.regions, self.proposals, f)
-        points: Tensor | None = None
-        centers: Tensor | None = None
-        if divides((H, W), self.regions):
-            means = means[0]  # the regions are alike
-        else:
-            points = point_mask((H, W), self.regions, self.regions, f)
-            centers = means.sum(-2) > 0
-            f, v = pad_to_multiple(f, self.regions), pad_to_multiple(v, self.regions)
-        padded = (f.shape[-2], f.shape[-1])
-
-        f, v = partition(f, self.num_heads, self.regions), partition(v, self.num_heads, self.regions)
+        size = (x.shape[-2], x.shape[-1])
+        f = partition(self.f(x), self.num_heads, self.regions)
+        v = partition(self.v(x), self.num_heads, self.regions)
+        means, points, centers = mean_centers(size, self.regions, self.proposals, f)
         out = cluster(f, v, f @ means, v @ means, self.sim_alpha, self.sim_beta, self.weighted_mean, points, centers)
-        out = merge(out, self.num_heads, self.regions, padded)[:, :, :H, :W]
-        return self.proj(out)
+        return self.proj(merge(out, self.num_heads, self.regions, size))
 
 
 class ContextClusterBlock(nn.Module):
@@ -451,11 +440,24 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+_ASSETS = Path(__file__).parent / 'assets'
+
 default_cfgs = generate_default_cfgs(
     {
         'coc_tiny.in1k': cfg(),
         'coc_tiny2.untrained': cfg(),
-        'coc_tiny_plain.in1k': cfg(),
+        # Trained by this project, see the README. A tag with weights comes first and the default is starred: without
+        # a tag the name stands for ImageNet's classes and sizes.
+        'coc_tiny_plain.cifar10': cfg(
+            file=str(_ASSETS / 'coc_tiny_plain.cifar10.safetensors'),
+            num_classes=10,
+            input_size=(3, 64, 64),
+            pool_size=(2, 2),
+            crop_pct=1.0,
+            license='apache-2.0',
+            label_names=('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
+        ),
+        'coc_tiny_plain.in1k*': cfg(),
         'coc_small.in1k': cfg(),
         'coc_medium.in1k': cfg(),
         'coc_base_dim64.untrained': cfg(),

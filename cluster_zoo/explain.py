@@ -9,12 +9,13 @@ import colorsys
 
 import torch
 import torch.nn as nn
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 from .clustering import assign, cosine_similarity
 from .context_cluster import ClusterMixer, ContextCluster
-from .grids import divides, mean_grid, merge, pad_to_multiple, partition, point_mask
+from .grids import mean_centers, merge, partition
 
 __all__ = ['cluster_map', 'draw_clusters']
 
@@ -63,20 +64,16 @@ def _pick(what: str, items: nn.Sequential | range, index: int):
 
 def _joined(mixer: ClusterMixer, x: Tensor) -> Tensor:
     """Input of a mixer [B, C, H, W] -> center of each head's points, int64 [B, E, H, W]."""
-    size, r, g = x.shape[-2:], mixer.regions, mixer.proposals
-    f = mixer.f(x)
-    means = mean_grid(size, r, g, f)
-    points, centers = (None, None) if divides(size, r) else (point_mask(size, r, r, f), means.sum(-2) > 0)
-    f = pad_to_multiple(f, r)
-    padded = f.shape[-2:]
-    f = partition(f, mixer.num_heads, r)
+    size, r, g = tuple(x.shape[-2:]), mixer.regions, mixer.proposals
+    f = partition(mixer.f(x), mixer.num_heads, r)
+    means, points, centers = mean_centers(size, r, g, f)
     similarity = torch.sigmoid(mixer.sim_beta + mixer.sim_alpha * cosine_similarity(f @ means, f))
     membership, _ = assign(similarity, points, centers)  # [B * E, r * r, M, N]
 
-    # From a center's place in its region to its place among the rows and columns of all centers.
-    number = torch.arange((r * g) ** 2, device=x.device).reshape(r, g, r, g).transpose(1, 2).reshape(r * r, g * g)
+    # From a center's place in its region to its place among the rows and columns of all centers
+    number = rearrange(torch.arange((r * g) ** 2, device=x.device), '(i a j b) -> (i j) (a b)', i=r, a=g, j=r, b=g)
     joined = torch.take_along_dim(number.unsqueeze(0), membership.argmax(-2), dim=-1)
-    return merge(joined.unsqueeze(-2), mixer.num_heads, r, padded)[..., : size[0], : size[1]]
+    return merge(joined.unsqueeze(-2), mixer.num_heads, r, size)
 
 
 def draw_clusters(image: Image.Image, clusters: Tensor, opacity: float = 0.5) -> Image.Image:

@@ -20,7 +20,7 @@ from . import published
 from .clustering import group_mean, nearest_center
 from .context_cluster import VARIANTS as CONTEXT_CLUSTER_VARIANTS
 from .context_cluster import ContextCluster, cfg, one_each
-from .grids import divides, merge, pad_to_multiple, partition, point_mask
+from .grids import divides, merge, partition, point_mask
 from .weights import build_model
 
 __all__ = ['FEC', 'ClusterPool']  # register_model adds the entry points
@@ -50,27 +50,22 @@ class ClusterPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C', ceil(H / 2), ceil(W / 2)]"""
-        H, W = x.shape[-2:]
-        h, w = (H + 1) // 2, (W + 1) // 2
-        r = self.regions
-        f = self.f(x.detach()).detach()
+        size, r = (x.shape[-2], x.shape[-1]), self.regions
+        half = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+        f, v = self.f(x.detach()).detach(), self.v(x)
         center_f = F.avg_pool2d(f, 2, ceil_mode=True, count_include_pad=False)
-        v = self.v(x)
         center_v = F.avg_pool2d(v, 2, ceil_mode=True, count_include_pad=False)
+
+        # Every region of every image is a set of its own
+        f, center_f = partition(f, 1, r, 2).flatten(0, 1), partition(center_f, 1, r).flatten(0, 1)
+        v, center_v = partition(v, 1, r, 2).flatten(0, 1), partition(center_v, 1, r).flatten(0, 1)
         points: Tensor | None = None
         centers: Tensor | None = None
-        if not divides((H, W), 2 * r):
-            points, centers = point_mask((H, W), r, 2 * r, f), point_mask((h, w), r, r, f)
-            f, v = pad_to_multiple(f, 2 * r), pad_to_multiple(v, 2 * r)
-            center_f, center_v = pad_to_multiple(center_f, r), pad_to_multiple(center_v, r)
-        padded = (center_v.shape[-2], center_v.shape[-1])
-
-        f, center_f = partition(f, 1, r).flatten(0, 1), partition(center_f, 1, r).flatten(0, 1)
-        v, center_v = partition(v, 1, r).flatten(0, 1), partition(center_v, 1, r).flatten(0, 1)
-        if points is not None and centers is not None:  # the same for every image
-            points, centers = points.repeat(x.shape[0], 1), centers.repeat(x.shape[0], 1)
+        if not divides(size, 2 * r):
+            points = point_mask(size, r, 2, f).repeat(x.shape[0], 1)
+            centers = point_mask(half, r, 1, f).repeat(x.shape[0], 1)
         out = group_mean(v, center_v, nearest_center(center_f, f, centers), points)
-        out = merge(out.unflatten(0, (-1, r * r)), 1, r, padded)[:, :, :h, :w]
+        out = merge(out.unflatten(0, (-1, r * r)), 1, r, half)
         out = self.skip(x) + self.norm(out)
         if torch.is_grad_enabled():
             # Small changes of f leave every assignment as it is: its gradient is zero, not missing. Saying so keeps

@@ -1,7 +1,8 @@
 """Grids of an image as sets of points: equal regions, padding where they do not divide, mean-grid centers.
 
 A set has one point a column (see `clustering`): a map [B, E * D, H, W] of E heads, cut into r x r regions, is the batch
-of sets [B * E, r * r, D, N]. Rows are H and come first.
+of sets [B * E, r * r, D, N]. Rows are H and come first. Where r does not divide a side, the grid is filled up at the
+bottom and at the right, and masks say which points and centers are real.
 """
 
 import torch
@@ -16,30 +17,38 @@ def divides(size: tuple[int, int], multiple: int) -> bool:
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Zeros at the bottom and at the right of [..., H, W] until both sides are multiples."""
-    bottom = (x.shape[-2] + multiple - 1) // multiple * multiple - x.shape[-2]
-    right = (x.shape[-1] + multiple - 1) // multiple * multiple - x.shape[-1]
-    return F.pad(x, (0, right, 0, bottom))
+    if divides((x.shape[-2], x.shape[-1]), multiple):
+        return x
+    return F.pad(x, (0, -x.shape[-1] % multiple, 0, -x.shape[-2] % multiple))
 
 
-def partition(x: Tensor, heads: int, regions: int) -> Tensor:
-    """[B, E * D, H, W] -> [B * E, r * r, D, N], where r divides H and W and N = H * W / r^2."""
+def partition(x: Tensor, heads: int, regions: int, cell: int = 1) -> Tensor:
+    """[B, E * D, H, W] -> [B * E, r * r, D, N], with N = H * W / r^2 once padded.
+
+    Args:
+        x: The map.
+        heads: E.
+        regions: r, regions per axis.
+        cell: Each region's sides become a multiple of this.
+    """
+    x = pad_to_multiple(x, regions * cell)
     B, C, H, W = x.shape
     x = x.reshape(B * heads, C // heads, regions, H // regions, regions, W // regions)
     return x.permute(0, 2, 4, 1, 3, 5).flatten(4).flatten(1, 2)
 
 
 def merge(x: Tensor, heads: int, regions: int, size: tuple[int, int]) -> Tensor:
-    """The inverse of `partition`: [B * E, r * r, D, N] -> [B, E * D, H, W] with ``size`` = (H, W)."""
+    """The inverse of `partition`, padding cut off: [B * E, r * r, D, N] -> [B, E * D, H, W] with ``size`` = (H, W)."""
     S, _, D, _ = x.shape
-    H, W = size
-    x = x.reshape(S, regions, regions, D, H // regions, W // regions)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(S // heads, heads * D, H, W)
+    h, w = (size[0] + regions - 1) // regions, (size[1] + regions - 1) // regions
+    x = x.reshape(S, regions, regions, D, h, w).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(S // heads, heads * D, regions * h, regions * w)[:, :, : size[0], : size[1]]
 
 
-def point_mask(size: tuple[int, int], regions: int, multiple: int, like: Tensor) -> Tensor:
-    """Which points of a grid are real once it is padded to a multiple: bool [r * r, N]."""
+def point_mask(size: tuple[int, int], regions: int, cell: int, like: Tensor) -> Tensor:
+    """Which points of a partitioned grid are real: bool [r * r, N]."""
     mask = torch.ones((1, 1, size[0], size[1]), dtype=torch.uint8, device=like.device)
-    return partition(pad_to_multiple(mask, multiple), 1, regions)[0, :, 0] > 0
+    return partition(mask, 1, regions, cell)[0, :, 0] > 0
 
 
 def mean_grid(size: tuple[int, int], regions: int, bins: int, like: Tensor) -> Tensor:
@@ -49,7 +58,7 @@ def mean_grid(size: tuple[int, int], regions: int, bins: int, like: Tensor) -> T
     covers floor(i n / g) .. ceil((i + 1) n / g). A bin that holds no real point has only zeros.
 
     Args:
-        size: (H, W) of the grid before it is padded to a multiple of ``regions``.
+        size: (H, W) of the grid before it is padded.
         regions: r, regions per axis.
         bins: g, centers per axis; M = g^2.
         like: Tensor whose dtype and device the weights take.
@@ -70,3 +79,24 @@ def _bin_weights(size: int, regions: int, bins: int, like: Tensor) -> Tensor:
     real = torch.arange(regions * n, device=like.device).reshape(regions, n, 1) < size
     weights = (inside & real).to(like.dtype)
     return weights / weights.sum(1, keepdim=True).clamp_min(1)
+
+
+def mean_centers(
+    size: tuple[int, int],
+    regions: int,
+    bins: int,
+    like: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """How the centers of a partitioned grid arise, and what of it counts.
+
+    Args:
+        size, regions, bins, like: See `mean_grid`.
+
+    Returns:
+        Weights of the points in the centers, [r * r, N, M], or [N, M] for all regions if they are alike;
+        which points count, bool [r * r, N], and which centers, bool [r * r, M], or None if all do.
+    """
+    weights = mean_grid(size, regions, bins, like)
+    if divides(size, regions):
+        return weights[0], None, None
+    return weights, point_mask(size, regions, 1, like), weights.sum(-2) > 0

@@ -37,7 +37,7 @@ def test_mean_grid_of_padded_regions_leaves_padding_out():
 
 
 def test_point_mask_marks_the_real_points():
-    mask = point_mask((5, 4), 2, 2, torch.zeros(()))
+    mask = point_mask((5, 4), 2, 1, torch.zeros(()))
     assert mask.dtype == torch.bool and mask.shape == (4, 6) and int(mask.sum()) == 20
     assert torch.equal(mask[2], torch.tensor([True, True, True, True, False, False]))
     assert pad_to_multiple(torch.ones(1, 1, 5, 4), 4).shape == (1, 1, 8, 4)
