@@ -7,7 +7,7 @@
 # DATA holds train.tar and val.tar, or train/ and val/, of class folders of images.
 set -euo pipefail
 [[ ${1:-} =~ ^(cpu|gpu)$ && -e ${2:-} ]] || { sed -n '2,7p' "$0" >&2; exit 2; }
-where=$1 data=$2
+where=$1 data=$(realpath "$2")
 cd "$(dirname "$0")/.."
 
 common=(

@@ -6,7 +6,7 @@
 # DATA holds train.tar and val.tar, or train/ and val/, of class folders of images.
 set -euo pipefail
 [[ -e ${1:-} ]] || { sed -n '2,6p' "$0" >&2; exit 2; }
-data=$1 epochs=${2:-3}
+data=$(realpath "$1") epochs=${2:-3}
 cd "$(dirname "$0")/.."
 
 for model in coc_tiny fec_small resnet18; do
