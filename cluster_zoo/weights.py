@@ -184,7 +184,7 @@ def build_model(
         if pretrained_filter_fn:
             state_dict = pretrained_filter_fn(dict(state_dict), model)
         head = state_dict.get(f'{cfg.classifier}.weight')
-        if head is not None and len(head) == model.num_classes:
+        if head is not None and len(head) == model.num_classes and cfg.num_classes >= 0:  # below 0: leave it out
             model.pretrained_cfg['num_classes'] = model.num_classes  # or timm would drop a head that fits
         adapted = []
         if kwargs.get('features_only') or model.num_classes != model.pretrained_cfg['num_classes']:

@@ -63,6 +63,9 @@ def test_a_head_that_fits_the_file_is_kept(tiny, weights, tmp_path):
     overlay = dict(file=str(tmp_path / 'own.safetensors'))
     model = timm.create_model('coc_tiny', True, pretrained_cfg_overlay=overlay, **TINY)
     assert torch.equal(model.head.fc.weight, weights['head.fc.weight'])
+    model = timm.create_model('coc_tiny', True, pretrained_cfg_overlay=overlay | dict(num_classes=-1), **TINY)
+    assert not torch.equal(model.head.fc.weight, weights['head.fc.weight'])  # a head of its own was asked for
+    assert torch.equal(model.norm.weight, weights['norm.weight'])
 
 
 def test_averaged_weights_are_preferred_where_asked(weights, tmp_path):
