@@ -1,6 +1,7 @@
 """cluster_zoo.cli: what the demo prints and draws, conventional options, exit codes and errors."""
 
 import re
+from pathlib import Path
 
 import pytest
 import timm
@@ -82,3 +83,11 @@ def test_errors_are_one_message(monkeypatch, capsys):
     monkeypatch.setattr(timm, 'create_model', refuse)
     assert cli.main(['demo']) == 2
     assert capsys.readouterr() == ('', 'error: the weights are damaged\n')
+
+
+def test_bundled_weights_are_as_good_as_the_readme_says(tmp_path, capsys):
+    readme = (Path(__file__).parents[1] / 'README.md').read_text(encoding='utf-8')
+    stated = float(re.search(r'([\d.]+) % of the 1,000\s+bundled images', readme).group(1))
+    assert cli.main(['demo', '--output', str(tmp_path / 'demo.png'), '--device', 'cpu']) == 0
+    printed = float(re.search(r'top-1 ([\d.]+) % of 1000', capsys.readouterr().out).group(1))
+    assert abs(printed - stated) <= 0.3  # another machine may round a few images to the other side
