@@ -15,11 +15,11 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, model_entrypoint, register_model
 from torch import Tensor
 
+from .context_cluster import cfg
 from .weights import build_model, load_checkpoint
 
 __all__ = ['NearestCentroidHead', 'NearestCentroidMixin', 'nearest_centroid']  # register_model adds the entry points
@@ -289,18 +289,11 @@ def _create_dnc(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'paper_name': 'Visual Recognition with Deep Nearest Centroids',
-        'paper_ids': 'arXiv:2209.07383',
-        **kwargs,
-    }
+    paper = dict(
+        paper_name='Visual Recognition with Deep Nearest Centroids',
+        paper_ids='arXiv:2209.07383',
+    )
+    return cfg(**{'crop_pct': 0.875, **paper, **kwargs})
 
 
 _resnet_cfg = functools.partial(_cfg, first_conv='conv1', classifier='fc.mask_norm', interpolation='bilinear')
