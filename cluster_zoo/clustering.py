@@ -1,150 +1,250 @@
-"""Clustering sets of points: similarity, hard assignment, aggregation, dispatch.
+"""Clustering sets of points: hard assignment, aggregation, dispatch.
 
 The one operation that Context Cluster, FEC and their relatives share, as pure functions on sets of points. Nothing
-here knows about images or modules. A batch of sets is a tensor of *columns*: N points of D features are [..., D, N],
-their M centers [..., D, M], so that the output of a 1x1 convolution is a batch of sets without a copy.
+here knows about images or modules. Points are rows: a batch of S sets of N points with C features is [S, N, C]. E heads
+group the points of a set, each in its own way, around M centers a head.
+
+The papers cluster features ``f = W x + b`` of the points x. What a center c needs to know of a point is the product
+``c . f = (c W) . x + c . b``, so a center is given as a `probe` (c W, c . b) of the points as they come, and f need not be
+cut into sets. Likewise a mean of values ``v = W x + b`` is W times the mean of x, plus b, so that `aggregate` takes the
+points as they come too, and what follows it is computed for a few centers instead of for all points.
 
 Padding: a set may be filled up with points that do not count. ``point_mask`` [..., N] and ``center_mask`` [..., M] mark
-those that do; a masked point joins no cluster and a masked center gets no point.
+those that do; a masked center gets no point, and a masked point weighs nothing.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def cosine_similarity(centers: Tensor, points: Tensor) -> Tensor:
-    """Cosine of the angle between each center and each point, in -1 .. 1.
-
-    Args:
-        centers: [..., D, M].
-        points: [..., D, N].
-
-    Returns:
-        [..., M, N]. Zero vectors are similar to nothing (0), not NaN.
-    """
-    return _unit(centers).transpose(-2, -1) @ _unit(points)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Columns scaled to length one, ``x / max(|x|, 1e-12)``; in float32 at least, because 1e-12 is zero in float16."""
+def unit(x: Tensor) -> Tensor:
+    """Rows scaled to length one, ``x / max(|x|, 1e-12)``; in float32 at least, because 1e-12 is zero in float16."""
     wide = x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
-    return (wide * (wide * wide).sum(-2, keepdim=True).clamp_min(1e-24).rsqrt()).to(x.dtype)
+    return (wide * (wide * wide).sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()).to(x.dtype)
 
 
-def nearest_center(
-    centers: Tensor,
-    points: Tensor,
-    center_mask: Tensor | None = None,
-    block_elements: int = 1 << 20,
-) -> Tensor:
-    """Index of the center with the highest cosine similarity to each point, the first of equals.
-
-    The [M, N] similarities are computed a block of points at a time, so memory grows with the number of points alone.
-    No gradient flows: an index has none.
+def head_lengths(x: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+    """Euclidean norms of each head's features ``f = weight x + bias``.
 
     Args:
-        centers: [S, D, M].
-        points: [S, D, N].
-        center_mask: [..., M], true for centers that may be chosen.
-        block_elements: Similarities of one set that exist at a time.
+        x: The map, [B, C, H, W].
+        weight: Of a 1 x 1 convolution, [E * D, C, 1, 1].
+        bias: [E * D].
+        heads: E.
 
     Returns:
-        int64 [S, N], values 0 .. M - 1.
+        [B, E, H, W], at least 1e-12; float32 if f has less.
     """
-    centers, points = _unit(centers.detach()).transpose(-2, -1), _unit(points.detach())
-    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch, but not half a condition
-        if torch.compiler.is_exporting():  # a graph for any size has no loop over it
-            return _first_largest(centers @ points, center_mask)
-    size = max(1, block_elements // centers.shape[-2])
-    blocks = [_first_largest(centers @ block, center_mask) for block in points.split(size, dim=-1)]
-    return torch.cat(blocks, dim=-1)
+    f = F.conv2d(x, weight, bias).permute(0, 2, 3, 1)
+    wide = torch.float32 if f.dtype == torch.float16 or f.dtype == torch.bfloat16 else f.dtype
+    lengths = torch.linalg.vector_norm(f.unflatten(-1, (heads, -1)), dim=-1, dtype=wide)
+    return lengths.clamp_min(1e-12).permute(0, 3, 1, 2)
 
 
-def _first_largest(similarity: Tensor, center_mask: Tensor | None) -> Tensor:
-    """[..., M, N] -> [..., N], the argument of the maximum over centers that count."""
-    if center_mask is not None:
-        similarity = similarity.masked_fill(~center_mask.unsqueeze(-1), -float('inf'))
-    return similarity.max(dim=-2)[1]  # much faster than argmax over a dimension that is not the last
+def probe(centers: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Centers among features ``W x + b`` as an affine function of x, whose value is their product with the features.
+
+    Args:
+        centers: [E, S * M, D].
+        weight: W of each head, [E, D, C].
+        bias: b of each head, [E, D, 1].
+
+    Returns:
+        Query [E, S * M, C] and offset [E, S * M, 1].
+    """
+    return torch.bmm(centers, weight), torch.bmm(centers, bias)
 
 
 def assign(
-    similarity: Tensor,
-    point_mask: Tensor | None = None,
+    points: Tensor,
+    query: Tensor,
+    offset: Tensor,
     center_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Hard assignment: each point joins the one center it is most similar to, the first of equals.
+    """Hard assignment: each point joins the one center whose probe is highest, the first of equals.
 
     Args:
-        similarity: [..., M, N].
-        point_mask: [..., N], true for points that count.
-        center_mask: [..., M], true for centers that count.
+        points: [S, N, C].
+        query: [S, E, M, C].
+        offset: [S, E, M].
+        center_mask: [S, M], true for centers that may be chosen.
 
     Returns:
-        membership [..., M, N], 1 where the point joined the center, else 0;
-        and the similarity where it did, else 0, through which gradients flow.
+        The center, int64 [S, E, N], values 0 .. M - 1, and its probe's value [S, E, N], through which gradients flow.
     """
-    index = _first_largest(similarity.detach(), center_mask).unsqueeze(-2)
-    membership = torch.zeros_like(similarity).scatter(-2, index, 1.0)
-    if point_mask is not None:
-        membership = membership * point_mask.unsqueeze(-2)
-    return membership, similarity * membership
+    value = torch.baddbmm(offset.flatten(1).unsqueeze(-1), query.flatten(1, 2), points.transpose(1, 2))
+    value = value.unflatten(1, (query.shape[1], query.shape[2]))
+    index = first_largest(value.detach(), center_mask if center_mask is None else center_mask.unsqueeze(1))
+    return index, value.gather(2, index.unsqueeze(2)).squeeze(2)
+
+
+def first_largest(value: Tensor, center_mask: Tensor | None = None) -> Tensor:
+    """[..., M, N] -> int64 [..., N], the first argument of the maximum over centers that count."""
+    if center_mask is not None:
+        value = value.masked_fill(~center_mask.unsqueeze(-1), -float('inf'))
+    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch, but not half a condition
+        if value.device.type == 'cpu' and not torch.compiler.is_compiling():
+            # A pooling window over the centers, with points as channels: several times as fast as Tensor.max
+            M, N = value.shape[-2:]
+            rows = value.reshape(-1, M, 1, N).permute(0, 3, 1, 2)
+            return F.max_pool2d(rows, (M, 1), return_indices=True)[1].reshape(value.shape[:-2] + (N,))
+    return value.max(dim=-2)[1]
+
+
+def members_of(index: Tensor, weight: Tensor, centers: int) -> Tensor:
+    """What each point weighs in each center: [S, E, N] -> [S, E * M, N], zero but in the center that it joined."""
+    members = weight.new_zeros(index.shape[0], index.shape[1], centers, index.shape[2])
+    return members.scatter_(2, index.unsqueeze(2), weight.unsqueeze(2)).flatten(1, 2)
+
+
+def aggregate(points: Tensor, members: Tensor, centers: Tensor) -> Tensor:
+    """Mean of each center, which counts one, and its members, which count as much as they weigh.
+
+    Args:
+        points: [S, N, C].
+        members: [S, E * M, N], see `members_of`.
+        centers: [S, M, C], the same for all heads.
+
+    Returns:
+        [S, E * M, C].
+    """
+    own = centers.repeat(1, members.shape[1] // centers.shape[1], 1)
+    return torch.baddbmm(own, members, points) / (1 + members.sum(-1, keepdim=True))
+
+
+def dispatch(values: Tensor, members: Tensor, bias: Tensor) -> Tensor:
+    """Each point receives the sum over heads of the value of the center that it joined, times its weight there.
+
+    Args:
+        values: [S, E * M, C].
+        members: [S, E * M, N], see `members_of`.
+        bias: Added to every point, [C].
+
+    Returns:
+        [S, N, C].
+    """
+    return torch.baddbmm(bias, members.transpose(1, 2), values)
+
+
+def center_values(means: Tensor, v_weight: Tensor, v_bias: Tensor, proj_weight: Tensor) -> Tensor:
+    """What each center gives to its members: each head's value and its share of the projection of a mean of points.
+
+    Args:
+        means: [S, E * M, C].
+        v_weight: [E, C, D].
+        v_bias: [E, 1, D].
+        proj_weight: [E, D, C'].
+
+    Returns:
+        [S, E * M, C'].
+    """
+    S, E = means.shape[0], v_weight.shape[0]
+    means = means.unflatten(1, (E, -1)).transpose(0, 1).flatten(1, 2)
+    values = torch.bmm(torch.baddbmm(v_bias, means, v_weight), proj_weight)
+    return values.unflatten(1, (S, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def cluster(
-    f: Tensor,
-    v: Tensor,
-    center_f: Tensor,
-    center_v: Tensor,
-    alpha: Tensor,
+    points: Tensor,
+    lengths: Tensor,
+    centers: Tensor,
+    query: Tensor,
+    offset: Tensor,
     beta: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
     weighted: bool = True,
     point_mask: Tensor | None = None,
     center_mask: Tensor | None = None,
 ) -> Tensor:
-    """Group points around centers and give every point what its group holds (Context Cluster, section 3.2).
+    """Group points around centers and give every point what its groups hold (Context Cluster, section 3.2).
 
     ``s = sigmoid(beta + alpha * cos)``; each point joins its most similar center; a center becomes the mean of its own
-    value and its members' values; each member receives its center, weighted by s.
+    value and its members' values; each member receives its center, weighted by s; heads meet in the projection.
 
     Args:
-        f: Points' features for the similarity, [S, D, N].
-        v: Points' values, [S, D, N].
-        center_f: Centers' features, [S, D, M].
-        center_v: Centers' values, [S, D, M].
-        alpha: Scale of the cosine, one element.
+        points: [S, N, C].
+        lengths: Norms of the points' features in each head, [S, E, N].
+        centers: [S, M, C].
+        query, offset: [S, E, M, C] and [S, E, M]: probes of alpha times the unit centers.
         beta: Offset of the scaled cosine, one element.
+        v_weight, v_bias, proj_weight: See `center_values`.
+        proj_bias: [C'].
         weighted: Members count as much as their similarity (Context Cluster); if false each counts one (FEC).
-        point_mask: [..., N], true for points that count.
-        center_mask: [..., M], true for centers that count.
+        point_mask: [S, N], true for points that count.
+        center_mask: [S, M], true for centers that count.
 
     Returns:
-        [S, D, N]; zero for points that do not count.
+        [S, N, C'].
     """
-    similarity = torch.sigmoid(beta + alpha * cosine_similarity(center_f, f))
-    membership, similarity = assign(similarity, point_mask, center_mask)
-    similarity = similarity.to(v.dtype)
-    weight = similarity if weighted else membership.to(v.dtype)
-    aggregated = (v @ weight.transpose(-2, -1) + center_v) / (1 + weight.sum(-1).unsqueeze(-2))
-    return aggregated @ similarity
+    index, score = assign(points, query, offset, center_mask)
+    if point_mask is not None:
+        lengths = lengths.masked_fill(~point_mask.unsqueeze(1), 1.0)  # may be zero
+    similarity = torch.sigmoid(beta + score / lengths).to(points.dtype)
+    weight = similarity if weighted else torch.ones_like(similarity)
+    if point_mask is not None:
+        similarity = similarity * point_mask.unsqueeze(1)
+        weight = weight * point_mask.unsqueeze(1)
+    senders = members_of(index, similarity, centers.shape[1])
+    members = senders if weighted else members_of(index, weight, centers.shape[1])
+    values = center_values(aggregate(points, members, centers), v_weight, v_bias, proj_weight)
+    return dispatch(values, senders, proj_bias)
 
 
-def group_mean(v: Tensor, center_v: Tensor, index: Tensor, point_mask: Tensor | None = None) -> Tensor:
-    """Mean of each center's own value and the values of the points that joined it (FEC, cluster pooling).
+def nearest_center(
+    points: Tensor,
+    query: Tensor,
+    offset: Tensor,
+    center_mask: Tensor | None = None,
+    block_elements: int = 1 << 18,
+) -> Tensor:
+    """The index of `assign` for one head and any number of centers.
+
+    The values [M, N] are computed a block of points at a time, so memory grows with the number of points alone. No
+    gradient flows: an index has none.
 
     Args:
-        v: Points' values, [S, D, N].
-        center_v: Centers' values, [S, D, M].
+        points: [S, N, C].
+        query: [S, M, C].
+        offset: [S, M, 1].
+        center_mask: [S, M], true for centers that may be chosen.
+        block_elements: Values of one set that exist at a time.
+
+    Returns:
+        int64 [S, N], values 0 .. M - 1.
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if torch.compiler.is_exporting():  # a graph for any size has no loop over it
+            return first_largest(torch.baddbmm(offset, query, points.transpose(1, 2)), center_mask)
+    size = max(1, block_elements // query.shape[1])
+    blocks = [
+        first_largest(torch.baddbmm(offset, query, block.transpose(1, 2)), center_mask)
+        for block in points.split(size, dim=1)
+    ]
+    return torch.cat(blocks, dim=-1)
+
+
+def group_mean(points: Tensor, centers: Tensor, index: Tensor, point_mask: Tensor | None = None) -> Tensor:
+    """Mean of each center and the points that joined it, all counting one (FEC, cluster pooling).
+
+    Args:
+        points: [S, N, C].
+        centers: [S, M, C].
         index: Center that each point joined, int64 [S, N].
         point_mask: [S, N], true for points that count.
 
     Returns:
-        [S, D, M].
+        [S, M, C].
     """
-    members = torch.ones_like(v[:, :1])
+    S, M, C = centers.shape
+    members = torch.ones_like(points[..., :1])
     if point_mask is not None:
-        members = members * point_mask.unsqueeze(-2)
-        v = v * members
-    index = index.unsqueeze(-2)
-    total = center_v.scatter_add(-1, index.expand_as(v), v.to(center_v.dtype))
-    count = torch.ones_like(center_v[:, :1]).scatter_add(-1, index, members.to(center_v.dtype))
-    return total / count
+        members = members * point_mask.unsqueeze(-1)
+        points = points * members
+    rows = (index + M * torch.arange(S, device=index.device).unsqueeze(1)).flatten()
+    total = centers.reshape(S * M, C).index_add(0, rows, points.reshape(-1, C).to(centers.dtype))
+    count = torch.ones_like(total[:, :1]).index_add(0, rows, members.reshape(-1, 1).to(centers.dtype))
+    return (total / count).reshape(S, M, C)

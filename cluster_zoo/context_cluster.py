@@ -35,8 +35,9 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from . import published
-from .clustering import cluster
+from .clustering import probe, unit
 from .grids import mean_centers, merge, pad_to_multiple, partition
+from .kernels import cluster, head_lengths
 from .weights import build_model
 
 __all__ = ['ClusterMixer', 'ContextCluster']  # register_model adds the entry points
@@ -73,7 +74,7 @@ class PointStem(nn.Module):
         columns = torch.arange(W, device=x.device, dtype=torch.float32) / max(W - 1, 1) - 0.5
         position = torch.stack([rows.unsqueeze(1).expand(H, W), columns.expand(H, W)]).unsqueeze(0).to(x.dtype)
         x, position = pad_to_multiple(x, self.patch_size), pad_to_multiple(position, self.patch_size)
-        return self.proj(x) + self.coord(position)
+        return (self.proj(x) + self.coord(position)).contiguous(memory_format=torch.channels_last)
 
 
 @register_notrace_module
@@ -115,12 +116,56 @@ class ClusterMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]"""
+        E, r = self.num_heads, self.regions
         size = (x.shape[-2], x.shape[-1])
-        f = partition(self.f(x), self.num_heads, self.regions)
-        v = partition(self.v(x), self.num_heads, self.regions)
-        means, points, centers = mean_centers(size, self.regions, self.proposals, f)
-        out = cluster(f, v, f @ means, v @ means, self.sim_alpha, self.sim_beta, self.weighted_mean, points, centers)
-        return self.proj(merge(out, self.num_heads, self.regions, size))
+        f_bias, v_bias, proj_bias = self.f.bias, self.v.bias, self.proj.bias
+        assert (
+            f_bias is not None and v_bias is not None and proj_bias is not None
+        )  # for TorchScript, where any convolution may lack it
+        x = _autocast(x)
+        lengths = partition(head_lengths(x, self.f.weight, f_bias, E), r).transpose(1, 2)
+        points = partition(x, r)
+        centers, point_mask, center_mask = mean_centers(points, size, r, self.proposals)
+        query, offset = self.probes(centers)
+        points = cluster(
+            points,
+            lengths,
+            centers,
+            query,
+            offset,
+            self.sim_beta,
+            self.v.weight.view(E, -1, x.shape[1]).transpose(1, 2),
+            v_bias.view(E, 1, -1),
+            self.proj.weight.flatten(1).unflatten(1, (E, -1)).permute(1, 2, 0),
+            proj_bias,
+            self.weighted_mean,
+            point_mask,
+            center_mask,
+        )
+        return merge(points, r, size)
+
+    def probes(self, centers: Tensor) -> tuple[Tensor, Tensor]:
+        """Centers [S, M, C] -> query [S, E, M, C] and offset [S, E, M].
+
+        For a point x, ``query . x + offset`` is alpha times the cosine to the center, times the length of f(x). The
+        length is the same for all centers, so that the highest belongs to the center of highest similarity.
+        """
+        E, (S, M, C) = self.num_heads, centers.shape
+        weight, bias = self.f.weight.view(E, -1, C), self.f.bias
+        assert bias is not None  # for TorchScript
+        bias = bias.view(E, -1, 1)
+        f = torch.baddbmm(bias.transpose(1, 2), centers.reshape(1, S * M, C).expand(E, -1, -1), weight.transpose(1, 2))
+        query, offset = probe(self.sim_alpha * unit(f), weight, bias)
+        return query.view(E, S, M, C).transpose(0, 1), offset.view(E, S, M).transpose(0, 1)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """In autocast's precision where that is on, once instead of in each of the products that follow."""
+    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch, but not half a condition
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype == torch.float32:
+            return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 class ContextClusterBlock(nn.Module):
@@ -151,15 +196,14 @@ class ContextClusterBlock(nn.Module):
         self.ls1 = LayerScale2d(dim, init_values, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = GroupNorm1(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), use_conv=True, **dd)
         self.ls2 = LayerScale2d(dim, init_values, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]"""
-        x = x + self.drop_path1(self.ls1(self.token_mixer(self.norm1(x))))
-        y = self.mlp(self.norm2(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return x + self.drop_path2(self.ls2(y))
+        x = torch.addcmul(x, self.drop_path1(self.token_mixer(self.norm1(x))), self.ls1.gamma.view(-1, 1, 1))
+        return torch.addcmul(x, self.drop_path2(self.mlp(self.norm2(x))), self.ls2.gamma.view(-1, 1, 1))
 
 
 class ContextClusterStage(nn.Module):
@@ -385,9 +429,10 @@ def one_each(name: str, value: int | tuple[int, ...], count: int) -> tuple[int, 
 
 
 def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+    layers = (module.fc1, module.fc2) if isinstance(module, Mlp) else (module,) * isinstance(module, nn.Linear)
+    for layer in layers:
+        trunc_normal_(layer.weight, std=0.02)
+        nn.init.zeros_(layer.bias)
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from .clustering import assign, cosine_similarity
+from .clustering import assign
 from .context_cluster import ClusterMixer, ContextCluster
 from .grids import mean_centers, merge, partition
 
@@ -65,15 +65,14 @@ def _pick(what: str, items: nn.Sequential | range, index: int):
 def _joined(mixer: ClusterMixer, x: Tensor) -> Tensor:
     """Input of a mixer [B, C, H, W] -> center of each head's points, int64 [B, E, H, W]."""
     size, r, g = tuple(x.shape[-2:]), mixer.regions, mixer.proposals
-    f = partition(mixer.f(x), mixer.num_heads, r)
-    means, points, centers = mean_centers(size, r, g, f)
-    similarity = torch.sigmoid(mixer.sim_beta + mixer.sim_alpha * cosine_similarity(f @ means, f))
-    membership, _ = assign(similarity, points, centers)  # [B * E, r * r, M, N]
+    points = partition(x, r)
+    centers, _, center_mask = mean_centers(points, size, r, g)
+    index, _ = assign(points, *mixer.probes(centers), center_mask)  # [B * r * r, E, N]
 
     # From a center's place in its region to its place among the rows and columns of all centers
     number = rearrange(torch.arange((r * g) ** 2, device=x.device), '(i a j b) -> (i j) (a b)', i=r, a=g, j=r, b=g)
-    joined = torch.take_along_dim(number.unsqueeze(0), membership.argmax(-2), dim=-1)
-    return merge(joined.unsqueeze(-2), mixer.num_heads, r, size)
+    number = number.repeat(len(x), 1).unsqueeze(1)
+    return merge(torch.take_along_dim(number, index, dim=-1).transpose(1, 2), r, size)
 
 
 def draw_clusters(image: Image.Image, clusters: Tensor, opacity: float = 0.5) -> Image.Image:

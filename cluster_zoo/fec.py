@@ -17,10 +17,11 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from torch import Tensor
 
 from . import published
-from .clustering import group_mean, nearest_center
+from .clustering import group_mean, nearest_center, unit
 from .context_cluster import VARIANTS as CONTEXT_CLUSTER_VARIANTS
 from .context_cluster import ContextCluster, cfg, one_each
-from .grids import divides, merge, partition, point_mask
+from .grids import divides, merge, partition
+from .grids import point_mask as grid_mask
 from .weights import build_model
 
 __all__ = ['FEC', 'ClusterPool']  # register_model adds the entry points
@@ -52,20 +53,22 @@ class ClusterPool(nn.Module):
         """[B, C, H, W] -> [B, C', ceil(H / 2), ceil(W / 2)]"""
         size, r = (x.shape[-2], x.shape[-1]), self.regions
         half = ((size[0] + 1) // 2, (size[1] + 1) // 2)
-        f, v = self.f(x.detach()).detach(), self.v(x)
-        center_f = F.avg_pool2d(f, 2, ceil_mode=True, count_include_pad=False)
-        center_v = F.avg_pool2d(v, 2, ceil_mode=True, count_include_pad=False)
-
+        center_x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
         # Every region of every image is a set of its own
-        f, center_f = partition(f, 1, r, 2).flatten(0, 1), partition(center_f, 1, r).flatten(0, 1)
-        v, center_v = partition(v, 1, r, 2).flatten(0, 1), partition(center_v, 1, r).flatten(0, 1)
-        points: Tensor | None = None
-        centers: Tensor | None = None
+        points, centers = partition(x, r, 2), partition(center_x, r)
+        point_mask: Tensor | None = None
+        center_mask: Tensor | None = None
         if not divides(size, 2 * r):
-            points = point_mask(size, r, 2, f).repeat(x.shape[0], 1)
-            centers = point_mask(half, r, 1, f).repeat(x.shape[0], 1)
-        out = group_mean(v, center_v, nearest_center(center_f, f, centers), points)
-        out = merge(out.unflatten(0, (-1, r * r)), 1, r, half)
+            point_mask = grid_mask(size, r, 2, x).repeat(x.shape[0], 1)
+            center_mask = grid_mask(half, r, 1, x).repeat(x.shape[0], 1)
+        bias = self.f.bias
+        assert bias is not None  # for TorchScript, where any convolution may lack it
+        with torch.no_grad():
+            center_f = unit(partition(self.f(center_x), r))
+            query = center_f @ self.f.weight.flatten(1)
+            offset = center_f @ bias.unsqueeze(1)
+            index = nearest_center(points, query, offset, center_mask)
+        out = self.v(merge(group_mean(points, centers, index, point_mask), r, half))
         out = self.skip(x) + self.norm(out)
         if torch.is_grad_enabled():
             # Small changes of f leave every assignment as it is: its gradient is zero, not missing. Saying so keeps

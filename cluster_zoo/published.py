@@ -23,18 +23,18 @@ _RENAMED = (
 def context_cluster(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """A Context Cluster or FEC checkpoint of the authors, under this package's names.
 
-    The stem's one convolution over C image and 2 coordinate channels is stored as two, and the MLP of checkpoints from
-    before June 2023, 1x1 convolutions, as the linear layers that they are. Other state dicts are returned as they are.
+    The stem's one convolution over C image and 2 coordinate channels is stored as two. The MLP, linear layers in
+    checkpoints of the authors since June 2023 and 1x1 convolutions before, becomes 1x1 convolutions.
     """
-    if 'patch_embed.proj.weight' not in state_dict:
-        return state_dict
+    published = 'patch_embed.proj.weight' in state_dict
     renamed = {}
     for name, value in state_dict.items():
-        for pattern, replacement in _RENAMED:
-            name = re.sub(pattern, replacement, name)
-        if re.search(r'\.mlp\.fc[12]\.weight$', name) and value.ndim == 4 and value.shape[2:] == (1, 1):
-            value = value.flatten(1)
-        if name == 'stem.proj.weight':
+        if published:
+            for pattern, replacement in _RENAMED:
+                name = re.sub(pattern, replacement, name)
+        if re.search(r'\.mlp\.fc[12]\.weight$', name) and value.ndim == 2:
+            value = value[:, :, None, None]
+        if published and name == 'stem.proj.weight':
             renamed['stem.coord.weight'] = value[:, -2:]
             value = value[:, :-2]
         renamed[name] = value

@@ -151,7 +151,7 @@ def load_checkpoint(model: nn.Module, path: str | Path, use_ema: bool = True) ->
         CheckpointError: The file cannot be read or does not fit. The model is then unchanged.
     """
     state_dict = load_state_dict(path, use_ema)
-    if set(state_dict) != set(model.state_dict()):
+    if any(state_dict.get(name) is None or state_dict[name].shape != x.shape for name, x in model.state_dict().items()):
         filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
         state_dict = filter_fn(state_dict, model) if filter_fn else state_dict
     check_fit(state_dict, model)

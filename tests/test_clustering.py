@@ -1,78 +1,176 @@
 """The clustering functions against loops over points, and at their edges."""
 
+import math
+
 import pytest
 import torch
 from reference import context_cluster_set
 
-from cluster_zoo.clustering import assign, cluster, cosine_similarity, group_mean, nearest_center
+from cluster_zoo.clustering import (
+    aggregate,
+    assign,
+    cluster,
+    dispatch,
+    first_largest,
+    group_mean,
+    head_lengths,
+    members_of,
+    nearest_center,
+    probe,
+    unit,
+)
 
 
-def _sets(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def _normal(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+GROUPS = [[0, 1, 2], [3, 4], [5, 6, 7, 8], [9, 10, 11]]
+
+
+def _clustered(
+    x, centers, f_weight, f_bias, alpha, beta, v_weight, v_bias, proj_weight, proj_bias, weighted=True, **masks
+):
+    """`cluster` on sets x [S, N, C] with heads' weights [E, D, C] as a mixer would call it."""
+    (S, M, C), E = centers.shape, len(f_weight)
+    f = centers.reshape(1, S * M, C) @ f_weight.transpose(1, 2) + f_bias.transpose(1, 2)
+    query, offset = probe(alpha * unit(f), f_weight, f_bias)
+    query, offset = query.view(E, S, M, C).transpose(0, 1), offset.view(E, S, M).transpose(0, 1)
+    lengths = (x.unsqueeze(1) @ f_weight.transpose(1, 2) + f_bias.transpose(1, 2)).norm(dim=-1)
+    return cluster(
+        x,
+        lengths,
+        centers,
+        query,
+        offset,
+        beta,
+        v_weight.transpose(1, 2),
+        v_bias,
+        proj_weight,
+        proj_bias,
+        weighted,
+        **masks,
+    )
+
+
+def _weights(E=2, D=3, C=5):
+    shapes = dict(f_weight=(E, D, C), f_bias=(E, D, 1), v_weight=(E, D, C), v_bias=(E, 1, D))
+    shapes |= dict(proj_weight=(E, D, C), proj_bias=(C,))
+    return {name: _normal(*shape, seed=i + 1) for i, (name, shape) in enumerate(shapes.items())}
 
 
 @pytest.mark.parametrize('weighted', [True, False])
 @pytest.mark.parametrize('alpha, beta', [(1.0, 0.0), (3.0, -0.5), (-2.0, 0.1)])
 def test_cluster_matches_loops(weighted, alpha, beta):
-    f, v = _sets(2, 2, 5, 12)
-    groups = [[0, 1, 2], [3, 4], [5, 6, 7, 8], [9, 10, 11]]
-    center_f, center_v = (torch.stack([x[..., g].mean(-1) for g in groups], -1) for x in (f, v))
-    scale, offset = (torch.tensor([x], dtype=torch.float64) for x in (alpha, beta))
-    out = cluster(f, v, center_f, center_v, scale, offset, weighted)
+    x, w = _normal(2, 12, 5), _weights()
+    centers = torch.stack([x[:, g].mean(1) for g in GROUPS], 1)
+    out = _clustered(x, centers, alpha=alpha, beta=beta, weighted=weighted, **w)
     for s in range(2):
-        expected = context_cluster_set(f[s].T, v[s].T, groups, alpha, beta, weighted).T
-        torch.testing.assert_close(out[s], expected, rtol=1e-12, atol=1e-12)
+        expected = w['proj_bias']
+        for e in range(2):
+            f = x[s] @ w['f_weight'][e].T + w['f_bias'][e].T
+            v = x[s] @ w['v_weight'][e].T + w['v_bias'][e]
+            expected = expected + context_cluster_set(f, v, GROUPS, alpha, beta, weighted) @ w['proj_weight'][e]
+        torch.testing.assert_close(out[s], expected, rtol=1e-11, atol=1e-11)
 
 
 def test_masked_points_and_centers_do_not_count():
-    f, v = _sets(2, 1, 4, 6)
-    center_f, center_v = _sets(2, 1, 4, 3)
-    one, zero = torch.ones(1).double(), torch.zeros(1).double()
-    expected = cluster(f[..., :4], v[..., :4], center_f[..., 1:], center_v[..., 1:], one, zero)
-    f[..., 4:], center_f[..., 0] = 1e6, f[..., 0]  # a padded point that is loud, a padded center that would win
-    points, centers = torch.tensor([[True] * 4 + [False] * 2]), torch.tensor([[False, True, True]])
-    out = cluster(f, v, center_f, center_v, one, zero, True, points, centers)
-    torch.testing.assert_close(out[..., :4], expected, rtol=1e-12, atol=1e-12)
-    assert (out[..., 4:] == 0).all()
+    x, centers, w = _normal(1, 6, 5), _normal(1, 3, 5, seed=9), _weights()
+    expected = _clustered(x[:, :4], centers[:, 1:], alpha=1.0, beta=0.0, **w)
+    x[:, 4:], centers[:, 0] = 1e6, x[:, 0]  # a padded point that is loud, a padded center that would win
+    masks = dict(point_mask=torch.tensor([[True] * 4 + [False] * 2]), center_mask=torch.tensor([[False, True, True]]))
+    out = _clustered(x, centers, alpha=1.0, beta=0.0, **w, **masks)
+    torch.testing.assert_close(out[:, :4], expected, rtol=1e-11, atol=1e-11)
 
 
-def test_equal_centers_give_the_first():
-    centers = torch.ones(1, 3, 4)
-    assert (nearest_center(centers, torch.rand(1, 3, 7) + 0.1) == 0).all()
-    membership, _ = assign(torch.full((1, 4, 7), 0.25))
-    assert (membership[:, 0] == 1).all() and (membership[:, 1:] == 0).all()
+def test_assignment_is_by_the_probes_and_gives_their_value():
+    points, query, offset = _normal(2, 9, 4), _normal(2, 3, 5, 4, seed=1), _normal(2, 3, 5, seed=2)
+    index, value = assign(points, query, offset)
+    for s in range(2):
+        for e in range(3):
+            for n in range(9):
+                values = [(query[s, e, m] @ points[s, n] + offset[s, e, m]).item() for m in range(5)]
+                assert index[s, e, n] == max(range(5), key=values.__getitem__)
+                assert value[s, e, n].item() == pytest.approx(max(values), rel=1e-12)
 
 
-def test_cosine_of_a_zero_vector_is_zero():
+def test_aggregate_and_dispatch_match_loops():
+    points, centers, values = _normal(2, 7, 4), _normal(2, 3, 4, seed=1), _normal(2, 6, 4, seed=2)
+    index, weight = torch.randint(3, (2, 2, 7)), _normal(2, 2, 7, seed=3).abs()
+    members, bias = members_of(index, weight, 3), _normal(4, seed=4)
+    means, out = aggregate(points, members, centers), dispatch(values, members, bias)
+    for s in range(2):
+        for e in range(2):
+            for m in range(3):
+                joined = [n for n in range(7) if index[s, e, n] == m]
+                total = centers[s, m] + sum(weight[s, e, n] * points[s, n] for n in joined)
+                expected = total / (1 + sum(weight[s, e, n] for n in joined))
+                torch.testing.assert_close(means[s, 3 * e + m], expected, rtol=1e-12, atol=1e-12)
+        for n in range(7):
+            expected = bias + sum(weight[s, e, n] * values[s, 3 * e + index[s, e, n]] for e in range(2))
+            torch.testing.assert_close(out[s, n], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_equal_centers_give_the_first(dtype):
+    query, offset = torch.ones(1, 1, 4, 3, dtype=dtype), torch.zeros(1, 1, 4, dtype=dtype)
+    assert (assign(torch.rand(1, 7, 3).to(dtype), query, offset)[0] == 0).all()
+    value = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0], [-1.0, -3.0, -2.0, -1.0, -1.0]], dtype=dtype)
+    assert first_largest(value.unsqueeze(-1)).tolist() == [[1], [0]]
+    masked = first_largest(value.unsqueeze(-1), torch.tensor([[True, False, True, True, True], [False] * 5]))
+    assert masked.tolist() == [[2], [0]]  # and the first where none counts
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (1, 9), (16, 1), (5, 33), (100, 7)])
+def test_first_largest_is_argmax(shape):
+    value = torch.randint(0, 6, (2, 3, *shape)).double()  # many equal ones
+    expected = (value == value.max(-2, keepdim=True)[0]).long().argmax(-2)
+    assert torch.equal(first_largest(value), expected)
+
+
+def test_zero_vectors_have_no_direction():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        similarity = cosine_similarity(torch.ones(1, 4, 2, dtype=dtype), torch.zeros(1, 4, 3, dtype=dtype))
-        assert similarity.dtype == dtype and (similarity == 0).all()
+        assert (unit(torch.zeros(2, 3, dtype=dtype)) == 0).all() and unit(torch.ones(2, 4, dtype=dtype)).unique() == 0.5
+        lengths = head_lengths(
+            torch.zeros(1, 3, 2, 2, dtype=dtype), torch.ones(4, 3, 1, 1).to(dtype), torch.zeros(4).to(dtype), 2
+        )
+        assert lengths.shape == (1, 2, 2, 2) and (lengths > 0).all() and lengths.dtype.itemsize >= 4
+
+
+def test_lengths_are_norms_of_each_head():
+    x, weight, bias = _normal(2, 3, 4, 5), _normal(6, 3, 1, 1, seed=1), _normal(6, seed=2)
+    lengths = head_lengths(x, weight, bias, 2)
+    f = weight[:, :, 0, 0] @ x[1, :, 2, 3] + bias
+    assert lengths[1, :, 2, 3].tolist() == pytest.approx([math.hypot(*f[:3]), math.hypot(*f[3:])], rel=1e-12)
 
 
 @pytest.mark.parametrize('block_elements', [1, 7, 40, 1 << 20])
 def test_nearest_center_does_not_depend_on_its_blocks(block_elements):
-    centers, points = _sets(2, 6, 5), _sets(2, 6, 33)
-    expected = cosine_similarity(centers, points).argmax(-2)
-    assert torch.equal(nearest_center(centers, points, None, block_elements), expected)
+    points, query, offset = _normal(2, 33, 6), _normal(2, 5, 6, seed=1), _normal(2, 5, 1, seed=2)
+    mask = torch.tensor([[True] * 5, [True, False, True, False, True]])
+    expected = (query @ points.transpose(1, 2) + offset).masked_fill(~mask.unsqueeze(-1), -torch.inf).argmax(1)
+    assert torch.equal(nearest_center(points, query, offset, mask, block_elements), expected)
 
 
 def test_group_mean_matches_loops():
-    v, center_v = _sets(2, 3, 8), _sets(2, 3, 3)
+    points, centers = _normal(2, 8, 3), _normal(2, 3, 3, seed=1)
     index = torch.tensor([[0, 0, 1, 1, 0, 0, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0]])  # nobody joins center 2
     mask = torch.tensor([[True] * 8, [True] * 7 + [False]])
-    out = group_mean(v, center_v, index, mask)
+    out = group_mean(points, centers, index, mask)
     for s in range(2):
         for m in range(3):
             members = [n for n in range(8) if mask[s, n] and index[s, n] == m]
-            expected = (center_v[s, :, m] + sum(v[s, :, n] for n in members)) / (1 + len(members))
-            torch.testing.assert_close(out[s, :, m], expected, rtol=1e-12, atol=1e-12)
+            expected = (centers[s, m] + sum(points[s, n] for n in members)) / (1 + len(members))
+            torch.testing.assert_close(out[s, m], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_gradients_are_those_of_the_formula():
-    f, v = (x.requires_grad_() for x in _sets(2, 1, 3, 6).clone())
-    alpha, beta = (torch.tensor([x], dtype=torch.float64, requires_grad=True) for x in (1.5, 0.2))
+@pytest.mark.parametrize('weighted', [True, False])
+def test_gradients_are_those_of_the_formula(weighted):
+    x, w = _normal(1, 6, 5), _weights()
+    names = list(w)
 
-    def run(f, v, alpha, beta):
-        return cluster(f, v, f[..., ::3], v[..., ::3], alpha, beta)
+    def run(x, alpha, beta, *weights):
+        return _clustered(x, x[:, ::3], alpha=alpha, beta=beta, weighted=weighted, **dict(zip(names, weights)))
 
-    assert torch.autograd.gradcheck(run, (f, v, alpha, beta))
+    inputs = [x, torch.tensor(1.5).double(), torch.tensor(0.2).double(), *w.values()]
+    assert torch.autograd.gradcheck(run, [value.requires_grad_() for value in inputs])

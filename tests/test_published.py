@@ -39,4 +39,14 @@ def test_old_checkpoints_are_the_new_ones_under_other_names():
 
 def test_own_names_are_left_alone():
     state_dict = timm.create_model('fec_small').state_dict()
-    assert published.context_cluster(state_dict) is state_dict
+    renamed = published.context_cluster(state_dict)
+    assert list(renamed) == list(state_dict) and all(renamed[name] is state_dict[name] for name in renamed)
+
+
+def test_own_linear_layers_become_convolutions():
+    state_dict = timm.create_model('coc_tiny').state_dict()
+    linear = {
+        name: value.flatten(1) if '.mlp.fc' in name and value.ndim == 4 else value for name, value in state_dict.items()
+    }
+    renamed = published.context_cluster(linear)
+    assert all(torch.equal(renamed[name], state_dict[name]) for name in state_dict)

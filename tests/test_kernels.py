@@ -1,0 +1,60 @@
+"""The CPU's kernels give what the plain functions give."""
+
+import pytest
+import torch
+
+from cluster_zoo import clustering, kernels
+
+
+def _inputs(dtype):
+    torch.manual_seed(0)
+    shapes = ((2, 5, 6, 7), (8, 5, 1, 1), (8,))
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_head_lengths_and_their_gradients(channels_last, monkeypatch):
+    x, weight, bias = _inputs(torch.float64)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    gradient = torch.randn(2, 2, 6, 7, dtype=torch.float64)
+    results = []
+    for function in (kernels.head_lengths, clustering.head_lengths):
+        lengths = function(x.contiguous(memory_format=layout), weight, bias, 2)
+        results.append([lengths, *torch.autograd.grad(lengths, (x, weight, bias), gradient)])
+    for value, expected in zip(*results):
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(lambda *args: kernels.head_lengths(*args, 2), (x, weight, bias))
+
+
+def test_only_the_gradients_that_are_asked_for():
+    x, weight, bias = _inputs(torch.float64)
+    lengths = kernels.head_lengths(x.detach(), weight, bias.detach(), 2)
+    expected = clustering.head_lengths(x.detach(), weight, bias.detach(), 2)
+    (gradient,) = torch.autograd.grad(lengths.square().sum(), weight)
+    torch.testing.assert_close(
+        gradient, torch.autograd.grad(expected.square().sum(), weight)[0], rtol=1e-12, atol=1e-12
+    )
+
+
+def test_gradients_of_gradients():
+    inputs = [value.double().requires_grad_() for value in _inputs(torch.float64)]
+    assert torch.autograd.gradgradcheck(lambda *args: kernels.head_lengths(*args, 2), inputs)
+
+
+def test_head_lengths_under_autocast():
+    x, weight, bias = _inputs(torch.float32)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        lengths = kernels.head_lengths(x, weight, bias, 2)
+    assert lengths.dtype == torch.float32
+    gradients = torch.autograd.grad(lengths.sum(), (x, weight, bias))
+    exact = torch.autograd.grad(clustering.head_lengths(x, weight, bias, 2).sum(), (x, weight, bias))
+    for value, expected in zip(gradients, exact):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, expected, rtol=0.05, atol=0.05)
+
+
+def test_the_plain_path_can_be_forced(monkeypatch):
+    inputs = _inputs(torch.float32)
+    assert 'HeadLengths' in str(kernels.head_lengths(*inputs, 2).grad_fn)
+    monkeypatch.setenv('CLUSTER_ZOO_KERNELS', 'plain')
+    assert 'HeadLengths' not in str(kernels.head_lengths(*inputs, 2).grad_fn)
