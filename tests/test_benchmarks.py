@@ -1,0 +1,174 @@
+"""benchmarks/throughput.py: what it writes, prints and draws, on two models and tiny images."""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import cluster_zoo
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / 'benchmarks' / 'throughput.py'
+BATCH, SIZE = 2, 32
+
+
+@pytest.fixture(scope='module')
+def throughput():
+    spec = importlib.util.spec_from_file_location('throughput', SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope='module')
+def measured(tmp_path_factory):
+    """The file that a run wrote, and what it printed."""
+    path = tmp_path_factory.mktemp('throughput') / 'result.json'
+    command = [sys.executable, SCRIPT, '--models', 'coc_tiny', 'resnet18', '--img-size', SIZE, '--batch-size', BATCH]
+    command += ['--rounds', 1, '--threads', 1, '--json', path, '--markdown']
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+    run = subprocess.run(
+        [str(word) for word in command], env=dict(os.environ, PYTHONPATH=paths), capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return path, run.stdout
+
+
+@pytest.fixture
+def main(throughput, monkeypatch):
+    """The script's main function, which takes its command line."""
+
+    def main(*argv):
+        monkeypatch.setattr(sys, 'argv', [str(SCRIPT), *map(str, argv)])
+        throughput.main()
+
+    return main
+
+
+def test_numbers(measured):
+    report = json.loads(measured[0].read_text())
+    assert [result['model'] for result in report['results']] == ['coc_tiny', 'resnet18']
+    for result in report['results']:
+        parameters = sum(p.numel() for p in timm.create_model(result['model'], num_classes=1000).parameters())
+        assert result['parameters_m'] == pytest.approx(parameters / 1e6)
+        assert result['img_size'] == SIZE
+        assert 0 < result['gflops'] < 1
+        for mode in ('inference', 'training'):
+            seconds, images_per_second = result[mode]['seconds'], result[mode]['images_per_second']
+            assert 0 < seconds < 60 and math.isfinite(images_per_second)
+            assert images_per_second == pytest.approx(BATCH / seconds)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='the memory of a process is read on Linux only')
+def test_memory_holds_at_least_parameters_and_gradients(measured):
+    for result in json.loads(measured[0].read_text())['results']:
+        parameters = 4 * result['parameters_m']
+        assert parameters < result['inference']['memory_mb'] < parameters + 100
+        assert 2 * parameters < result['training']['memory_mb'] < 2 * parameters + 200
+
+
+def test_machine_and_versions(measured):
+    report = json.loads(measured[0].read_text())
+    assert report['machine']['threads'] == 1 and report['machine']['cpu'] and report['machine']['gpu'] is None
+    assert report['versions']['torch'] == torch.__version__ and report['versions']['timm'] == timm.__version__
+    assert report['versions']['cluster_zoo'] == cluster_zoo.__version__
+    assert re.fullmatch(r'\d{4}-\d\d-\d\dT[\d:]+\+00:00', report['date'])
+    assert report['arguments']['batch_size'] == BATCH and report['arguments']['amp'] is False
+
+
+def test_table_can_be_printed_again(measured, main, capsys):
+    path, printed = measured
+    rows = [line for line in printed.splitlines() if line.startswith('|')]
+    assert [row.split('|')[1].strip() for row in rows] == ['model', '---', '`coc_tiny`', '`resnet18`']
+    assert len({row.count('|') for row in rows}) == 1
+    main('--read', path, '--markdown')
+    assert capsys.readouterr().out == printed
+
+
+def test_growth(throughput, main, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(throughput, 'memory_is_known', lambda args: False)
+    path = tmp_path / 'growth.json'
+    main('--growth', '--models', 'swin_tiny_patch4_window7_224', '--sizes', 32, 64, '--batch-size', 1, '--rounds', 1,
+         '--modes', 'inference', '--json', path)  # fmt: skip
+    small, large = json.loads(path.read_text())['results']
+    assert (small['img_size'], large['img_size']) == (32, 64)
+    assert 1.5 < large['gflops'] / small['gflops'] < 4.5
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith('swin'))
+    assert row.split()[-2:] == [f'{1e3 * result["inference"]["seconds"]:.1f}' for result in (small, large)]
+    with pytest.raises(SystemExit):
+        main('--read', path, '--figure', tmp_path / 'growth.png')
+
+
+def test_operations_of_a_vision_transformer(throughput):
+    tokens, width = 14 * 14 + 1, 384
+    block = 12 * tokens * width**2 + 2 * tokens**2 * width
+    expected = 14 * 14 * (3 * 16**2) * width + 12 * block + 1000 * width
+    assert throughput.gflops('vit_small_patch16_224', 224) == pytest.approx(2 * expected / 1e9, rel=1e-12)
+
+
+@pytest.mark.parametrize('name', ['coc_tiny', 'fec_small', 'dnc_coc_tiny'])
+def test_operations_are_those_of_the_formulas_on_real_images(throughput, name, monkeypatch):
+    monkeypatch.setenv('CLUSTER_ZOO_KERNELS', 'plain')
+    model = timm.create_model(name, num_classes=1000).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(1, 3, 64, 64))
+    monkeypatch.delenv('CLUSTER_ZOO_KERNELS')
+    expected = counter.get_total_flops() / 1e9
+    assert expected <= throughput.gflops(name, 64) < 1.01 * expected  # a CPU averages without a matrix product
+    assert 'CLUSTER_ZOO_KERNELS' not in os.environ
+
+
+def test_all_models_of_the_package_are_measured(throughput):
+    args = throughput.parser().parse_args([])
+    throughput.check(args)
+    ours = [
+        name for name in timm.list_models() if timm.models.model_entrypoint(name).__module__.startswith('cluster_zoo.')
+    ]
+    assert sorted(ours + throughput.TIMM) == sorted(args.models)
+    assert set(throughput.PUBLISHED) <= set(args.models)
+
+
+def test_published_accuracy_is_that_of_the_readme(throughput):
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+    table = readme.split('\n## Models\n')[1].split('\n## ')[0]
+    stated = {name: float(top1) for name, top1 in re.findall(r'^\| `(\w+)` \| [\d.]+ \| (\d[\d.]*) \|', table, re.M)}
+    ours = {name: top1 for name, (top1, _) in throughput.PUBLISHED.items() if name not in throughput.TIMM}
+    assert ours == stated
+
+
+def test_figure(measured, main, tmp_path):
+    pytest.importorskip('matplotlib')
+    path = tmp_path / 'figure.png'
+    main('--read', measured[0], measured[0], '--figure', path)
+    assert path.read_bytes().startswith(b'\x89PNG')
+
+
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (['--models', 'coc_smal'], "no model is called 'coc_smal' (did you mean coc_small"),
+        (['--models', 'nothing_*'], "no model is called 'nothing_*'"),
+        (['--device', 'cuda'], 'torch finds no CUDA device here'),
+        (['--device', 'gpu'], "invalid choice: 'gpu'"),
+        (['--batch-size', '0'], 'expected at least 1'),
+        (['--json', 'missing/folder.json'], 'there is no such folder'),
+        (['--read', 'missing.json'], 'missing.json is not a file that --json wrote'),
+    ],
+)
+def test_mistakes_are_one_clear_line(argv, message, main, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        main(*argv)
+    assert stopped.value.code == 2
+    first = capsys.readouterr().err.splitlines()[0]
+    assert first.startswith('error: ') and message in first
