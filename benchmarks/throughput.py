@@ -4,7 +4,7 @@
     python benchmarks/throughput.py --growth --batch-size 1 [--json growth.json]
     python benchmarks/throughput.py --read cpu.json gpu.json --markdown --figure throughput.png
 
-Printed for each model, with 1,000 classes and random weights (speed does not depend on what they are):
+Printed for each model, with 1,000 classes, random weights and random images:
 
 - images/s: inference is the forward pass; training is forward pass, cross-entropy and backward pass, no optimizer. The
   models take turns within each round, so that other work on the machine hits all alike. The median round counts.
