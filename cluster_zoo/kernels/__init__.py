@@ -1,9 +1,17 @@
 """Faster versions of the functions of `clustering`, and where they are chosen.
 
-The environment variable ``CLUSTER_ZOO_KERNELS`` set to ``plain`` forces the functions of `clustering` themselves.
+The environment variable ``CLUSTER_ZOO_KERNELS`` says which ones run:
+
+- ``auto``, the default: on a GPU those of `gpu` if Triton is there and can use it, on a CPU those of `cpu`;
+- ``plain``: the functions of `clustering` themselves;
+- ``triton``: those of `gpu` wherever the tensors are. On a CPU that needs Triton's interpreter, ``TRITON_INTERPRET=1``.
+
+float64, an export and TorchScript always take the plain functions.
 """
 
 import os
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -11,21 +19,72 @@ from torch import Tensor
 from .. import clustering
 from . import cpu
 
-__all__ = ['cluster', 'head_lengths']
+__all__ = ['cluster', 'head_lengths', 'nearest_center']
+
+_HAS_TRITON = find_spec('triton') is not None
+
+
+def _gpu() -> ModuleType:
+    from . import gpu  # here because it imports Triton, which takes long and may be missing
+
+    return gpu
 
 
 def _chosen(x: Tensor) -> str:
-    if os.environ.get('CLUSTER_ZOO_KERNELS') == 'plain' or torch.compiler.is_compiling():
+    """'plain', 'cpu' or 'gpu'."""
+    choice = os.environ.get('CLUSTER_ZOO_KERNELS', 'auto')
+    if choice not in ('auto', 'plain', 'triton'):
+        raise ValueError(f'CLUSTER_ZOO_KERNELS must be auto, plain or triton, got {choice!r}.')
+    if choice == 'plain' or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return 'plain'
-    return x.device.type
+    narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if narrow and (choice == 'triton' or (x.device.type == 'cuda' and _HAS_TRITON and _gpu().RUNS)):
+        return 'gpu'
+    return 'cpu' if x.device.type == 'cpu' and not torch.compiler.is_compiling() else 'plain'
 
 
 def head_lengths(x: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
     """See `clustering.head_lengths`."""
-    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch, but not half a condition
-        if _chosen(x) == 'cpu':
+    if not torch.jit.is_scripting():  # TorchScript leaves out this branch, but not half a condition
+        chosen = _chosen(x)
+        if chosen == 'gpu':
+            return _gpu().head_lengths(x, weight, bias, heads)
+        if chosen == 'cpu':
             return cpu.head_lengths(x, weight, bias, heads)
     return clustering.head_lengths(x, weight, bias, heads)
 
 
-cluster = clustering.cluster
+def cluster(
+    points: Tensor,
+    lengths: Tensor,
+    centers: Tensor,
+    query: Tensor,
+    offset: Tensor,
+    beta: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    weighted: bool = True,
+    point_mask: Tensor | None = None,
+    center_mask: Tensor | None = None,
+) -> Tensor:
+    """See `clustering.cluster`."""
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if _chosen(points) == 'gpu':
+            return _gpu().cluster(
+                points, lengths, centers, query, offset, beta, v_weight, v_bias, proj_weight, proj_bias, weighted,
+                point_mask, center_mask,
+            )  # fmt: skip
+    return clustering.cluster(
+        points, lengths, centers, query, offset, beta, v_weight, v_bias, proj_weight, proj_bias, weighted,
+        point_mask, center_mask,
+    )  # fmt: skip
+
+
+def nearest_center(points: Tensor, query: Tensor, offset: Tensor, center_mask: Tensor | None = None) -> Tensor:
+    """See `clustering.nearest_center`."""
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if _chosen(points) == 'gpu':
+            return _gpu().nearest_center(points, query, offset, center_mask)
+    return clustering.nearest_center(points, query, offset, center_mask)

@@ -1,0 +1,337 @@
+"""Clustering on a GPU: nothing of the size of centers times points is ever written to memory.
+
+Four operations make up `clustering.cluster` and all of its gradients. With points x_n of S sets, E heads, M centers a
+head, and the one center i(e, n) that point n joins in head e:
+
+- `assign`: i(e, n), the argument of the maximum over m of ``query[e, m] . x_n + offset[e, m]``, and that maximum;
+- `select`: ``query[e, i] . x_n + offset[e, i]`` for i as given;
+- `aggregate`: the sum of ``weight[e, n] x_n`` over the members n of each center, and that of the weights;
+- `dispatch`: ``bias + sum over e of weight[e, n] values[e, i(e, n)]`` for each point.
+
+Each gradient is again one of them, because sending points to centers and centers to points are each other's transpose;
+so they can be differentiated any number of times. A fifth, `lengths`, takes the norms of rows. No operation adds
+atomically: the same input gives the same bits.
+
+Products of float32 are exact, or TF32 where ``torch.set_float32_matmul_precision`` allows it.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import clustering
+from . import gpu_kernels as kernels
+
+__all__ = ['RUNS', 'aggregate', 'assign', 'cluster', 'dispatch', 'head_lengths', 'lengths', 'nearest_center', 'select']
+
+# What Triton supports of CUDA begins with compute capability 8.0; a ROCm device reports 9.0 and more
+RUNS = all(torch.cuda.get_device_capability(i) >= (8, 0) for i in range(torch.cuda.device_count()))
+
+# The dtype in which numbers are multiplied; the interpreter takes the bits of bfloat16 for integers
+_FACTORS = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16,
+}
+
+
+def _tiles(x: Tensor, E: int, M: int) -> dict[str, Any]:
+    """Sizes and dtype of tiles for points or values x [..., C], from its shape and dtype alone.
+
+    Powers of two, at least 16 on each side of a matrix product. At most 64 centers in a tile, and 64 points and
+    channels, or 32 in float32: with these hardly a kernel runs out of registers on compute capability 8.0 or 9.0, and
+    two rounds of tiles take 48 KiB of shared memory at the most.
+    """
+    C, block = x.shape[-1], 128 // x.element_size()
+    width = min(64, max(2, triton.next_power_of_2(M)))
+    return dict(
+        C=C,
+        HEADS=max(min(triton.next_power_of_2(E), 64 // width), 16 // width),
+        WIDTH=width,
+        BLOCK_N=block,
+        BLOCK_C=min(block, max(16, triton.next_power_of_2(C))),
+        FACTORS=_FACTORS[x.dtype],
+        PRECISION='tf32' if torch.backends.cuda.matmul.fp32_precision == 'tf32' else 'ieee',
+        num_warps=4,
+        num_stages=2,
+    )
+
+
+@torch.library.custom_op('cluster_zoo::assign', mutates_args=())
+def assign(points: Tensor, query: Tensor, offset: Tensor, center_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The center whose probe is highest, the first of equals, and the probe's value.
+
+    Args:
+        points: [S, N, C].
+        query: [S, E, M, C].
+        offset: [S, E, M].
+        center_mask: bool [S, M], true for centers that may be chosen.
+
+    Returns:
+        int32 [S, E, N], values 0 .. M - 1 (0 where no center may be chosen), and float32 [S, E, N].
+    """
+    (S, N, _), (E, M) = points.shape, query.shape[1:3]
+    index = points.new_empty((S, E, N), dtype=torch.int32)
+    score = points.new_empty((S, E, N), dtype=torch.float32)
+    tiles = _tiles(points, E, M)
+    grid = (S * triton.cdiv(N, tiles['BLOCK_N']), triton.cdiv(E, tiles['HEADS']))
+    mask = None if center_mask is None else center_mask.contiguous()
+    with torch.cuda.device_of(points):
+        kernels.assign[grid](
+            points.contiguous(), query.contiguous(), offset.contiguous(), mask, index, score, N, E, M, **tiles
+        )
+    return index, score
+
+
+@torch.library.custom_op('cluster_zoo::select', mutates_args=())
+def select(points: Tensor, index: Tensor, query: Tensor, offset: Tensor | None) -> Tensor:
+    """The value of one probe a point and head, float32 [S, E, N]; arguments as in `assign`, which gives the index."""
+    (S, N, _), (E, M) = points.shape, query.shape[1:3]
+    score = points.new_empty((S, E, N), dtype=torch.float32)
+    tiles = _tiles(points, E, M)
+    grid = (S * triton.cdiv(N, tiles['BLOCK_N']), triton.cdiv(E, tiles['HEADS']))
+    offset = None if offset is None else offset.contiguous()
+    with torch.cuda.device_of(points):
+        kernels.select[grid](
+            points.contiguous(), query.contiguous(), offset, index.contiguous(), score, N, E, M, **tiles
+        )
+    return score
+
+
+@torch.library.custom_op('cluster_zoo::aggregate', mutates_args=())
+def aggregate(points: Tensor, index: Tensor, weight: Tensor, centers: int) -> tuple[Tensor, Tensor]:
+    """Sums of each center's members and of their weights.
+
+    Args:
+        points: [S, N, C].
+        index: int32 [S, E, N].
+        weight: float32 [S, E, N].
+        centers: M.
+
+    Returns:
+        float32 [S, E, M, C] and float32 [S, E, M].
+    """
+    (S, N, C), E, M = points.shape, index.shape[1], centers
+    tiles = _tiles(points, E, M)
+    blocks = triton.cdiv(E, tiles['HEADS']) * triton.cdiv(M, tiles['WIDTH']), triton.cdiv(C, tiles['BLOCK_C'])
+    # Few large sets are cut into spans of at least 256 points, until there are some four programs a multiprocessor
+    splits = max(1, min(512 // max(1, S * blocks[0] * blocks[1]), N // 256))
+    span = triton.cdiv(triton.cdiv(N, splits), tiles['BLOCK_N']) * tiles['BLOCK_N']
+    splits = triton.cdiv(N, span)
+    sums = points.new_empty((S, splits, E, M, C), dtype=torch.float32)
+    totals = points.new_empty((S, splits, E, M), dtype=torch.float32)
+    with torch.cuda.device_of(points):
+        kernels.aggregate[(S * splits, *blocks)](
+            points.contiguous(), index.contiguous(), weight.contiguous(), sums, totals, N, E, M, splits, span, **tiles
+        )
+    return (sums.sum(1), totals.sum(1)) if splits > 1 else (sums.squeeze(1), totals.squeeze(1))
+
+
+@torch.library.custom_op('cluster_zoo::dispatch', mutates_args=())
+def dispatch(values: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Each point receives the weighted sum over heads of its centers' values.
+
+    Args:
+        values: [S, E, M, C].
+        index: int32 [S, E, N].
+        weight: float32 [S, E, N].
+        bias: Added to every point, [C].
+
+    Returns:
+        [S, N, C], of the values' dtype.
+    """
+    (S, E, M, C), N = values.shape, index.shape[2]
+    out = values.new_empty((S, N, C))
+    tiles = _tiles(values, E, M)
+    grid = (S * triton.cdiv(N, tiles['BLOCK_N']), triton.cdiv(C, tiles['BLOCK_C']))
+    bias = None if bias is None else bias.contiguous()
+    with torch.cuda.device_of(values):
+        kernels.dispatch[grid](
+            values.contiguous(), index.contiguous(), weight.contiguous(), bias, out, N, E, M, **tiles
+        )
+    return out
+
+
+@torch.library.custom_op('cluster_zoo::lengths', mutates_args=())
+def lengths(rows: Tensor) -> Tensor:
+    """Euclidean norms, at least 1e-12: [..., D] -> float32 [...]."""
+    D = rows.shape[-1]
+    out = rows.new_empty(rows.shape[:-1], dtype=torch.float32)
+    tiles = dict(D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK=max(1, 4096 // triton.next_power_of_2(D)))
+    with torch.cuda.device_of(rows):
+        kernels.lengths[(triton.cdiv(out.numel(), tiles['BLOCK']),)](rows.contiguous(), out, out.numel(), **tiles)
+    return out
+
+
+@torch.library.custom_op('cluster_zoo::lengths_backward', mutates_args=())
+def lengths_backward(gradient: Tensor, rows: Tensor, norms: Tensor) -> Tensor:
+    """``gradient * rows / norms``: float32 [...], [..., D] and the `lengths` float32 [...] -> [..., D]."""
+    D = rows.shape[-1]
+    out = rows.new_empty(rows.shape)
+    tiles = dict(D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK=max(1, 4096 // triton.next_power_of_2(D)))
+    with torch.cuda.device_of(rows):
+        kernels.lengths_backward[(triton.cdiv(norms.numel(), tiles['BLOCK']),)](
+            gradient.contiguous(), rows.contiguous(), norms, out, norms.numel(), **tiles
+        )
+    return out
+
+
+# Shapes for torch.compile and torch.export ------------------------------------------------------------------------
+
+
+@assign.register_fake
+def _(points, query, offset, center_mask):
+    shape = (points.shape[0], query.shape[1], points.shape[1])
+    return points.new_empty(shape, dtype=torch.int32), points.new_empty(shape, dtype=torch.float32)
+
+
+@select.register_fake
+def _(points, index, query, offset):
+    return points.new_empty(index.shape, dtype=torch.float32)
+
+
+@aggregate.register_fake
+def _(points, index, weight, centers):
+    S, E, _ = index.shape
+    sums = points.new_empty((S, E, centers, points.shape[2]), dtype=torch.float32)
+    return sums, points.new_empty((S, E, centers), dtype=torch.float32)
+
+
+@dispatch.register_fake
+def _(values, index, weight, bias):
+    return values.new_empty((values.shape[0], index.shape[2], values.shape[3]))
+
+
+@lengths.register_fake
+def _(rows):
+    return rows.new_empty(rows.shape[:-1], dtype=torch.float32)
+
+
+@lengths_backward.register_fake
+def _(gradient, rows, norms):
+    return rows.new_empty(rows.shape)
+
+
+# Gradients --------------------------------------------------------------------------------------------------------
+# Autograd casts them to the dtype of their tensors.
+
+
+def _probe_gradients(points: Tensor, index: Tensor, query: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `assign` and `select` hand to points, query and offset."""
+    d_points = dispatch(query.to(points.dtype), index, gradient, None)
+    return d_points, *aggregate(points, index, gradient, query.shape[2])
+
+
+def _assign_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], output[0], inputs[1])
+
+
+def _assign_backward(ctx, _, gradient):
+    return *_probe_gradients(*ctx.saved_tensors, gradient), None
+
+
+def _select_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+    ctx.with_offset = inputs[3] is not None
+
+
+def _select_backward(ctx, gradient):
+    d_points, d_query, d_offset = _probe_gradients(*ctx.saved_tensors, gradient)
+    return d_points, None, d_query, d_offset if ctx.with_offset else None
+
+
+def _aggregate_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _aggregate_backward(ctx, d_sums, d_totals):
+    points, index, weight = ctx.saved_tensors
+    d_points = dispatch(d_sums.to(points.dtype), index, weight, None)
+    d_weight = select(points, index, d_sums, d_totals) if ctx.needs_input_grad[2] else None
+    return d_points, None, d_weight, None
+
+
+def _dispatch_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _dispatch_backward(ctx, gradient):
+    values, index, weight = ctx.saved_tensors
+    d_values, _ = aggregate(gradient, index, weight, values.shape[2])
+    d_bias = gradient.sum((0, 1)) if ctx.needs_input_grad[3] else None
+    return d_values, None, select(gradient, index, values, None), d_bias
+
+
+def _lengths_setup(ctx, inputs, output):
+    ctx.save_for_backward(inputs[0], output)
+
+
+def _lengths_gradient(ctx, gradient):
+    rows, norms = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the gradient shall have a gradient
+        return (gradient / norms).unsqueeze(-1) * rows
+    return lengths_backward(gradient, rows, norms)
+
+
+assign.register_autograd(_assign_backward, setup_context=_assign_setup)
+select.register_autograd(_select_backward, setup_context=_select_setup)
+aggregate.register_autograd(_aggregate_backward, setup_context=_aggregate_setup)
+dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_setup)
+lengths.register_autograd(_lengths_gradient, setup_context=_lengths_setup)
+
+
+# The functions of `clustering` ------------------------------------------------------------------------------------
+
+
+def head_lengths(x: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+    """See `clustering.head_lengths`."""
+    f = F.conv2d(x, weight, bias).permute(0, 2, 3, 1)
+    return lengths(f.unflatten(-1, (heads, -1))).permute(0, 3, 1, 2)
+
+
+def cluster(
+    points: Tensor,
+    lengths: Tensor,
+    centers: Tensor,
+    query: Tensor,
+    offset: Tensor,
+    beta: Tensor,
+    v_weight: Tensor,
+    v_bias: Tensor,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    weighted: bool = True,
+    point_mask: Tensor | None = None,
+    center_mask: Tensor | None = None,
+) -> Tensor:
+    """See `clustering.cluster`; similarities stay float32."""
+    points = _autocast(points)
+    index, score = assign(points, _autocast(query), offset, center_mask)
+    if point_mask is not None:
+        lengths = lengths.masked_fill(~point_mask.unsqueeze(1), 1.0)  # may be zero
+    similarity = torch.sigmoid(beta + score / lengths)
+    weight = similarity if weighted else torch.ones_like(similarity)
+    if point_mask is not None:
+        similarity = similarity * point_mask.unsqueeze(1)
+        weight = weight * point_mask.unsqueeze(1)
+    sums, totals = aggregate(points, index, weight, centers.shape[1])
+    means = (sums + centers.unsqueeze(1)) / (1 + totals).unsqueeze(-1)
+    values = clustering.center_values(means.to(points.dtype).flatten(1, 2), v_weight, v_bias, proj_weight)
+    return dispatch(values.unflatten(1, query.shape[1:3]), index, similarity, proj_bias)
+
+
+def nearest_center(points: Tensor, query: Tensor, offset: Tensor, center_mask: Tensor | None = None) -> Tensor:
+    """See `clustering.nearest_center`."""
+    with torch.no_grad():
+        index, _ = assign(_autocast(points), _autocast(query).unsqueeze(1), offset.transpose(1, 2), center_mask)
+    return index.squeeze(1).long()
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """What autocast would make of the argument of a matrix product: it does not know the operations above."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
