@@ -12,7 +12,7 @@ Each gradient is again one of them, because sending points to centers and center
 so they can be differentiated any number of times. A fifth, `lengths`, takes the norms of rows. No operation adds
 atomically: the same input gives the same bits.
 
-Products of float32 are exact, or TF32 where ``torch.set_float32_matmul_precision`` allows it.
+Factors in float32 are multiplied as they are, or in TF32 where ``torch.set_float32_matmul_precision`` allows it.
 """
 
 from typing import Any
