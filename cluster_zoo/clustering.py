@@ -5,8 +5,8 @@ here knows about images or modules. Points are rows: a batch of S sets of N poin
 group the points of a set, each in its own way, around M centers a head.
 
 The papers cluster features ``f = W x + b`` of the points x. What a center c needs to know of a point is the product
-``c . f = (c W) . x + c . b``, so a center is given as a `probe` (c W, c . b) of the points as they come, and f need not be
-cut into sets. Likewise a mean of values ``v = W x + b`` is W times the mean of x, plus b, so that `aggregate` takes the
+``c . f = (c W) . x + c . b``, so a center is given as a `probe` (c W, c . b) of the points as they come, and f need not
+be cut into sets. Likewise a mean of values ``v = W x + b`` is W times the mean of x, plus b, so that `aggregate` takes the
 points as they come too, and what follows it is computed for a few centers instead of for all points.
 
 Padding: a set may be filled up with points that do not count. ``point_mask`` [..., N] and ``center_mask`` [..., M] mark
@@ -21,7 +21,7 @@ from torch import Tensor
 def unit(x: Tensor) -> Tensor:
     """Rows scaled to length one, ``x / max(|x|, 1e-12)``; in float32 at least, because 1e-12 is zero in float16."""
     wide = x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
-    return (wide * (wide * wide).sum(-1, keepdim=True).clamp_min(1e-24).rsqrt()).to(x.dtype)
+    return F.normalize(wide, dim=-1, eps=1e-12).to(x.dtype)
 
 
 def head_lengths(x: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
@@ -53,7 +53,8 @@ def probe(centers: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     Returns:
         Query [E, S * M, C] and offset [E, S * M, 1].
     """
-    return torch.bmm(centers, weight), torch.bmm(centers, bias)
+    both = torch.bmm(centers, torch.cat([weight, bias], dim=-1))
+    return both[..., :-1], both[..., -1:]
 
 
 def assign(
@@ -75,12 +76,12 @@ def assign(
     """
     value = torch.baddbmm(offset.flatten(1).unsqueeze(-1), query.flatten(1, 2), points.transpose(1, 2))
     value = value.unflatten(1, (query.shape[1], query.shape[2]))
-    index = first_largest(value.detach(), center_mask if center_mask is None else center_mask.unsqueeze(1))
+    _, index = first_largest(value.detach(), center_mask if center_mask is None else center_mask.unsqueeze(1))
     return index, value.gather(2, index.unsqueeze(2)).squeeze(2)
 
 
-def first_largest(value: Tensor, center_mask: Tensor | None = None) -> Tensor:
-    """[..., M, N] -> int64 [..., N], the first argument of the maximum over centers that count."""
+def first_largest(value: Tensor, center_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The largest over centers that count, [..., M, N] -> [..., N], and int64 the first index where it stands."""
     if center_mask is not None:
         value = value.masked_fill(~center_mask.unsqueeze(-1), -float('inf'))
     if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch, but not half a condition
@@ -88,8 +89,9 @@ def first_largest(value: Tensor, center_mask: Tensor | None = None) -> Tensor:
             # A pooling window over the centers, with points as channels: several times as fast as Tensor.max
             M, N = value.shape[-2:]
             rows = value.reshape(-1, M, 1, N).permute(0, 3, 1, 2)
-            return F.max_pool2d(rows, (M, 1), return_indices=True)[1].reshape(value.shape[:-2] + (N,))
-    return value.max(dim=-2)[1]
+            largest, index = F.max_pool2d(rows, (M, 1), return_indices=True)
+            return largest.reshape(value.shape[:-2] + (N,)), index.reshape(value.shape[:-2] + (N,))
+    return value.max(dim=-2)
 
 
 def members_of(index: Tensor, weight: Tensor, centers: int) -> Tensor:
@@ -109,8 +111,8 @@ def aggregate(points: Tensor, members: Tensor, centers: Tensor) -> Tensor:
     Returns:
         [S, E * M, C].
     """
-    own = centers.repeat(1, members.shape[1] // centers.shape[1], 1)
-    return torch.baddbmm(own, members, points) / (1 + members.sum(-1, keepdim=True))
+    total = torch.bmm(members, points).unflatten(1, (-1, centers.shape[1])) + centers.unsqueeze(1)
+    return total.flatten(1, 2) / (1 + members.sum(-1, keepdim=True))
 
 
 def dispatch(values: Tensor, members: Tensor, bias: Tensor) -> Tensor:
@@ -199,32 +201,37 @@ def nearest_center(
     query: Tensor,
     offset: Tensor,
     center_mask: Tensor | None = None,
-    block_elements: int = 1 << 18,
+    block: tuple[int, int] = (512, 512),
 ) -> Tensor:
     """The index of `assign` for one head and any number of centers.
 
-    The values [M, N] are computed a block of points at a time, so memory grows with the number of points alone. No
-    gradient flows: an index has none.
+    The values [M, N] are computed a block at a time, so memory grows with the number of points alone. No gradient
+    flows: an index has none.
 
     Args:
         points: [S, N, C].
         query: [S, M, C].
         offset: [S, M, 1].
         center_mask: [S, M], true for centers that may be chosen.
-        block_elements: Values of one set that exist at a time.
+        block: Centers and points of each set whose values exist at a time.
 
     Returns:
         int64 [S, N], values 0 .. M - 1.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102
         if torch.compiler.is_exporting():  # a graph for any size has no loop over it
-            return first_largest(torch.baddbmm(offset, query, points.transpose(1, 2)), center_mask)
-    size = max(1, block_elements // query.shape[1])
-    blocks = [
-        first_largest(torch.baddbmm(offset, query, block.transpose(1, 2)), center_mask)
-        for block in points.split(size, dim=1)
-    ]
-    return torch.cat(blocks, dim=-1)
+            return first_largest(torch.baddbmm(offset, query, points.transpose(1, 2)), center_mask)[1]
+    joined = []
+    for some in points.transpose(1, 2).split(block[1], dim=2):
+        largest, index = torch.full_like(some[:, 0], -float('inf')), torch.zeros_like(some[:, 0], dtype=torch.int64)
+        for start in range(0, query.shape[1], block[0]):
+            stop = start + block[0]
+            value = torch.baddbmm(offset[:, start:stop], query[:, start:stop], some)
+            found, where = first_largest(value, center_mask if center_mask is None else center_mask[:, start:stop])
+            index = torch.where(found > largest, where + start, index)
+            largest = torch.maximum(found, largest)
+        joined.append(index)
+    return torch.cat(joined, dim=1)
 
 
 def group_mean(points: Tensor, centers: Tensor, index: Tensor, point_mask: Tensor | None = None) -> Tensor:

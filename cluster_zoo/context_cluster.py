@@ -156,7 +156,7 @@ class ClusterMixer(nn.Module):
         bias = bias.view(E, -1, 1)
         f = torch.baddbmm(bias.transpose(1, 2), centers.reshape(1, S * M, C).expand(E, -1, -1), weight.transpose(1, 2))
         query, offset = probe(self.sim_alpha * unit(f), weight, bias)
-        return query.view(E, S, M, C).transpose(0, 1), offset.view(E, S, M).transpose(0, 1)
+        return query.unflatten(1, (S, M)).transpose(0, 1), offset.reshape(E, S, M).transpose(0, 1)
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -17,11 +17,12 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from torch import Tensor
 
 from . import published
-from .clustering import group_mean, nearest_center, unit
+from .clustering import group_mean, unit
 from .context_cluster import VARIANTS as CONTEXT_CLUSTER_VARIANTS
 from .context_cluster import ContextCluster, cfg, one_each
 from .grids import divides, merge, partition
 from .grids import point_mask as grid_mask
+from .kernels import nearest_center
 from .weights import build_model
 
 __all__ = ['FEC', 'ClusterPool']  # register_model adds the entry points

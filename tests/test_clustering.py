@@ -116,16 +116,17 @@ def test_equal_centers_give_the_first(dtype):
     query, offset = torch.ones(1, 1, 4, 3, dtype=dtype), torch.zeros(1, 1, 4, dtype=dtype)
     assert (assign(torch.rand(1, 7, 3).to(dtype), query, offset)[0] == 0).all()
     value = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0], [-1.0, -3.0, -2.0, -1.0, -1.0]], dtype=dtype)
-    assert first_largest(value.unsqueeze(-1)).tolist() == [[1], [0]]
-    masked = first_largest(value.unsqueeze(-1), torch.tensor([[True, False, True, True, True], [False] * 5]))
-    assert masked.tolist() == [[2], [0]]  # and the first where none counts
+    largest, index = first_largest(value.unsqueeze(-1))
+    assert largest.tolist() == [[3], [-1]] and index.tolist() == [[1], [0]]
+    _, index = first_largest(value.unsqueeze(-1), torch.tensor([[True, False, True, True, True], [False] * 5]))
+    assert index.tolist() == [[2], [0]]  # and the first where none counts
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (1, 9), (16, 1), (5, 33), (100, 7)])
 def test_first_largest_is_argmax(shape):
     value = torch.randint(0, 6, (2, 3, *shape)).double()  # many equal ones
     expected = (value == value.max(-2, keepdim=True)[0]).long().argmax(-2)
-    assert torch.equal(first_largest(value), expected)
+    assert torch.equal(first_largest(value)[1], expected)
 
 
 def test_zero_vectors_have_no_direction():
@@ -144,12 +145,15 @@ def test_lengths_are_norms_of_each_head():
     assert lengths[1, :, 2, 3].tolist() == pytest.approx([math.hypot(*f[:3]), math.hypot(*f[3:])], rel=1e-12)
 
 
-@pytest.mark.parametrize('block_elements', [1, 7, 40, 1 << 20])
-def test_nearest_center_does_not_depend_on_its_blocks(block_elements):
+@pytest.mark.parametrize('block', [(1, 1), (2, 7), (5, 40), (512, 512)])
+def test_nearest_center_does_not_depend_on_its_blocks(block):
     points, query, offset = _normal(2, 33, 6), _normal(2, 5, 6, seed=1), _normal(2, 5, 1, seed=2)
     mask = torch.tensor([[True] * 5, [True, False, True, False, True]])
     expected = (query @ points.transpose(1, 2) + offset).masked_fill(~mask.unsqueeze(-1), -torch.inf).argmax(1)
-    assert torch.equal(nearest_center(points, query, offset, mask, block_elements), expected)
+    assert torch.equal(nearest_center(points, query, offset, mask, block), expected)
+    same = torch.ones(1, 5, 6).double()
+    whole = points[:1].round()  # whose sums are exact in any order
+    assert (nearest_center(whole, same, offset[:1] * 0, None, block) == 0).all()  # the first of equals
 
 
 def test_group_mean_matches_loops():
