@@ -1,13 +1,13 @@
 """What does clustering cost? Registered models beside their floor: the same network with its clustering removed.
 
-    python benchmarks/clustering.py [--models coc_tiny,fec_small] [--batch-size 8] [--compile] [--amp] [--device cuda] [--json FILE]
+    python benchmarks/clustering.py [--models coc_tiny,fec_small] [--batch-size 8] [--compile] [--amp] [--device cuda]
 
 The floor has the model's weights and input, but each mixer returns ``proj(v(x) + f(x))``; in FEC's cluster pooling the
 mean grid of v stands for the groups' means, and f and the product of unit centers and points are computed as the paper
 writes them and dropped. Model and floor take turns in one process, and printed is the median of the ratios of a round:
-1.00 would be clustering at no cost, and it can be less, because the model does not need all of the floor's convolutions.
-The third column is the same network as the formulas read (tests/transcription.py), over the model: how many times as
-fast the model is.
+1.00 would be clustering at no cost, and it can be less, because the model does not need all of the floor's
+convolutions. With ``--formulas`` the network as its formulas read (tests/transcription.py) takes part too, and the last
+column says how many times as fast the model is.
 
 Before anything is timed the model's logits and its gradient are compared in float64 with that transcription. Memory is
 what one training step adds to the process, for model and floor in a process of their own each; on a GPU, what its
@@ -235,6 +235,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
         if not result['check']['relative error'] < 1e-9:
             sys.exit(f'error: {name} differs from the formulas: {result["check"]["relative error"]:.1e}')
     found = networks(name, args)
+    for network in found.values():  # the allocator of a process that has trained holds on to more memory
+        Step(network, args, train=True)()
     if 'forward' not in args.skip:
         result['forward'] = compare({key: Step(value, args, False) for key, value in found.items()}, args.rounds)
     if 'train' not in args.skip:
@@ -260,8 +262,9 @@ def main() -> None:
             if kind in figures[name]:
                 row, unit = figures[name][kind], 'MB' if kind == 'memory' else 'ms'
                 gain = 1 / row.get('model / formulas', math.nan)
-                cells = f'{row[f"model {unit}"]:.0f} {unit} | {row[f"floor {unit}"]:.0f} {unit} | {row["model / floor"]:.2f}'
-                print(f'| `{name}` | {kind} | {cells} | {"" if math.isnan(gain) else f"{gain:.2f}"} |', flush=True)
+                model, floor = (f'{row[f"{which} {unit}"]:.0f} {unit}' for which in ('model', 'floor'))
+                cells = f'{model} | {floor} | {row["model / floor"]:.2f} | {"" if math.isnan(gain) else f"{gain:.2f}"}'
+                print(f'| `{name}` | {kind} | {cells} |', flush=True)
     if args.json:
         arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         args.json.write_text(json.dumps(dict(machine=machine(args), arguments=arguments, figures=figures), indent=1))

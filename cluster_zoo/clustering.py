@@ -6,8 +6,8 @@ group the points of a set, each in its own way, around M centers a head.
 
 The papers cluster features ``f = W x + b`` of the points x. What a center c needs to know of a point is the product
 ``c . f = (c W) . x + c . b``, so a center is given as a `probe` (c W, c . b) of the points as they come, and f need not
-be cut into sets. Likewise a mean of values ``v = W x + b`` is W times the mean of x, plus b, so that `aggregate` takes the
-points as they come too, and what follows it is computed for a few centers instead of for all points.
+be cut into sets. Likewise a mean of values ``v = W x + b`` is W times the mean of x, plus b, so that `aggregate` takes
+the points as they come too, and what follows it is computed for a few centers instead of for all points.
 
 Padding: a set may be filled up with points that do not count. ``point_mask`` [..., N] and ``center_mask`` [..., M] mark
 those that do; a masked center gets no point, and a masked point weighs nothing.
@@ -24,37 +24,43 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(wide, dim=-1, eps=1e-12).to(x.dtype)
 
 
-def head_lengths(x: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+def head_lengths(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
     """Euclidean norms of each head's features ``f = weight x + bias``.
 
     Args:
-        x: The map, [B, C, H, W].
-        weight: Of a 1 x 1 convolution, [E * D, C, 1, 1].
+        points: x, [S, N, C].
+        weight: [E * D, C].
         bias: [E * D].
         heads: E.
 
     Returns:
-        [B, E, H, W], at least 1e-12; float32 if f has less.
+        [S, E, N], at least 1e-12; float32 if f has less.
     """
-    f = F.conv2d(x, weight, bias).permute(0, 2, 3, 1)
+    return norms(F.linear(points, weight, bias), heads)
+
+
+def norms(f: Tensor, heads: int) -> Tensor:
+    """The same of features that are there: [S, N, E * D] -> [S, E, N]."""
     wide = torch.float32 if f.dtype == torch.float16 or f.dtype == torch.bfloat16 else f.dtype
-    lengths = torch.linalg.vector_norm(f.unflatten(-1, (heads, -1)), dim=-1, dtype=wide)
-    return lengths.clamp_min(1e-12).permute(0, 3, 1, 2)
+    lengths = torch.linalg.vector_norm(f.reshape(f.shape[0], f.shape[1], heads, -1), dim=-1, dtype=wide)
+    return lengths.clamp_min(1e-12).transpose(1, 2)
 
 
 def probe(centers: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Centers among features ``W x + b`` as an affine function of x, whose value is their product with the features.
 
     Args:
-        centers: [E, S * M, D].
+        centers: [S, M, E, D].
         weight: W of each head, [E, D, C].
-        bias: b of each head, [E, D, 1].
+        bias: b of each head, [E, D].
 
     Returns:
-        Query [E, S * M, C] and offset [E, S * M, 1].
+        Query [S, E, M, C] and offset [S, E, M].
     """
-    both = torch.bmm(centers, torch.cat([weight, bias], dim=-1))
-    return both[..., :-1], both[..., -1:]
+    S, M, E, D = centers.shape
+    both = torch.bmm(centers.reshape(S * M, E, D).transpose(0, 1), torch.cat([weight, bias.unsqueeze(-1)], dim=-1))
+    both = both.view(E, S, M, -1).transpose(0, 1).contiguous()
+    return both[..., :-1], both[..., -1]
 
 
 def assign(
@@ -74,10 +80,10 @@ def assign(
     Returns:
         The center, int64 [S, E, N], values 0 .. M - 1, and its probe's value [S, E, N], through which gradients flow.
     """
-    value = torch.baddbmm(offset.flatten(1).unsqueeze(-1), query.flatten(1, 2), points.transpose(1, 2))
-    value = value.unflatten(1, (query.shape[1], query.shape[2]))
-    _, index = first_largest(value.detach(), center_mask if center_mask is None else center_mask.unsqueeze(1))
-    return index, value.gather(2, index.unsqueeze(2)).squeeze(2)
+    value = torch.baddbmm(offset.flatten(1).unsqueeze(2), query.flatten(1, 2), points.transpose(1, 2))
+    value = value.view(query.shape[:3] + (-1,))
+    largest, index = first_largest(value.detach(), center_mask if center_mask is None else center_mask.unsqueeze(1))
+    return index, value.gather(2, index.unsqueeze(2)).squeeze(2) if value.requires_grad else largest
 
 
 def first_largest(value: Tensor, center_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -111,8 +117,9 @@ def aggregate(points: Tensor, members: Tensor, centers: Tensor) -> Tensor:
     Returns:
         [S, E * M, C].
     """
-    total = torch.bmm(members, points).unflatten(1, (-1, centers.shape[1])) + centers.unsqueeze(1)
-    return total.flatten(1, 2) / (1 + members.sum(-1, keepdim=True))
+    S, M, C = centers.shape
+    total = torch.bmm(members, points).view(S, -1, M, C) + centers.unsqueeze(1)
+    return total.view(S, -1, C) / (1 + members.sum(-1, keepdim=True))
 
 
 def dispatch(values: Tensor, members: Tensor, bias: Tensor) -> Tensor:
@@ -141,10 +148,11 @@ def center_values(means: Tensor, v_weight: Tensor, v_bias: Tensor, proj_weight: 
     Returns:
         [S, E * M, C'].
     """
-    S, E = means.shape[0], v_weight.shape[0]
-    means = means.unflatten(1, (E, -1)).transpose(0, 1).flatten(1, 2)
+    S, EM, C = means.shape
+    E = v_weight.shape[0]
+    means = means.view(S, E, EM // E, C).transpose(0, 1).reshape(E, -1, C)
     values = torch.bmm(torch.baddbmm(v_bias, means, v_weight), proj_weight)
-    return values.unflatten(1, (S, -1)).transpose(0, 1).flatten(1, 2)
+    return values.view(E, S, EM // E, -1).transpose(0, 1).reshape(S, EM, -1)
 
 
 def cluster(
@@ -183,9 +191,7 @@ def cluster(
         [S, N, C'].
     """
     index, score = assign(points, query, offset, center_mask)
-    if point_mask is not None:
-        lengths = lengths.masked_fill(~point_mask.unsqueeze(1), 1.0)  # may be zero
-    similarity = torch.sigmoid(beta + score / lengths).to(points.dtype)
+    similarity = torch.sigmoid(torch.addcdiv(beta, score, lengths)).to(points.dtype)
     weight = similarity if weighted else torch.ones_like(similarity)
     if point_mask is not None:
         similarity = similarity * point_mask.unsqueeze(1)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
@@ -122,9 +123,8 @@ class ClusterMixer(nn.Module):
         assert (
             f_bias is not None and v_bias is not None and proj_bias is not None
         )  # for TorchScript, where any convolution may lack it
-        x = _autocast(x)
-        lengths = partition(head_lengths(x, self.f.weight, f_bias, E), r).transpose(1, 2)
-        points = partition(x, r)
+        points = partition(_autocast(x), r)
+        lengths = head_lengths(points, self.f.weight.view(-1, x.shape[1]), f_bias, E)
         centers, point_mask, center_mask = mean_centers(points, size, r, self.proposals)
         query, offset = self.probes(centers)
         points = cluster(
@@ -136,7 +136,7 @@ class ClusterMixer(nn.Module):
             self.sim_beta,
             self.v.weight.view(E, -1, x.shape[1]).transpose(1, 2),
             v_bias.view(E, 1, -1),
-            self.proj.weight.flatten(1).unflatten(1, (E, -1)).permute(1, 2, 0),
+            self.proj.weight.view(x.shape[1], E, -1).permute(1, 2, 0),
             proj_bias,
             self.weighted_mean,
             point_mask,
@@ -150,18 +150,16 @@ class ClusterMixer(nn.Module):
         For a point x, ``query . x + offset`` is alpha times the cosine to the center, times the length of f(x). The
         length is the same for all centers, so that the highest belongs to the center of highest similarity.
         """
-        E, (S, M, C) = self.num_heads, centers.shape
-        weight, bias = self.f.weight.view(E, -1, C), self.f.bias
+        E, bias = self.num_heads, self.f.bias
         assert bias is not None  # for TorchScript
-        bias = bias.view(E, -1, 1)
-        f = torch.baddbmm(bias.transpose(1, 2), centers.reshape(1, S * M, C).expand(E, -1, -1), weight.transpose(1, 2))
-        query, offset = probe(self.sim_alpha * unit(f), weight, bias)
-        return query.unflatten(1, (S, M)).transpose(0, 1), offset.reshape(E, S, M).transpose(0, 1)
+        S, M, C = centers.shape
+        f = F.linear(centers, self.f.weight.view(-1, C), bias).view(S, M, E, -1)
+        return probe(self.sim_alpha * unit(f), self.f.weight.view(E, -1, C), bias.view(E, -1))
 
 
 def _autocast(x: Tensor) -> Tensor:
     """In autocast's precision where that is on, once instead of in each of the products that follow."""
-    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch, but not half a condition
+    if not torch.jit.is_scripting():
         device = x.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype == torch.float32:
             return x.to(torch.get_autocast_dtype(device))

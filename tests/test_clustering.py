@@ -32,11 +32,9 @@ def _clustered(
     x, centers, f_weight, f_bias, alpha, beta, v_weight, v_bias, proj_weight, proj_bias, weighted=True, **masks
 ):
     """`cluster` on sets x [S, N, C] with heads' weights [E, D, C] as a mixer would call it."""
-    (S, M, C), E = centers.shape, len(f_weight)
-    f = centers.reshape(1, S * M, C) @ f_weight.transpose(1, 2) + f_bias.transpose(1, 2)
+    f = torch.einsum('smc,edc->smed', centers, f_weight) + f_bias
     query, offset = probe(alpha * unit(f), f_weight, f_bias)
-    query, offset = query.view(E, S, M, C).transpose(0, 1), offset.view(E, S, M).transpose(0, 1)
-    lengths = (x.unsqueeze(1) @ f_weight.transpose(1, 2) + f_bias.transpose(1, 2)).norm(dim=-1)
+    lengths = (x.unsqueeze(1) @ f_weight.transpose(1, 2) + f_bias.unsqueeze(1)).norm(dim=-1)
     return cluster(
         x,
         lengths,
@@ -54,7 +52,7 @@ def _clustered(
 
 
 def _weights(E=2, D=3, C=5):
-    shapes = dict(f_weight=(E, D, C), f_bias=(E, D, 1), v_weight=(E, D, C), v_bias=(E, 1, D))
+    shapes = dict(f_weight=(E, D, C), f_bias=(E, D), v_weight=(E, D, C), v_bias=(E, 1, D))
     shapes |= dict(proj_weight=(E, D, C), proj_bias=(C,))
     return {name: _normal(*shape, seed=i + 1) for i, (name, shape) in enumerate(shapes.items())}
 
@@ -64,11 +62,11 @@ def _weights(E=2, D=3, C=5):
 def test_cluster_matches_loops(weighted, alpha, beta):
     x, w = _normal(2, 12, 5), _weights()
     centers = torch.stack([x[:, g].mean(1) for g in GROUPS], 1)
-    out = _clustered(x, centers, alpha=alpha, beta=beta, weighted=weighted, **w)
+    out = _clustered(x, centers, alpha=alpha, beta=torch.tensor([beta], dtype=torch.float64), weighted=weighted, **w)
     for s in range(2):
         expected = w['proj_bias']
         for e in range(2):
-            f = x[s] @ w['f_weight'][e].T + w['f_bias'][e].T
+            f = x[s] @ w['f_weight'][e].T + w['f_bias'][e]
             v = x[s] @ w['v_weight'][e].T + w['v_bias'][e]
             expected = expected + context_cluster_set(f, v, GROUPS, alpha, beta, weighted) @ w['proj_weight'][e]
         torch.testing.assert_close(out[s], expected, rtol=1e-11, atol=1e-11)
@@ -76,10 +74,10 @@ def test_cluster_matches_loops(weighted, alpha, beta):
 
 def test_masked_points_and_centers_do_not_count():
     x, centers, w = _normal(1, 6, 5), _normal(1, 3, 5, seed=9), _weights()
-    expected = _clustered(x[:, :4], centers[:, 1:], alpha=1.0, beta=0.0, **w)
+    expected = _clustered(x[:, :4], centers[:, 1:], alpha=1.0, beta=torch.zeros(1).double(), **w)
     x[:, 4:], centers[:, 0] = 1e6, x[:, 0]  # a padded point that is loud, a padded center that would win
     masks = dict(point_mask=torch.tensor([[True] * 4 + [False] * 2]), center_mask=torch.tensor([[False, True, True]]))
-    out = _clustered(x, centers, alpha=1.0, beta=0.0, **w, **masks)
+    out = _clustered(x, centers, alpha=1.0, beta=torch.zeros(1).double(), **w, **masks)
     torch.testing.assert_close(out[:, :4], expected, rtol=1e-11, atol=1e-11)
 
 
@@ -132,17 +130,22 @@ def test_first_largest_is_argmax(shape):
 def test_zero_vectors_have_no_direction():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         assert (unit(torch.zeros(2, 3, dtype=dtype)) == 0).all() and unit(torch.ones(2, 4, dtype=dtype)).unique() == 0.5
-        lengths = head_lengths(
-            torch.zeros(1, 3, 2, 2, dtype=dtype), torch.ones(4, 3, 1, 1).to(dtype), torch.zeros(4).to(dtype), 2
-        )
-        assert lengths.shape == (1, 2, 2, 2) and (lengths > 0).all() and lengths.dtype.itemsize >= 4
+        lengths = head_lengths(torch.zeros(1, 4, 3).to(dtype), torch.ones(4, 3).to(dtype), torch.zeros(4).to(dtype), 2)
+        assert lengths.shape == (1, 2, 4) and (lengths > 0).all() and lengths.dtype.itemsize >= 4
 
 
 def test_lengths_are_norms_of_each_head():
-    x, weight, bias = _normal(2, 3, 4, 5), _normal(6, 3, 1, 1, seed=1), _normal(6, seed=2)
-    lengths = head_lengths(x, weight, bias, 2)
-    f = weight[:, :, 0, 0] @ x[1, :, 2, 3] + bias
-    assert lengths[1, :, 2, 3].tolist() == pytest.approx([math.hypot(*f[:3]), math.hypot(*f[3:])], rel=1e-12)
+    points, weight, bias = _normal(2, 4, 3), _normal(6, 3, seed=1), _normal(6, seed=2)
+    lengths, f = head_lengths(points, weight, bias, 2), weight @ points[1, 2] + bias
+    assert lengths[1, :, 2].tolist() == pytest.approx([math.hypot(*f[:3]), math.hypot(*f[3:])], rel=1e-12)
+
+
+def test_a_probe_is_the_product_with_the_features():
+    centers, weight, bias, x = _normal(2, 3, 4, 5), _normal(4, 5, 6, seed=1), _normal(4, 5, seed=2), _normal(6, seed=3)
+    query, offset = probe(centers, weight, bias)
+    assert query.shape == (2, 4, 3, 6) and offset.shape == (2, 4, 3)
+    expected = centers[1, 2, 3] @ (weight[3] @ x + bias[3])
+    torch.testing.assert_close(query[1, 3, 2] @ x + offset[1, 3, 2], expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize('block', [(1, 1), (2, 7), (5, 40), (512, 512)])

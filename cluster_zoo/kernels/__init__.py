@@ -43,15 +43,15 @@ def _chosen(x: Tensor) -> str:
     return 'cpu' if x.device.type == 'cpu' and not torch.compiler.is_compiling() else 'plain'
 
 
-def head_lengths(x: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+def head_lengths(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
     """See `clustering.head_lengths`."""
     if not torch.jit.is_scripting():  # TorchScript leaves out this branch, but not half a condition
-        chosen = _chosen(x)
+        chosen = _chosen(points)
         if chosen == 'gpu':
-            return _gpu().head_lengths(x, weight, bias, heads)
+            return _gpu().head_lengths(points, weight, bias, heads)
         if chosen == 'cpu':
-            return cpu.head_lengths(x, weight, bias, heads)
-    return clustering.head_lengths(x, weight, bias, heads)
+            return cpu.head_lengths(points, weight, bias, heads)
+    return clustering.head_lengths(points, weight, bias, heads)
 
 
 def cluster(

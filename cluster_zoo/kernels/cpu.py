@@ -1,4 +1,4 @@
-"""What plain PyTorch does faster on a CPU in another way."""
+"""What a CPU does faster in another way."""
 
 import torch
 import torch.nn.functional as F
@@ -7,12 +7,14 @@ from torch import Tensor
 from .. import clustering
 
 
-def head_lengths(x: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+def head_lengths(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
     """See `clustering.head_lengths`."""
     if torch.is_autocast_enabled('cpu'):
         dtype = torch.get_autocast_dtype('cpu')
-        x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-    return HeadLengths.apply(x, weight, bias, heads)
+        points, weight, bias = points.to(dtype), weight.to(dtype), bias.to(dtype)
+    if not torch.is_grad_enabled():
+        return _lengths(points, weight, bias, heads)
+    return HeadLengths.apply(points, weight, bias, heads)
 
 
 class HeadLengths(torch.autograd.Function):
@@ -23,29 +25,57 @@ class HeadLengths(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
-        lengths = clustering.head_lengths(x, weight, bias, heads)
-        ctx.save_for_backward(x, weight, bias, lengths)
+    def forward(ctx, points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+        lengths = _lengths(points, weight, bias, heads)
+        ctx.save_for_backward(points, weight, bias, lengths)
         return lengths
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, lengths = ctx.saved_tensors
+        points, weight, bias, lengths = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient shall have a gradient
             return *_plain_gradients(ctx, gradient), None
-        f = F.conv2d(x, weight, bias)
-        scale = (gradient / lengths).to(f.dtype)
-        f.unflatten(1, (lengths.shape[1], -1)).mul_(scale.unsqueeze(2))  # d|f| = f / |f|
+        f = _features(points, weight, bias)
+        scale = (gradient / lengths).to(f.dtype).transpose(1, 2)
+        f.view(*scale.shape, -1).mul_(scale.unsqueeze(-1))  # d|f| = f / |f|
         gradients = torch.ops.aten.convolution_backward(
-            f, x, weight, [len(bias)], [1, 1], [0, 0], [1, 1], False, [0, 0], 1, ctx.needs_input_grad[:3]
+            _as_map(f),
+            _as_map(points),
+            weight[:, :, None, None],
+            bias_sizes=[len(bias)],
+            stride=[1, 1],
+            padding=[0, 0],
+            dilation=[1, 1],
+            transposed=False,
+            output_padding=[0, 0],
+            groups=1,
+            output_mask=ctx.needs_input_grad[:3],
         )
-        return *gradients, None
+        shapes = (points.shape, weight.shape, bias.shape)
+        d_points, d_weight, d_bias = gradients
+        d_points = None if d_points is None else d_points.permute(0, 2, 3, 1).reshape(shapes[0])
+        return d_points, None if d_weight is None else d_weight.view(shapes[1]), d_bias, None
+
+
+def _as_map(points: Tensor) -> Tensor:
+    """Points [S, N, C] as a map [1, C, S * N, 1] in the channels_last format, without a copy."""
+    return points.reshape(1, -1, 1, points.shape[-1]).permute(0, 3, 1, 2)
+
+
+def _features(points: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer as a 1x1 convolution, for which oneDNN is faster than the matrix product."""
+    f = F.conv2d(_as_map(points), weight[:, :, None, None], bias)
+    return f.permute(0, 2, 3, 1).reshape(*points.shape[:2], -1)
+
+
+def _lengths(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+    return clustering.norms(_features(points, weight, bias), heads)
 
 
 def _plain_gradients(ctx, gradient: Tensor) -> list[Tensor | None]:
     """The same by autograd, through which gradients flow."""
-    x, weight, bias, lengths = ctx.saved_tensors
-    again = clustering.head_lengths(x, weight, bias, lengths.shape[1])
-    wanted = [value for value, needed in zip((x, weight, bias), ctx.needs_input_grad) if needed]
+    points, weight, bias, lengths = ctx.saved_tensors
+    again = clustering.head_lengths(points, weight, bias, lengths.shape[1])
+    wanted = [value for value, needed in zip((points, weight, bias), ctx.needs_input_grad) if needed]
     gradients = iter(torch.autograd.grad(again, wanted, gradient, create_graph=True))
     return [next(gradients) if needed else None for needed in ctx.needs_input_grad[:3]]

@@ -287,10 +287,9 @@ lengths.register_autograd(_lengths_gradient, setup_context=_lengths_setup)
 # The functions of `clustering` ------------------------------------------------------------------------------------
 
 
-def head_lengths(x: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+def head_lengths(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
     """See `clustering.head_lengths`."""
-    f = F.conv2d(x, weight, bias).permute(0, 2, 3, 1)
-    return lengths(f.unflatten(-1, (heads, -1))).permute(0, 3, 1, 2)
+    return lengths(F.linear(points, weight, bias).unflatten(-1, (heads, -1))).transpose(1, 2)
 
 
 def cluster(
@@ -311,8 +310,6 @@ def cluster(
     """See `clustering.cluster`; similarities stay float32."""
     points = _autocast(points)
     index, score = assign(points, _autocast(query), offset, center_mask)
-    if point_mask is not None:
-        lengths = lengths.masked_fill(~point_mask.unsqueeze(1), 1.0)  # may be zero
     similarity = torch.sigmoid(beta + score / lengths)
     weight = similarity if weighted else torch.ones_like(similarity)
     if point_mask is not None:
