@@ -80,7 +80,7 @@ def assign(
     Returns:
         The center, int64 [S, E, N], values 0 .. M - 1, and its probe's value [S, E, N], through which gradients flow.
     """
-    value = torch.baddbmm(offset.flatten(1).unsqueeze(2), query.flatten(1, 2), points.transpose(1, 2))
+    value = torch.bmm(query.flatten(1, 2), points.transpose(1, 2)).add_(offset.flatten(1).unsqueeze(2))
     value = value.view(query.shape[:3] + (-1,))
     largest, index = first_largest(value.detach(), center_mask if center_mask is None else center_mask.unsqueeze(1))
     return index, value.gather(2, index.unsqueeze(2)).squeeze(2) if value.requires_grad else largest
@@ -133,7 +133,7 @@ def dispatch(values: Tensor, members: Tensor, bias: Tensor) -> Tensor:
     Returns:
         [S, N, C].
     """
-    return torch.baddbmm(bias, members.transpose(1, 2), values)
+    return torch.bmm(members.transpose(1, 2), values).add_(bias)
 
 
 def center_values(means: Tensor, v_weight: Tensor, v_bias: Tensor, proj_weight: Tensor) -> Tensor:
