@@ -40,8 +40,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 from transcription import Transcription  # noqa: E402
 
 import cluster_zoo  # noqa: E402, F401  registers the models
-from cluster_zoo.context_cluster import ClusterMixer  # noqa: E402
 from cluster_zoo.fec import ClusterPool  # noqa: E402
+from cluster_zoo.mixer import ClusterMixer  # noqa: E402
 
 MODELS = 'coc_tiny,coc_tiny_plain,coc_small,coc_medium,fec_small,fec_base'
 

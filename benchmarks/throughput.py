@@ -49,8 +49,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout too
 
-import cluster_zoo  # noqa: E402
-from cluster_zoo.options import Parser, nearest  # noqa: E402
+import cluster_zoo
+from cluster_zoo.options import Parser, nearest
 
 OURS = ('coc_', 'fec_', 'dnc_')
 TIMM = ['resnet18', 'resnet50', 'poolformer_s12', 'convnext_tiny']

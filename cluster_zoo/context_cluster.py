@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
@@ -36,12 +35,11 @@ from timm.models._features import feature_take_indices
 from torch import Tensor
 
 from . import published
-from .clustering import probe, unit
-from .grids import mean_centers, merge, pad_to_multiple, partition
-from .kernels import cluster, head_lengths
+from .grids import pad_to_multiple
+from .mixer import ClusterMixer
 from .weights import build_model
 
-__all__ = ['ClusterMixer', 'ContextCluster']  # register_model adds the entry points
+__all__ = ['ContextCluster']  # register_model adds the entry points
 
 
 @register_notrace_module  # pads by the size of its input, which a symbolic trace cannot follow
@@ -76,94 +74,6 @@ class PointStem(nn.Module):
         position = torch.stack([rows.unsqueeze(1).expand(H, W), columns.expand(H, W)]).unsqueeze(0).to(x.dtype)
         x, position = pad_to_multiple(x, self.patch_size), pad_to_multiple(position, self.patch_size)
         return (self.proj(x) + self.coord(position)).contiguous(memory_format=torch.channels_last)
-
-
-@register_notrace_module
-class ClusterMixer(nn.Module):
-    """Points of a region exchange what they hold through the region's centers (section 3.2).
-
-    Args:
-        dim: Channels C of the points.
-        num_heads: E, each of which clusters on its own.
-        head_dim: D, channels of one head.
-        proposals: g, centers per axis of a region; M = g^2.
-        regions: r, regions per axis.
-        weighted_mean: Members count in their center as much as they are similar; if false each counts one, as in FEC
-            and in Context Cluster's weights from before June 2023.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 4,
-        head_dim: int = 24,
-        proposals: int = 2,
-        regions: int = 1,
-        weighted_mean: bool = True,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.num_heads = num_heads
-        self.proposals = proposals
-        self.regions = regions
-        self.weighted_mean = weighted_mean
-        self.f = nn.Conv2d(dim, num_heads * head_dim, 1, **dd)
-        self.v = nn.Conv2d(dim, num_heads * head_dim, 1, **dd)
-        self.proj = nn.Conv2d(num_heads * head_dim, dim, 1, **dd)
-        self.sim_alpha = nn.Parameter(torch.ones(1, **dd))
-        self.sim_beta = nn.Parameter(torch.zeros(1, **dd))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W]"""
-        E, r = self.num_heads, self.regions
-        size = (x.shape[-2], x.shape[-1])
-        f_bias, v_bias, proj_bias = self.f.bias, self.v.bias, self.proj.bias
-        assert (
-            f_bias is not None and v_bias is not None and proj_bias is not None
-        )  # for TorchScript, where any convolution may lack it
-        points = partition(_autocast(x), r)
-        lengths = head_lengths(points, self.f.weight.view(-1, x.shape[1]), f_bias, E)
-        centers, point_mask, center_mask = mean_centers(points, size, r, self.proposals)
-        query, offset = self.probes(centers)
-        points = cluster(
-            points,
-            lengths,
-            centers,
-            query,
-            offset,
-            self.sim_beta,
-            self.v.weight.view(E, -1, x.shape[1]).transpose(1, 2),
-            v_bias.view(E, 1, -1),
-            self.proj.weight.view(x.shape[1], E, -1).permute(1, 2, 0),
-            proj_bias,
-            self.weighted_mean,
-            point_mask,
-            center_mask,
-        )
-        return merge(points, r, size)
-
-    def probes(self, centers: Tensor) -> tuple[Tensor, Tensor]:
-        """Centers [S, M, C] -> query [S, E, M, C] and offset [S, E, M].
-
-        For a point x, ``query . x + offset`` is alpha times the cosine to the center, times the length of f(x). The
-        length is the same for all centers, so that the highest belongs to the center of highest similarity.
-        """
-        E, bias = self.num_heads, self.f.bias
-        assert bias is not None  # for TorchScript
-        S, M, C = centers.shape
-        f = F.linear(centers, self.f.weight.view(-1, C), bias).view(S, M, E, -1)
-        return probe(self.sim_alpha * unit(f), self.f.weight.view(E, -1, C), bias.view(E, -1))
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """In autocast's precision where that is on, once instead of in each of the products that follow."""
-    if not torch.jit.is_scripting():
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype == torch.float32:
-            return x.to(torch.get_autocast_dtype(device))
-    return x
 
 
 class ContextClusterBlock(nn.Module):

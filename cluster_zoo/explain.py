@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from .clustering import assign
-from .context_cluster import ClusterMixer, ContextCluster
+from .context_cluster import ContextCluster
 from .grids import mean_centers, merge, partition
+from .mixer import ClusterMixer
 
 __all__ = ['cluster_map', 'draw_clusters']
 

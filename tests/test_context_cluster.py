@@ -9,7 +9,8 @@ from parity_cases import save_published, worst_error
 from reference import cluster_map
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.context_cluster import ClusterMixer, PointStem
+from cluster_zoo.context_cluster import PointStem
+from cluster_zoo.mixer import ClusterMixer
 from cluster_zoo.weights import load_checkpoint
 
 TINY = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_heads=(2, 2, 2, 2), head_dim=4, num_classes=5)
@@ -60,6 +61,19 @@ def test_mixer_matches_loops_on_any_size(size, proposals, regions, weighted):
         for head in (slice(0, 3), slice(3, 6)):
             expected = cluster_map(x[b, head], x[b, head], proposals, regions, 2.5, -0.25, weighted)
             torch.testing.assert_close(out[b, head], expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('name', ['f', 'v', 'proj'])
+def test_a_wrapped_convolution_is_refused_and_not_ignored(name):
+    mixer = ClusterMixer(6, 2, 3)
+    setattr(mixer, name, torch.nn.Sequential(getattr(mixer, name)))
+    with pytest.raises(TypeError, match=f"mixer's {name} is a Sequential, which would be ignored"):
+        mixer(torch.randn(1, 6, 4, 4))
+    mixer = ClusterMixer(6, 2, 3)
+    x = torch.randn(1, 6, 4, 4)
+    expected = mixer(x)
+    torch.nn.utils.parametrizations.weight_norm(getattr(mixer, name))  # a parametrized convolution still is one
+    torch.testing.assert_close(mixer(x), expected)
 
 
 def test_stem_is_one_convolution_over_image_and_coordinates():

@@ -60,3 +60,14 @@ def test_the_plain_path_can_be_forced(monkeypatch):
     assert 'HeadLengths' in str(kernels.head_lengths(*inputs, 2).grad_fn)
     monkeypatch.setenv('CLUSTER_ZOO_KERNELS', 'plain')
     assert 'HeadLengths' not in str(kernels.head_lengths(*inputs, 2).grad_fn)
+
+
+@pytest.mark.parametrize('sets, points', [(1, 48), (1, 17), (3, 32)])
+def test_nearest_center(sets, points):
+    torch.manual_seed(0)
+    x, query, offset = torch.randn(sets, points, 4), torch.randn(sets, 9, 4), torch.randn(sets, 9, 1)
+    mask = torch.rand(sets, 9) > 0.3
+    for center_mask in (None, mask):
+        expected = clustering.nearest_center(x, query, offset, center_mask)
+        assert torch.equal(kernels.nearest_center(x, query, offset, center_mask), expected)
+        assert center_mask is None or center_mask.gather(1, expected).all()

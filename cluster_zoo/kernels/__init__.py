@@ -84,7 +84,10 @@ def cluster(
 
 def nearest_center(points: Tensor, query: Tensor, offset: Tensor, center_mask: Tensor | None = None) -> Tensor:
     """See `clustering.nearest_center`."""
-    if not torch.jit.is_scripting():  # noqa: SIM102
-        if _chosen(points) == 'gpu':
+    if not torch.jit.is_scripting():
+        chosen = _chosen(points)
+        if chosen == 'gpu':
             return _gpu().nearest_center(points, query, offset, center_mask)
+        if chosen == 'cpu' and not torch.compiler.is_compiling():
+            return cpu.nearest_center(points, query, offset, center_mask)
     return clustering.nearest_center(points, query, offset, center_mask)

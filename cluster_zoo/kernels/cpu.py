@@ -1,5 +1,7 @@
 """What a CPU does faster in another way."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,6 +17,17 @@ def head_lengths(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Te
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler decides itself what it keeps
         return _lengths(points, weight, bias, heads)
     return HeadLengths.apply(points, weight, bias, heads)
+
+
+def nearest_center(points: Tensor, query: Tensor, offset: Tensor, center_mask: Tensor | None = None) -> Tensor:
+    """See `clustering.nearest_center`; a single set is cut up, because a core works on one set at a time."""
+    S, N, C = points.shape
+    parts = math.gcd(N, torch.get_num_threads()) if S == 1 else 1
+    if parts == 1:
+        return clustering.nearest_center(points, query, offset, center_mask)
+    points, query, offset = points.view(parts, N // parts, C), query.expand(parts, -1, -1), offset.expand(parts, -1, -1)
+    mask = center_mask if center_mask is None else center_mask.expand(parts, -1)
+    return clustering.nearest_center(points, query, offset, mask).view(S, N)
 
 
 class HeadLengths(torch.autograd.Function):
