@@ -151,7 +151,10 @@ def networks(name: str, args: argparse.Namespace) -> dict[str, nn.Module]:
     """The model, its floor and, if asked for and eager, its transcription."""
     model = create(name).to(args.device)
     found = {'model': model, 'floor': floor(model)}
+    for network in found.values():  # the allocator of a process that has trained holds on to more memory
+        Step(network, args, train=True)()
     if args.compile:
+        torch.compiler.reset()  # or the models before would count as recompilations of this one
         return {key: torch.compile(network, fullgraph=True) for key, network in found.items()}
     return found | ({'formulas': Transcription(model)} if args.formulas else {})
 
@@ -235,8 +238,6 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, dict[str, float]]:
         if not result['check']['relative error'] < 1e-9:
             sys.exit(f'error: {name} differs from the formulas: {result["check"]["relative error"]:.1e}')
     found = networks(name, args)
-    for network in found.values():  # the allocator of a process that has trained holds on to more memory
-        Step(network, args, train=True)()
     if 'forward' not in args.skip:
         result['forward'] = compare({key: Step(value, args, False) for key, value in found.items()}, args.rounds)
     if 'train' not in args.skip:

@@ -299,14 +299,16 @@ def draw(reports: list[dict[str, Any]], path: Path) -> None:
             chosen = [point for point in points if point[2].startswith(OURS) == ours]
             axes.scatter([x for x, _, _ in chosen], [y for _, y, _ in chosen], marker=marker, label=label, zorder=2)
         for x, y, name in points:
+            ours = name.startswith(OURS)  # this package's names to the right of their points, timm's to the left
             close = [other for other in points if abs(math.log(other[0] / x)) < 0.7 and 0 < abs(other[1] - y) < 1.5]
-            shift = -9 if any(other[1] > y for other in close) else 5
-            axes.annotate(name, (x, y), (5, shift), textcoords='offset points', fontsize=8)
+            offset = (5 if ours else -5, -9 if any(other[1] > y for other in close) else 5)
+            side = 'left' if ours else 'right'
+            axes.annotate(name, (x, y), offset, textcoords='offset points', fontsize=8, horizontalalignment=side)
         axes.set_xscale('log')
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter('{x:g}')
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.margins(x=0.25)
+        axes.margins(x=0.6)
         axes.set(xlabel='inference, images/s (measured)', ylabel='ImageNet-1k top-1 at 224 px, % (published)')
         axes.set_title(heading(report).replace(', torch', ',\ntorch'), fontsize=9)
         axes.grid(alpha=0.3)
