@@ -40,7 +40,7 @@ def _chosen(x: Tensor) -> str:
     narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if narrow and (choice == 'triton' or (x.device.type == 'cuda' and _HAS_TRITON and _gpu().RUNS)):
         return 'gpu'
-    return 'cpu' if x.device.type == 'cpu' else 'plain'
+    return 'cpu' if x.device.type == 'cpu' and not torch.compiler.is_compiling() else 'plain'
 
 
 def head_lengths(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
@@ -88,6 +88,6 @@ def nearest_center(points: Tensor, query: Tensor, offset: Tensor, center_mask: T
         chosen = _chosen(points)
         if chosen == 'gpu':
             return _gpu().nearest_center(points, query, offset, center_mask)
-        if chosen == 'cpu' and not torch.compiler.is_compiling():
+        if chosen == 'cpu':
             return cpu.nearest_center(points, query, offset, center_mask)
     return clustering.nearest_center(points, query, offset, center_mask)

@@ -14,7 +14,7 @@ def head_lengths(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Te
     if torch.is_autocast_enabled('cpu'):
         dtype = torch.get_autocast_dtype('cpu')
         points, weight, bias = points.to(dtype), weight.to(dtype), bias.to(dtype)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # a compiler decides itself what it keeps
+    if not torch.is_grad_enabled():
         return _lengths(points, weight, bias, heads)
     return HeadLengths.apply(points, weight, bias, heads)
 
@@ -71,14 +71,14 @@ class HeadLengths(torch.autograd.Function):
 
 
 def _as_map(points: Tensor) -> Tensor:
-    """Points [S, N, C] as a map [1, C, S * N, 1] in the channels_last format, without a copy."""
-    return points.reshape(1, -1, 1, points.shape[-1]).permute(0, 3, 1, 2)
+    """Points [S, N, C] as maps [S, C, N, 1] in the channels_last format, without a copy."""
+    return points.unsqueeze(2).permute(0, 3, 1, 2)
 
 
 def _features(points: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A linear layer as a 1x1 convolution, for which oneDNN is faster than the matrix product."""
     f = F.conv2d(_as_map(points), weight[:, :, None, None], bias)
-    return f.permute(0, 2, 3, 1).reshape(*points.shape[:2], -1)
+    return f.permute(0, 2, 3, 1).reshape(points.shape[0], points.shape[1], -1)
 
 
 def _lengths(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
