@@ -19,7 +19,6 @@ import copy
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -35,8 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
+sys.path[:0] = [str(ROOT), str(ROOT / 'tests'), str(ROOT / 'benchmarks')]
 
+from throughput import machine, process_bytes  # noqa: E402
 from transcription import Transcription  # noqa: E402
 
 import cluster_zoo  # noqa: E402, F401  registers the models
@@ -172,15 +172,10 @@ def megabytes(name: str, which: str, args: argparse.Namespace) -> float:
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = _status('VmRSS')
+    before = process_bytes('VmRSS')
     Path('/proc/self/clear_refs').write_text('5')  # the peak so far is forgotten
     step()
-    return _status('VmHWM') - before
-
-
-def _status(field: str) -> float:
-    lines = Path('/proc/self/status').read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+    return (process_bytes('VmHWM') - before) / 2**20
 
 
 def memory(name: str, args: argparse.Namespace) -> dict[str, float]:
@@ -192,17 +187,11 @@ def memory(name: str, args: argparse.Namespace) -> dict[str, float]:
     return result | {'model / floor': result['model MB'] / result['floor MB']}
 
 
-def machine(args: argparse.Namespace) -> dict[str, str | int]:
-    """Where the figures were measured."""
-    processor = platform.processor() or platform.machine()
-    if Path('/proc/cpuinfo').exists():
-        lines = Path('/proc/cpuinfo').read_text().splitlines()
-        processor = next((line.split(': ')[1] for line in lines if line.startswith('model name')), processor)
-    return dict(
-        device=torch.cuda.get_device_name() if args.device == 'cuda' else f'{processor}, {args.threads} threads',
-        torch=torch.__version__,
-        date=date.today().isoformat(),
-    )
+def where(args: argparse.Namespace) -> dict[str, str]:
+    """Where and when the figures were measured."""
+    host = machine(args.device)
+    device = host['gpu'] or f'{host["cpu"]}, {host["threads"]} threads'
+    return dict(device=device, torch=torch.__version__, date=date.today().isoformat())
 
 
 def parse_args() -> argparse.Namespace:
@@ -254,7 +243,7 @@ def main() -> None:
         print(megabytes(args.models[0], args.megabytes_of, args))
         return
     mode = f'{"compiled" if args.compile else "eager"}, {"autocast bfloat16" if args.amp else "float32"}'
-    print(', '.join(map(str, machine(args).values())) + f'; {mode}, batch {args.batch_size}, {args.img_size} px')
+    print(', '.join(map(str, where(args).values())) + f'; {mode}, batch {args.batch_size}, {args.img_size} px')
     print('| model | pass | model | floor | model / floor | formulas / model |\n|---|---|---:|---:|---:|---:|')
     figures = {}
     for name in args.models:
@@ -268,7 +257,7 @@ def main() -> None:
                 print(f'| `{name}` | {kind} | {cells} |', flush=True)
     if args.json:
         arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-        args.json.write_text(json.dumps(dict(machine=machine(args), arguments=arguments, figures=figures), indent=1))
+        args.json.write_text(json.dumps(dict(machine=where(args), arguments=arguments, figures=figures), indent=1))
 
 
 if __name__ == '__main__':

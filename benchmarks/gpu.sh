@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What only a GPU can show: the Triton kernels' tests, compiled for it, and what clustering costs there with and without
-# them. Writes tables and JSON to the folder OUT. One GPU with 40 GB or more; about 20 minutes.
+# them. Writes tables and JSON to the folder OUT. Has not been run yet.
 set -euo pipefail
 out=$(mkdir -p "${1:?usage: bash benchmarks/gpu.sh OUT}" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."

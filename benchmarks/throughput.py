@@ -158,14 +158,14 @@ def peak_memory(name: str, size: int, args: argparse.Namespace) -> dict[str, flo
         torch.set_num_threads(args.threads)
     if args.device == 'cpu':
         _first_use()
-        before = _process_bytes('VmRSS')
+        before = process_bytes('VmRSS')
     candidate = Candidate(name, size, args)
     peaks = {}
     for mode in args.modes:
         if args.device == 'cpu':
             Path('/proc/self/clear_refs').write_text('5')  # the peak starts again from what is in use
             candidate.seconds(mode, steps=1)
-            peaks[mode] = (_process_bytes('VmHWM') - before) / 1e6
+            peaks[mode] = (process_bytes('VmHWM') - before) / 1e6
         else:
             candidate.seconds(mode, steps=1)  # what compiling takes does not count
             torch.cuda.reset_peak_memory_stats(args.device)
@@ -180,7 +180,7 @@ def _first_use() -> None:
     layers(torch.randn(2, 3, 8, 8)).sum().backward()
 
 
-def _process_bytes(field: str) -> int:
+def process_bytes(field: str) -> int:
     lines = Path('/proc/self/status').read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 

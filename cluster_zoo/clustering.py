@@ -18,6 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def autocast(x: Tensor) -> Tensor:
+    """In autocast's precision where that is on: what it does itself to the arguments of each matrix product."""
+    if not torch.jit.is_scripting():
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
 def unit(x: Tensor) -> Tensor:
     """Rows scaled to length one, ``x / max(|x|, 1e-12)``; in float32 at least, because 1e-12 is zero in float16."""
     wide = x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
@@ -92,12 +101,28 @@ def first_largest(value: Tensor, center_mask: Tensor | None = None) -> tuple[Ten
         value = value.masked_fill(~center_mask.unsqueeze(-1), -float('inf'))
     if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch, but not half a condition
         if value.device.type == 'cpu' and not torch.compiler.is_compiling():
-            # A pooling window over the centers, with points as channels: several times as fast as Tensor.max
+            # A pooling window over the centers with points as channels, which is vectorised over the points
             M, N = value.shape[-2:]
             rows = value.reshape(-1, M, 1, N).permute(0, 3, 1, 2)
             largest, index = F.max_pool2d(rows, (M, 1), return_indices=True)
             return largest.reshape(value.shape[:-2] + (N,)), index.reshape(value.shape[:-2] + (N,))
     return value.max(dim=-2)
+
+
+def similarities(
+    score: Tensor,
+    lengths: Tensor,
+    beta: Tensor,
+    weighted: bool,
+    point_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """How similar each point is to its center, and what it weighs there; arguments as in `cluster`, all [S, E, N]."""
+    similarity = torch.sigmoid(torch.addcdiv(beta, score, lengths))
+    weight = similarity if weighted else torch.ones_like(similarity)
+    if point_mask is not None:
+        similarity = similarity * point_mask.unsqueeze(1)
+        weight = weight * point_mask.unsqueeze(1)
+    return similarity, weight
 
 
 def members_of(index: Tensor, weight: Tensor, centers: int) -> Tensor:
@@ -191,13 +216,9 @@ def cluster(
         [S, N, C'].
     """
     index, score = assign(points, query, offset, center_mask)
-    similarity = torch.sigmoid(torch.addcdiv(beta, score, lengths)).to(points.dtype)
-    weight = similarity if weighted else torch.ones_like(similarity)
-    if point_mask is not None:
-        similarity = similarity * point_mask.unsqueeze(1)
-        weight = weight * point_mask.unsqueeze(1)
-    senders = members_of(index, similarity, centers.shape[1])
-    members = senders if weighted else members_of(index, weight, centers.shape[1])
+    similarity, weight = similarities(score, lengths, beta, weighted, point_mask)
+    senders = members_of(index, similarity.to(points.dtype), centers.shape[1])
+    members = senders if weighted else members_of(index, weight.to(points.dtype), centers.shape[1])
     values = center_values(aggregate(points, members, centers), v_weight, v_bias, proj_weight)
     return dispatch(values, senders, proj_bias)
 

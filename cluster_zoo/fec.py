@@ -17,7 +17,7 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from torch import Tensor
 
 from . import published
-from .clustering import group_mean, unit
+from .clustering import group_mean, probe, unit
 from .context_cluster import VARIANTS as CONTEXT_CLUSTER_VARIANTS
 from .context_cluster import ContextCluster, cfg, one_each
 from .grids import divides, merge, partition
@@ -65,10 +65,9 @@ class ClusterPool(nn.Module):
         bias = self.f.bias
         assert bias is not None  # for TorchScript, where any convolution may lack it
         with torch.no_grad():
-            center_f = unit(partition(self.f(center_x), r))
-            query = center_f @ self.f.weight.flatten(1)
-            offset = center_f @ bias.unsqueeze(1)
-            index = nearest_center(points, query, offset, center_mask)
+            center_f = unit(partition(self.f(center_x), r)).unsqueeze(2)  # one head
+            query, offset = probe(center_f, self.f.weight.flatten(1).unsqueeze(0), bias.unsqueeze(0))
+            index = nearest_center(points, query.squeeze(1), offset.transpose(1, 2), center_mask)
         out = self.v(merge(group_mean(points, centers, index, point_mask), r, half))
         out = self.skip(x) + self.norm(out)
         if torch.is_grad_enabled():

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor
 
-from .clustering import probe, unit
+from .clustering import autocast, probe, unit
 from .grids import mean_centers, merge, partition
 from .kernels import cluster, head_lengths
 
@@ -64,7 +64,7 @@ class ClusterMixer(nn.Module):
         f_bias, v_bias, proj_bias = self.f.bias, self.v.bias, self.proj.bias
         # For TorchScript, where any convolution may lack it
         assert f_bias is not None and v_bias is not None and proj_bias is not None
-        points = partition(_autocast(x), r)
+        points = partition(autocast(x), r)  # once instead of in each product
         lengths = head_lengths(points, self.f.weight.view(-1, x.shape[1]), f_bias, E)
         centers, point_mask, center_mask = mean_centers(points, size, r, self.proposals)
         query, offset = self.probes(centers)
@@ -106,12 +106,3 @@ class ClusterMixer(nn.Module):
         S, M, C = centers.shape
         f = F.linear(centers, self.f.weight.view(-1, C), bias).view(S, M, E, -1)
         return probe(self.sim_alpha * unit(f), self.f.weight.view(E, -1, C), bias.view(E, -1))
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """In autocast's precision where that is on, once instead of in each of the products that follow."""
-    if not torch.jit.is_scripting():
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype == torch.float32:
-            return x.to(torch.get_autocast_dtype(device))
-    return x

@@ -11,9 +11,7 @@ from .. import clustering
 
 def head_lengths(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
     """See `clustering.head_lengths`."""
-    if torch.is_autocast_enabled('cpu'):
-        dtype = torch.get_autocast_dtype('cpu')
-        points, weight, bias = points.to(dtype), weight.to(dtype), bias.to(dtype)
+    points, weight, bias = clustering.autocast(points), clustering.autocast(weight), clustering.autocast(bias)
     if not torch.is_grad_enabled():
         return _lengths(points, weight, bias, heads)
     return HeadLengths.apply(points, weight, bias, heads)
@@ -33,8 +31,7 @@ def nearest_center(points: Tensor, query: Tensor, offset: Tensor, center_mask: T
 class HeadLengths(torch.autograd.Function):
     """Norms of features that are computed again in the backward pass instead of being kept.
 
-    They are up to three times as wide as the points, and on a CPU a fresh piece of memory of that size costs more than
-    the convolution that fills it.
+    They are up to three times as wide as the points; the convolution that makes them is cheap.
     """
 
     @staticmethod
@@ -76,7 +73,7 @@ def _as_map(points: Tensor) -> Tensor:
 
 
 def _features(points: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear layer as a 1x1 convolution, for which oneDNN is faster than the matrix product."""
+    """A linear layer as a 1x1 convolution, which PyTorch gives to oneDNN."""
     f = F.conv2d(_as_map(points), weight[:, :, None, None], bias)
     return f.permute(0, 2, 3, 1).reshape(points.shape[0], points.shape[1], -1)
 

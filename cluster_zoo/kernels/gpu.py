@@ -43,8 +43,8 @@ def _tiles(x: Tensor, E: int, M: int) -> dict[str, Any]:
     """Sizes and dtype of tiles for points or values x [..., C], from its shape and dtype alone.
 
     Powers of two, at least 16 on each side of a matrix product. At most 64 centers in a tile, and 64 points and
-    channels, or 32 in float32: with these hardly a kernel runs out of registers on compute capability 8.0 or 9.0, and
-    two rounds of tiles take 48 KiB of shared memory at the most.
+    channels, or 32 in float32, so that tiles stay in the registers of compute capability 8.0 and above, and two rounds
+    of them take 48 KiB of shared memory at the most. Not tuned on a device yet.
     """
     C, block = x.shape[-1], 128 // x.element_size()
     width = min(64, max(2, triton.next_power_of_2(M)))
@@ -308,13 +308,9 @@ def cluster(
     center_mask: Tensor | None = None,
 ) -> Tensor:
     """See `clustering.cluster`; similarities stay float32."""
-    points = _autocast(points)
-    index, score = assign(points, _autocast(query), offset, center_mask)
-    similarity = torch.sigmoid(beta + score / lengths)
-    weight = similarity if weighted else torch.ones_like(similarity)
-    if point_mask is not None:
-        similarity = similarity * point_mask.unsqueeze(1)
-        weight = weight * point_mask.unsqueeze(1)
+    points = clustering.autocast(points)
+    index, score = assign(points, clustering.autocast(query), offset, center_mask)
+    similarity, weight = clustering.similarities(score, lengths, beta, weighted, point_mask)
     sums, totals = aggregate(points, index, weight, centers.shape[1])
     means = (sums + centers.unsqueeze(1)) / (1 + totals).unsqueeze(-1)
     values = clustering.center_values(means.to(points.dtype).flatten(1, 2), v_weight, v_bias, proj_weight)
@@ -324,11 +320,7 @@ def cluster(
 def nearest_center(points: Tensor, query: Tensor, offset: Tensor, center_mask: Tensor | None = None) -> Tensor:
     """See `clustering.nearest_center`."""
     with torch.no_grad():
-        index, _ = assign(_autocast(points), _autocast(query).unsqueeze(1), offset.transpose(1, 2), center_mask)
+        index, _ = assign(
+            clustering.autocast(points), clustering.autocast(query).unsqueeze(1), offset.transpose(1, 2), center_mask
+        )
     return index.squeeze(1).long()
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """What autocast would make of the argument of a matrix product: it does not know the operations above."""
-    device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
