@@ -10,7 +10,7 @@ import sys
 import pytest
 import timm
 import torch
-from parity import recipe
+from parity_cases import recipe
 from safetensors.torch import load_file
 from timm.optim import param_groups_layer_decay
 from torch import nn
