@@ -41,6 +41,7 @@ import cluster_zoo  # noqa: F401  registers the models
 from cluster_zoo import build, interrupt
 from cluster_zoo.data import DataError, unreadable_images
 from cluster_zoo.options import OptionError, available_workers
+from cluster_zoo.task import CentroidTaskMixin
 from cluster_zoo.train_options import train_parser
 from cluster_zoo.weights import CheckpointError
 
@@ -78,6 +79,7 @@ class Run:
     num_epochs: int
     updates_per_epoch: int
     progress: Progress = field(default_factory=Progress)
+    learned: list[Any] = field(default_factory=list)  # what centroids remember, each process's own, at a checkpoint
     stop: interrupt.Stop | None = None
     output_dir: Path | None = None
     saver: utils.CheckpointSaver | None = None
@@ -87,6 +89,8 @@ class Run:
         state = self.task.get_checkpoint_state(ema=ema, unwrap_fn=unwrap_fn)
         if not ema:
             state |= dict(arch=self.args.model, args=options(self.args), progress=asdict(self.progress))
+            if self.learned:
+                state['learned'] = self.learned
             if plateau := getattr(self.scheduler, 'lr_scheduler', None):
                 # The one schedule that depends on more than the epoch.
                 state['plateau'] = {k: v for k, v in plateau.state_dict().items() if isinstance(v, int | float)}
@@ -99,10 +103,17 @@ def save_recovery(run: Run) -> None:
     progress.loss_sum = float(progress.loss_sum)
     own = dict(interrupt.rng_state(), buffers=interrupt.buffers(run.task), loss_sum=progress.loss_sum)
     states = interrupt.gather(own, run.stop.group)
+    gather_learned(run)
     if run.saver is not None:
         progress.num_batches, progress.rng = len(run.train_loader), states
         run.saver.save_recovery(progress.epoch, progress.batch)
         progress.rng = []
+
+
+def gather_learned(run: Run) -> None:
+    """Fetches what the centroids of each process remember, for the checkpoint that is saved next."""
+    if isinstance(run.task, CentroidTaskMixin):
+        run.learned = interrupt.gather(run.task.learning_state(), run.stop.group)
 
 
 def resume(run: Run, path: str) -> None:
@@ -124,6 +135,8 @@ def resume(run: Run, path: str) -> None:
             run.optimizer.load_state_dict(checkpoint['optimizer'])
             if run.scaler is not None and run.scaler.state_dict_key in checkpoint:
                 run.scaler.load_state_dict(checkpoint[run.scaler.state_dict_key])
+        if isinstance(run.task, CentroidTaskMixin):
+            run.task.load_learning_state(checkpoint.get('learned', [])[args.rank :: args.world_size])
         run.progress = Progress(**checkpoint.get('progress', dict(epoch=checkpoint.get('epoch', -1) + 1)))
     progress = run.progress
     if progress.batch and (progress.num_batches, len(progress.rng)) != (len(run.train_loader), args.world_size):
@@ -299,6 +312,7 @@ def fit(run: Run) -> int:
         rates = [group['lr'] for group in run.optimizer.param_groups]
         if run.scheduler is not None:
             run.scheduler.step(epoch + 1, metric)
+        gather_learned(run)
         run.progress = Progress(epoch + 1)  # a checkpoint from here on is one of the next epoch's start
         if run.saver is None:
             continue

@@ -10,6 +10,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -31,8 +32,10 @@ from timm.task import (
 )
 from torchvision import transforms
 
+from .centroids import CentroidLearning
 from .data import DataError, check_dataset, create_dataset
 from .options import OptionError, nearest
+from .task import centroid_heads, learns_centroids
 from .weights import CheckpointError, load_checkpoint
 
 _logger = logging.getLogger(__name__)
@@ -138,6 +141,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None
     model = create(
         args,
+        **({} if args.sub_centroids is None else dict(sub_centroids=args.sub_centroids)),
         pretrained=args.pretrained or bool(args.pretrained_path),
         pretrained_cfg_overlay=overlay,
         drop_rate=args.drop,
@@ -147,6 +151,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     if args.initial_checkpoint:
         load_checkpoint(model, args.initial_checkpoint)
     _init_head(model, args)
+    _set_centroid_learning(model, args)
     _set_batch_norm(model, args)
     if args.grad_checkpointing:
         with blame('--grad-checkpointing'):
@@ -159,6 +164,8 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     if args.sync_bn and args.distributed:
         model = convert_sync_batchnorm(model)
     if args.torchscript:
+        if centroid_heads(model):
+            raise OptionError(f'--torchscript: the centroids of {args.model} can not learn in a scripted model')
         with blame('--torchscript'):
             model = torch.jit.script(model)
     return model
@@ -174,6 +181,19 @@ def _init_head(model: nn.Module, args: argparse.Namespace) -> None:
     if args.head_init_bias is not None:
         with blame('--head-init-bias'):
             nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
+
+
+def _set_centroid_learning(model: nn.Module, args: argparse.Namespace) -> None:
+    values = {field.name: getattr(args, f'centroid_{field.name}', None) for field in fields(CentroidLearning)}
+    values = {name: value for name, value in values.items() if value is not None}
+    heads = centroid_heads(model)
+    if values and not heads:
+        raise OptionError(f'--centroid-{next(iter(values))}: {args.model} has no centroids; dnc_* models have')
+    with blame('--centroid-...'):
+        if 'dtype' in values:
+            values['dtype'] = getattr(torch, values['dtype'])
+        for head in heads:
+            head.learning = CentroidLearning(**values)
 
 
 def _set_batch_norm(model: nn.Module, args: argparse.Namespace) -> None:
@@ -412,8 +432,10 @@ def _choose_task(args: argparse.Namespace, model: nn.Module) -> TrainingTask:
         dtype=model_dtype(args),
         verbose=utils.is_primary(args),
     )
+    # The centroids of a model learn in any task.
+    chosen = learns_centroids if centroid_heads(model) else lambda task_class: task_class
     if args.kd_model_name is None:
-        return ClassificationTask(model, **common)
+        return chosen(ClassificationTask)(model, **common)
     check_model_name(args.kd_model_name, '--kd-model-name')
     common |= dict(
         teacher_model=args.kd_model_name,
@@ -422,11 +444,13 @@ def _choose_task(args: argparse.Namespace, model: nn.Module) -> TrainingTask:
     )
     with blame(f'--kd-model-name {args.kd_model_name}'):
         if args.kd_distill_type == 'logit':
-            return LogitDistillationTask(model, loss_type=args.kd_loss_type, temperature=args.kd_temperature, **common)
+            return chosen(LogitDistillationTask)(
+                model, loss_type=args.kd_loss_type, temperature=args.kd_temperature, **common
+            )
         if args.kd_distill_type == 'token':
             kind = args.kd_token_distill_type
-            return TokenDistillationTask(model, distill_type=kind, temperature=args.kd_temperature, **common)
-        return FeatureDistillationTask(
+            return chosen(TokenDistillationTask)(model, distill_type=kind, temperature=args.kd_temperature, **common)
+        return chosen(FeatureDistillationTask)(
             model,
             student_feature_dim=args.kd_student_feature_dim,
             teacher_feature_dim=args.kd_teacher_feature_dim,

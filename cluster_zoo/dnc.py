@@ -7,79 +7,21 @@ class weights. The registered names cover the paper's backbones and this package
 """
 
 import functools
-import re
 import sys
 from typing import Any
 
 import timm
-import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from timm.layers import trunc_normal_
 from timm.models import generate_default_cfgs, model_entrypoint, register_model
 from torch import Tensor
 
+from . import cifar_resnet, published
+from .centroids import CentroidLearning, NearestCentroidHead
 from .context_cluster import cfg
 from .weights import build_model, load_checkpoint
 
-__all__ = ['NearestCentroidHead', 'NearestCentroidMixin', 'nearest_centroid']  # register_model adds the entry points
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Vectors [..., D] scaled to length one."""
-    # Half precision holds this eps; the usual 1e-12 is zero there, and the constant features of a blank image would be
-    # divided by it.
-    return F.normalize(x, dim=-1, eps=1e-6)
-
-
-class NearestCentroidHead(nn.Module):
-    """Scores classes by the cosine similarity of a feature to the nearest of their sub-centroids (section 3).
-
-    The centroids are no parameters: they are a buffer, which no gradient reaches and no optimizer moves. They need not
-    have length one, only their direction counts. With a single class all logits are ``mask_norm``'s bias.
-
-    Args:
-        in_features: Width D of the features.
-        num_classes: Classes K.
-        sub_centroids: Sub-centroids k of each class.
-
-    Raises:
-        ValueError: One of the three is not positive.
-    """
-
-    def __init__(self, in_features: int, num_classes: int, sub_centroids: int = 4, device=None, dtype=None):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        for name, value in dict(in_features=in_features, num_classes=num_classes, sub_centroids=sub_centroids).items():
-            if value < 1:
-                raise ValueError(f'A nearest-centroid head needs {name} of at least 1, got {value}.')
-        self.in_features = in_features
-        self.num_classes = num_classes
-        self.sub_centroids = sub_centroids
-        self.register_buffer('prototypes', torch.empty(num_classes, sub_centroids, in_features, **dd))
-        self.feat_norm = nn.LayerNorm(in_features, **dd)
-        self.mask_norm = nn.LayerNorm(num_classes, **dd)
-        self.reset_parameters()
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Centroids in random directions, norms without effect."""
-        trunc_normal_(self.prototypes, std=0.02)
-        self.prototypes.copy_(_unit(self.prototypes))
-        self.feat_norm.reset_parameters()
-        self.mask_norm.reset_parameters()
-
-    def similarity(self, x: Tensor) -> Tensor:
-        """Cosine of each feature and each sub-centroid: [..., D] -> [..., K, k], values -1 .. 1."""
-        cosines = F.linear(_unit(self.feat_norm(x)), _unit(self.prototypes).flatten(0, 1))
-        return cosines.unflatten(-1, (self.num_classes, self.sub_centroids))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Features to logits: [B, D] -> [B, K]; further dimensions between the two are kept."""
-        return self.mask_norm(self.similarity(x).amax(-1))
-
-    def extra_repr(self) -> str:
-        return f'in_features={self.in_features}, num_classes={self.num_classes}, sub_centroids={self.sub_centroids}'
+# register_model adds the entry points
+__all__ = ['CentroidLearning', 'NearestCentroidHead', 'NearestCentroidMixin', 'nearest_centroid']
 
 
 class NearestCentroidMixin(nn.Module):
@@ -106,6 +48,10 @@ class NearestCentroidMixin(nn.Module):
         super().reset_classifier(num_classes, global_pool=global_pool, **kwargs)
         if num_classes > 0:
             self._replace_linear()
+
+    def learn(self, target: Tensor) -> None:
+        """Let the centroids follow the last batch, see `NearestCentroidHead.learn`: one line at the end of a step."""
+        self.get_classifier().learn(target)
 
     def _replace_linear(self) -> None:
         """Put a centroid head where the backbone's own code has put a linear layer."""
@@ -210,25 +156,20 @@ def nearest_centroid(
     return model
 
 
-# The authors' names, which may stand behind the `head.` of their framework's classifier.
-_AUTHORS_HEAD = re.compile(r'(?:head\.)?(prototypes|(?:feat_norm|mask_norm)\.(?:weight|bias))')
-_AUTHORS_UNUSED = re.compile(r'(?:head\.)?convs\.0\.conv\.(?:weight|bias)')
-
-
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: NearestCentroidMixin) -> dict[str, Tensor]:
     """The authors' checkpoint under the names of the model; one of ours as it is.
 
     Head and backbone are told apart by the names, and the backbone's part goes through the backbone's own filter. A
     checkpoint whose head is linear keeps it, under names that the model does not have.
     """
-    head, backbone = {}, {}
-    for name, value in state_dict.items():
-        if match := _AUTHORS_HEAD.fullmatch(name):
-            head[f'{model.classifier_name}.{match[1]}'] = value
-        elif name.startswith(f'{model.classifier_name}.'):
-            head[name] = value
-        elif not _AUTHORS_UNUSED.fullmatch(name):
-            backbone[name.removeprefix('backbone.')] = value
+    own = f'{model.classifier_name}.'
+    head = {f'{own}{name}': value for name, value in published.nearest_centroid_head(state_dict).items()}
+    head |= {name: value for name, value in state_dict.items() if name.startswith(own)}
+    backbone = {
+        name.removeprefix('backbone.'): value
+        for name, value in state_dict.items()
+        if not name.startswith(own) and not published.is_nearest_centroid_head(name)
+    }
     filter_fn = getattr(sys.modules[model.backbone_class.__module__], 'checkpoint_filter_fn', None)
     return {**(filter_fn(backbone, model) if filter_fn else backbone), **head}
 
@@ -244,7 +185,7 @@ def _adapt_classes(state_dict: dict[str, Tensor], model: NearestCentroidMixin) -
     if model.num_classes == 0:
         return {name: value for name, value in state_dict.items() if not name.startswith(prefix)}
     if model.num_classes != model.pretrained_cfg['num_classes']:
-        state_dict[f'{prefix}prototypes'] = model.get_submodule(model.classifier_name).prototypes
+        state_dict[f'{prefix}prototypes'] = model.get_classifier().prototypes
     return state_dict
 
 
@@ -254,6 +195,7 @@ _STAGES = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
 
 # Backbone as timm names it, and how its levels become `features_only`.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    'dnc_resnet18_cifar': ('resnet18_cifar', _RESNET_LEVELS),
     'dnc_resnet18': ('resnet18', _RESNET_LEVELS),
     'dnc_resnet50': ('resnet50', _RESNET_LEVELS),
     'dnc_resnet101': ('resnet101', _RESNET_LEVELS),
@@ -288,12 +230,11 @@ def _create_dnc(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Mod
     )
 
 
+_PAPER = dict(paper_name='Visual Recognition with Deep Nearest Centroids', paper_ids='arXiv:2209.07383')
+
+
 def _cfg(**kwargs: Any) -> dict[str, Any]:
-    paper = dict(
-        paper_name='Visual Recognition with Deep Nearest Centroids',
-        paper_ids='arXiv:2209.07383',
-    )
-    return cfg(**{'crop_pct': 0.875, **paper, **kwargs})
+    return cfg(**{'crop_pct': 0.875, **_PAPER, **kwargs})
 
 
 _resnet_cfg = functools.partial(_cfg, first_conv='conv1', classifier='fc.mask_norm', interpolation='bilinear')
@@ -304,6 +245,7 @@ _cluster_cfg = functools.partial(_cfg, first_conv='stem.proj', classifier='head.
 
 default_cfgs = generate_default_cfgs(
     {
+        'dnc_resnet18_cifar.untrained': cifar_resnet.cfg(classifier='fc.mask_norm', **_PAPER),
         'dnc_resnet18.untrained': _resnet_cfg(),
         'dnc_resnet50.untrained': _resnet_cfg(),
         'dnc_resnet101.untrained': _resnet_cfg(),
@@ -319,6 +261,12 @@ default_cfgs = generate_default_cfgs(
         'dnc_fec_large.untrained': _cluster_cfg(),
     }
 )
+
+
+@register_model
+def dnc_resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """Nearest centroids on ResNet-18 in its form for CIFAR."""
+    return _create_dnc('dnc_resnet18_cifar', pretrained, **kwargs)
 
 
 @register_model

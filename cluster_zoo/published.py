@@ -39,3 +39,23 @@ def context_cluster(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
             value = value[:, :-2]
         renamed[name] = value
     return renamed
+
+
+# The head's names, which may stand behind the `head.` of the authors' framework.
+_CENTROID_HEAD = re.compile(
+    r'(?:head\.)?(?:(prototypes|(?:feat_norm|mask_norm)\.(?:weight|bias))|convs\.0\.conv\.(?:weight|bias))'
+)
+
+
+def is_nearest_centroid_head(name: str) -> bool:
+    """Whether an entry of the authors' DNC checkpoints belongs to the head."""
+    return _CENTROID_HEAD.fullmatch(name) is not None
+
+
+def nearest_centroid_head(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The head of a DNC checkpoint of the authors, under the names of `NearestCentroidHead`.
+
+    Their convolution ``convs.0``, which they never use, and the backbone are left out.
+    """
+    found = {name: _CENTROID_HEAD.fullmatch(name) for name in state_dict}
+    return {match[1]: state_dict[name] for name, match in found.items() if match and match[1]}

@@ -31,6 +31,11 @@ _CLUSTER = dict(
     workers=8,
 )
 
+
+def _published_memory(batches: int, batch_size: int) -> dict[str, Any]:
+    return dict(centroid_every=batches, centroid_memory=batches * batch_size)
+
+
 RECIPES: dict[str, dict[str, Any]] = {
     'timm': {},
     'coc': _CLUSTER,
@@ -48,6 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         warmup_epochs=0,
         smoothing=0.0,
         batch_size=256,
+        **_published_memory(batches=1000, batch_size=256),
     ),
     'dnc_swin': dict(
         opt='adamw',
@@ -65,6 +71,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         cutmix=1.0,
         reprob=0.25,
         smoothing=0.1,
+        **_published_memory(batches=500, batch_size=1024),
     ),
     # DNC on CIFAR-10: 32 px, padded by 4 and cropped, flipped, nothing else.
     'dnc_cifar': dict(
@@ -82,6 +89,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         img_size=32,
         train_crop_mode='pad',
         color_jitter=0.0,
+        **_published_memory(batches=1000, batch_size=128),
     ),
 }
 

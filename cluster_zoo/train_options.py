@@ -49,6 +49,26 @@ def _add_train_model_options(parser: argparse.ArgumentParser) -> None:
     add('--model-ema-warmup', action='store_true', help='raise the decay from 0 in the first updates')
 
 
+def _add_centroid_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('centroids (dnc_* models)').add_argument
+    add('--sub-centroids', type=int, metavar='K', help='sub-centroids of each class (default: 4)')
+    add('--centroid-momentum', type=float, metavar='M', help='weight of a centroid against its new direction (0.999)')
+    add('--centroid-temperature', type=float, metavar='T', help='temperature of the even assignment (0.05)')
+    add('--centroid-memory', type=int, metavar='N', help='features remembered, over all processes (64 a class)')
+    add(
+        '--centroid-every',
+        type=int,
+        metavar='N',
+        help='batches from one use of the memory to the next; between them a batch has its own features only (1)',
+    )
+    add(
+        '--centroid-dtype',
+        choices=('float32', 'bfloat16', 'float16'),
+        help='what the memory holds features in (float32)',
+    )
+    add('--centroid-contrast', type=float, metavar='W', help='weight of the contrast loss (0; the paper: 0.005)')
+
+
 def _add_optimizer_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('optimizer').add_argument
     add('-b', '--batch-size', type=int, default=128, metavar='N', help='images a process in a batch (default: 128)')
@@ -221,6 +241,7 @@ def train_parser() -> Parser:
     group.add_argument('--train-num-samples', type=int, metavar='N', help='length of an iterable training split')
     group.add_argument('--val-num-samples', type=int, metavar='N', help='length of an iterable validation split')
     _add_train_model_options(parser)
+    _add_centroid_options(parser)
     add_input_options(parser)
     _add_optimizer_options(parser)
     _add_schedule_options(parser)

@@ -196,12 +196,13 @@ def test_every_name(name):
     assert isinstance(model, type(backbone)) and isinstance(model, NearestCentroidMixin)
     head = model.get_classifier()
     assert isinstance(head, NearestCentroidHead)
-    assert head.prototypes.shape == (1000, 4, model.num_features)
+    classes = 10 if 'cifar' in name else 1000
+    assert head.prototypes.shape == (classes, 4, model.num_features)
 
     def count(module):
         return sum(p.numel() for p in module.parameters())
 
-    assert count(model) == count(backbone) + 2 * model.num_features + 2 * 1000  # two norms, no class weights
+    assert count(model) == count(backbone) + 2 * model.num_features + 2 * classes  # two norms, no class weights
     cfg, theirs = model.pretrained_cfg, backbone.pretrained_cfg
     assert cfg['architecture'] == name and cfg['classifier'] == f'{theirs["classifier"]}.mask_norm'
     for key in ('input_size', 'pool_size', 'first_conv', 'mean', 'std', 'fixed_input_size'):

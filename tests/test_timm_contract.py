@@ -42,7 +42,7 @@ def test_the_names_are_registered():
     coc = ['tiny', 'tiny2', 'tiny_plain', 'small', 'medium', 'base_dim64', 'base_dim96']
     assert set(list_models('coc_*')) == {f'coc_{size}' for size in coc}
     assert set(list_models('fec_*')) == {'fec_small', 'fec_base', 'fec_large'}
-    assert len(list_models('dnc_*')) == 13
+    assert len(list_models('dnc_*')) == 14
     assert set(list_models(module='context_cluster')) == set(list_models('coc_*'))
     assert 'coc_small.in1k' in list_models('coc_*', include_tags=True)
 

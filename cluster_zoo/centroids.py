@@ -1,0 +1,468 @@
+"""A classifier without class weights: each class is a few centroids, which follow the features of its training images.
+
+Paper: 'Visual Recognition with Deep Nearest Centroids', ICLR 2023, https://arxiv.org/abs/2209.07383, section 3
+
+The pure functions come first (assignment, update), then the memory of features, then the head that owns both. Centroids
+move without gradients: a training step ends with ``head.learn(target)``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor
+
+__all__ = ['CentroidLearning', 'FeatureMemory', 'NearestCentroidHead', 'balanced_assignment', 'moved_centroids']
+
+_ROWS = 4096  # features whose similarities to all centroids exist at a time
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors [..., D] scaled to length one."""
+    # Half precision holds this eps; the usual 1e-12 is zero there, and the constant features of a blank image would be
+    # divided by it.
+    return F.normalize(x, dim=-1, eps=1e-6)
+
+
+def class_of(target: Tensor, num_classes: int) -> Tensor:
+    """The class that a target stands for, -1 for none.
+
+    Args:
+        target: Class indices, integer [...], any number outside 0 .. K - 1 for none; or soft targets, float [..., K],
+            as mixup, cutmix and label smoothing make them. A soft target stands for the class that has more than half
+            of its weight; without such a class, as in an even mixture, the image is an example of none.
+        num_classes: K.
+
+    Returns:
+        int64 [...], values -1 .. K - 1.
+    """
+    if target.is_floating_point():
+        weight, target = target.max(-1)
+        return torch.where(2 * weight > 1, target, -1)
+    target = target.long()
+    return torch.where((target >= 0) & (target < num_classes), target, -1)
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x
+
+
+def balanced_assignment(
+    similarity: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    temperature: float = 0.05,
+    iterations: int = 3,
+    all_reduce: Callable[[Tensor], Tensor] = _alone,
+) -> Tensor:
+    """Shares the samples of each class evenly among its sub-centroids (Sinkhorn-Knopp; section 3.2).
+
+    All classes at once: the sums over the samples of a class are sums over rows with the same label.
+
+    Args:
+        similarity: Of each sample to the k sub-centroids of its own class, [M, k], values -1 .. 1.
+        labels: Classes, int64 [M]; -1 for samples that do not count.
+        num_classes: K.
+        temperature: The similarity is divided by it. The lower, the closer a sample keeps to its most similar one.
+        iterations: Rounds of scaling the sub-centroids' shares, then the samples'.
+        all_reduce: Sums a tensor over processes.
+
+    Returns:
+        The sub-centroid of each sample, int64 [M], values 0 .. k - 1.
+    """
+    rows = labels.clamp_min(0)
+    share = (similarity / temperature).exp() * (labels >= 0).unsqueeze(-1)
+    tiny = torch.finfo(share.dtype).tiny
+    for _ in range(iterations):
+        # Common factors (1 / k, 1 / n) change no assignment and are left out.
+        load = all_reduce(share.new_zeros(num_classes, share.shape[-1]).index_add(0, rows, share))
+        share = share / load.clamp_min(tiny)[rows]
+        share = share / share.sum(-1, keepdim=True).clamp_min(tiny)
+    return share.argmax(-1)
+
+
+def moved_centroids(
+    centroids: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    assigned: Tensor,
+    momentum: float = 0.999,
+    all_reduce: Callable[[Tensor], Tensor] = _alone,
+) -> Tensor:
+    """Each centroid a step towards the mean direction of its samples (section 3.2).
+
+    Args:
+        centroids: Unit vectors [K, k, D].
+        features: Unit vectors [M, D].
+        labels: Classes, int64 [M]; -1 for samples that do not count.
+        assigned: Sub-centroid of each sample in its class, int64 [M].
+        momentum: Weight of the centroid; the new direction has 1 - momentum.
+        all_reduce: Sums a tensor over processes.
+
+    Returns:
+        Unit vectors [K, k, D]; a centroid without samples is where it was.
+    """
+    K, k, D = centroids.shape
+    rows = labels.clamp_min(0) * k + assigned
+    features = features * (labels >= 0).unsqueeze(-1)
+    # On a CPU scatter_add sums rows several times as fast as index_add. Elsewhere only the latter has a deterministic
+    # form.
+    total = centroids.new_zeros(K * k, D)
+    if total.device.type == 'cpu':
+        total.scatter_add_(0, rows.unsqueeze(-1).expand(-1, D), features)
+    else:
+        total.index_add_(0, rows, features)
+    direction = all_reduce(total).view_as(centroids)
+    moved = unit(momentum * centroids + (1 - momentum) * unit(direction))
+    return torch.where((direction != 0).any(-1, keepdim=True), moved, centroids)
+
+
+@dataclass(frozen=True)
+class CentroidLearning:
+    """How centroids follow the features.
+
+    Attributes:
+        momentum: Weight of a centroid against the new direction, 0 .. 1.
+        temperature: Of the assignment, see `balanced_assignment`; at least 0.02, where float32 still holds its powers.
+        iterations: Rounds of the assignment.
+        memory: Features that are remembered, those of the latest images, over all processes. None: 64 for each class.
+        every: Batches from one use of the memory to the next; the batches in between move the centroids by their own
+            features. 1 uses the memory in every batch, the queue. The authors' code has 1000 (Swin-T 500, S 400,
+            B 300), and remembers as many batches.
+        dtype: What the memory holds its features in; None: float32, or float64 in a float64 model.
+        contrast: Weight of the contrast loss, see `NearestCentroidHead.contrast_loss`.
+        contrast_temperature: Its temperature.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    momentum: float = 0.999
+    temperature: float = 0.05
+    iterations: int = 3
+    memory: int | None = None
+    every: int = 1
+    dtype: torch.dtype | None = None
+    contrast: float = 0.0
+    contrast_temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        rules = (
+            (0 <= self.momentum <= 1, 'momentum', 'of 0 to 1'),
+            (self.temperature >= 0.02, 'temperature', 'of at least 0.02'),
+            (self.iterations >= 1, 'iterations', 'of at least 1'),
+            (self.memory is None or self.memory >= 1, 'memory', 'of at least 1'),
+            (self.every >= 1, 'every', 'of at least 1'),
+            (self.dtype is None or self.dtype.is_floating_point, 'dtype', 'that is floating point'),
+            (self.contrast >= 0, 'contrast', 'of at least 0'),
+            (self.contrast_temperature > 0, 'contrast_temperature', 'above 0'),
+        )
+        for holds, name, expected in rules:
+            if not holds:
+                raise ValueError(f'Centroid learning needs {name} {expected}, got {getattr(self, name)}.')
+
+
+class FeatureMemory:
+    """The latest features and their labels: a ring of fixed size, allocated once, on the device of the features.
+
+    No buffer of a module, because DistributedDataParallel would copy the first process's to the others.
+
+    Args:
+        size: Features that it holds.
+        width: Width D of a feature.
+        device: Where.
+        dtype: In what type.
+
+    Attributes:
+        features: [size, D]. Rows that are not filled yet are zero.
+        labels: int64 [size], -1 for no example of any class.
+    """
+
+    def __init__(self, size: int, width: int, device: torch.device, dtype: torch.dtype):
+        self.features = torch.zeros(size, width, device=device, dtype=dtype)
+        self.labels = torch.full((size,), -1, device=device)
+        self.next = 0  # row that is written next
+        self.filled = 0
+
+    def push(self, features: Tensor, labels: Tensor) -> None:
+        """Remember features [N, D] and labels [N] in place of the oldest."""
+        size = len(self.labels)
+        features, labels = features[-size:], labels[-size:]
+        before_end = min(size - self.next, len(labels))
+        for start, part in ((self.next, slice(before_end)), (0, slice(before_end, None))):
+            count = len(labels[part])
+            self.features[start : start + count] = features[part]
+            self.labels[start : start + count] = labels[part]
+        self.next = (self.next + len(labels)) % size
+        self.filled = min(self.filled + len(labels), size)
+
+    def filled_rows(self) -> tuple[Tensor, Tensor]:
+        """What is remembered: features [N, D] and labels [N], N from 0 to size."""
+        return self.features[: self.filled], self.labels[: self.filled]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, for a checkpoint: tensors on the CPU and numbers."""
+        features, labels = (rows.cpu().clone() for rows in self.filled_rows())
+        return dict(features=features, labels=labels, next=self.next)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave; of a memory of another size the latest that fit.
+
+        Raises:
+            ValueError: The features are of another width.
+        """
+        features, labels, start = state['features'], state['labels'], int(state['next'])
+        if features.ndim != 2 or features.shape != (len(labels), self.features.shape[1]):
+            raise ValueError(
+                f'The remembered features are {list(features.shape)}, the memory holds [N, {self.features.shape[1]}].'
+            )
+        self.next, self.filled = 0, 0
+        self.push(*_from_oldest(state))
+        if len(labels) == len(self.labels):
+            # To the same rows, so that sums over them round alike.
+            self.features, self.labels = self.features.roll(start, 0), self.labels.roll(start, 0)
+            self.next = start
+
+
+def _from_oldest(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    return state['features'].roll(-state['next'], 0), state['labels'].roll(-state['next'], 0)
+
+
+class NearestCentroidHead(nn.Module):
+    """Scores classes by the cosine similarity of a feature to the nearest of their sub-centroids (section 3.1).
+
+    The centroids are no parameters: they are a buffer, which no gradient reaches and no optimizer moves. They need not
+    have length one, only their direction counts. With a single class all logits are ``mask_norm``'s bias.
+
+    In training, one call after each forward pass lets them follow the features:
+
+        >>> loss = criterion(head(features), target)
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> head.learn(target)
+
+    Args:
+        in_features: Width D of the features.
+        num_classes: Classes K.
+        sub_centroids: Sub-centroids k of each class.
+        learning: How `learn` moves the centroids; may be replaced at any time.
+
+    Raises:
+        ValueError: One of the sizes is not positive.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        sub_centroids: int = 4,
+        learning: CentroidLearning | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        for name, value in dict(in_features=in_features, num_classes=num_classes, sub_centroids=sub_centroids).items():
+            if value < 1:
+                raise ValueError(f'A nearest-centroid head needs {name} of at least 1, got {value}.')
+        self.in_features = in_features
+        self.num_classes = num_classes
+        self.sub_centroids = sub_centroids
+        self.learning = learning or CentroidLearning()
+        self.memory = None  # the first batch that is learned allocates it
+        self.batches = 0  # learned so far
+        self.register_buffer('prototypes', torch.empty(num_classes, sub_centroids, in_features, **dd))
+        self.feat_norm = nn.LayerNorm(in_features, **dd)
+        self.mask_norm = nn.LayerNorm(num_classes, **dd)
+        self._exact = None  # centroids in float32, where the buffer is in half precision
+        self._seen = None  # unit features of the last forward pass in training
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Centroids in random directions, norms without effect."""
+        trunc_normal_(self.prototypes, std=0.02)
+        self.prototypes.copy_(unit(self.prototypes))
+        self.feat_norm.reset_parameters()
+        self.mask_norm.reset_parameters()
+
+    def _similarity(self, z: Tensor) -> Tensor:
+        cosines = F.linear(z, unit(self.prototypes).flatten(0, 1))
+        return cosines.unflatten(-1, (self.num_classes, self.sub_centroids))
+
+    def similarity(self, x: Tensor) -> Tensor:
+        """Cosine of each feature and each sub-centroid: [..., D] -> [..., K, k], values -1 .. 1."""
+        return self._similarity(unit(self.feat_norm(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features to logits: [..., D] -> [..., K]. In training it keeps the features for `learn`."""
+        z = unit(self.feat_norm(x))
+        if not torch.jit.is_scripting():  # noqa: SIM102
+            if self.training and not torch.compiler.is_exporting():
+                self._seen = z if self.learning.contrast > 0 else z.detach()
+        return self.mask_norm(self._similarity(z).amax(-1))
+
+    # ---- Learning ----
+
+    def _last_seen(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit features [M, D] of the last forward pass, at least float32, and the classes [M] of its targets."""
+        if self._seen is None:
+            raise RuntimeError('Centroids learn from the forward pass before, in training mode: there was none.')
+        labels = class_of(target, self.num_classes)
+        if labels.shape != self._seen.shape[:-1]:
+            raise ValueError(
+                f'Targets for {list(self._seen.shape[:-1])} features expected, got {list(labels.shape)}'
+                + (f' of {target.shape[-1]} classes.' if target.is_floating_point() else '.')
+            )
+        dtype = torch.promote_types(self._seen.dtype, torch.float32)
+        return self._seen.flatten(0, -2).to(dtype), labels.flatten()
+
+    @torch.no_grad()
+    def learn(self, target: Tensor) -> None:
+        """Move the centroids towards the features of the last forward pass in training mode (section 3.2).
+
+        Samples of each class are shared evenly among its sub-centroids; those that the model now classifies correctly
+        pull. Features with NaN or infinity are dropped, and a class without samples stays where it is. With several
+        processes every one must call it as often, with batches of any size, and all have the same centroids after it:
+        those that one process would have with all batches joined. Nothing waits for the device.
+
+        Args:
+            target: Targets of that pass, see `class_of`.
+
+        Raises:
+            RuntimeError: No such pass since the last call.
+            ValueError: The targets do not fit it.
+        """
+        features, labels = self._last_seen(target)
+        self._seen = None
+        finite = features.isfinite().all(-1)
+        features = torch.where(finite.unsqueeze(-1), features, 0)
+        labels = torch.where(finite, labels, -1)
+        if self.memory is None or self.memory.features.device != features.device:
+            remembered = self.memory
+            self.memory = self._new_memory(features.device)
+            if remembered is not None:  # the head has been moved
+                self.memory.load_state_dict(remembered.state_dict())
+        self.memory.push(features, labels)
+        self.batches += 1
+        if self.batches % self.learning.every == 0:
+            features, labels = self.memory.filled_rows()
+        self._move(features, labels)
+
+    def _new_memory(self, device: torch.device) -> FeatureMemory:
+        """An empty memory of this process's share."""
+        size = -(-(self.learning.memory or 64 * self.num_classes) // _world_size())
+        dtype = self.learning.dtype or torch.promote_types(self.prototypes.dtype, torch.float32)
+        return FeatureMemory(size, self.in_features, device, dtype)
+
+    def learning_state(self) -> dict[str, Any]:
+        """What learning has gathered in this process beside the centroids, for a checkpoint to go on from."""
+        return dict(batches=self.batches, memory=None if self.memory is None else self.memory.state_dict())
+
+    def load_learning_state(self, *states: dict[str, Any]) -> None:
+        """Go on from what `learning_state` gave, in one process or in several whose memories become this one's.
+
+        Raises:
+            ValueError: It is of features of another width.
+        """
+        self.memory = None
+        for state in states:
+            self.batches = state['batches']
+            if state['memory'] is None:
+                continue
+            if self.memory is None:
+                self.memory = self._new_memory(self.prototypes.device)
+                self.memory.load_state_dict(state['memory'])
+            else:
+                self.memory.push(*_from_oldest(state['memory']))
+
+    def _move(self, features: Tensor, labels: Tensor) -> None:
+        learning, dtype = self.learning, torch.promote_types(self.prototypes.dtype, torch.float32)
+        with torch.autocast(self.prototypes.device.type, enabled=False):
+            own, correct = self._own_similarity(features, labels)
+            assigned = balanced_assignment(
+                own.to(dtype), labels, self.num_classes, learning.temperature, learning.iterations, _all_reduce
+            )
+            labels = torch.where(correct, labels, -1)
+            moved = moved_centroids(
+                self._exact_centroids(dtype), features.to(dtype), labels, assigned, learning.momentum, _all_reduce
+            )
+            self.prototypes.copy_(moved)
+            self._exact = moved if self.prototypes.dtype != dtype else None
+
+    def _exact_centroids(self, dtype: torch.dtype) -> Tensor:
+        """Unit vectors. A step is so small that half precision would round it off, so its sum is kept beside."""
+        centroids = unit(self.prototypes.to(dtype))
+        if self._exact is None:
+            return centroids
+        # Unless the buffer has been given other values
+        same = (self._exact.to(self.prototypes) == self.prototypes).all(-1, keepdim=True)
+        return torch.where(same, self._exact.to(centroids), centroids)
+
+    def _own_similarity(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Similarity to the sub-centroids of the own class [M, k], and whether the model now finds that class [M].
+
+        The product has the type of the remembered features; logits are compared in the model's.
+        """
+        centroids = unit(self.prototypes).flatten(0, 1).to(features.dtype)
+        own, correct = [], []
+        for some, of in zip(features.split(_ROWS), labels.split(_ROWS)):
+            cosines = F.linear(some, centroids).unflatten(-1, (self.num_classes, self.sub_centroids))
+            logits = self.mask_norm(cosines.amax(-1).to(self.mask_norm.weight.dtype))
+            correct.append(logits.argmax(-1) == of)
+            index = of.clamp_min(0).view(-1, 1, 1).expand(-1, 1, self.sub_centroids)
+            own.append(cosines.gather(1, index).squeeze(1))
+        if not own:
+            return features.new_zeros(0, self.sub_centroids), labels.new_zeros(0, dtype=torch.bool)
+        return torch.cat(own), torch.cat(correct)
+
+    def contrast_loss(self, target: Tensor) -> Tensor:
+        """Pulls the features of the last forward pass to their sub-centroid, and off all others (section 3.2).
+
+        Cross-entropy over the similarities to all K * k sub-centroids, divided by ``learning.contrast_temperature``;
+        the right one is the sub-centroid that the sample is assigned to. ``learning.contrast`` must have been above 0
+        in the forward pass, and is not yet multiplied with.
+
+        Args:
+            target: Targets of that pass, see `class_of`.
+
+        Returns:
+            The mean over the samples that have a class; 0 without any.
+
+        Raises:
+            RuntimeError, ValueError: As in `learn`.
+        """
+        features, labels = self._last_seen(target)
+        with torch.autocast(self.prototypes.device.type, enabled=False):
+            cosines = self._similarity(features.to(self.prototypes.dtype))
+            index = labels.clamp_min(0).view(-1, 1, 1).expand(-1, 1, self.sub_centroids)
+            own = cosines.detach().gather(1, index).squeeze(1)
+            assigned = balanced_assignment(
+                own, labels, self.num_classes, self.learning.temperature, self.learning.iterations
+            )
+            right = torch.where(labels >= 0, labels * self.sub_centroids + assigned, -1)
+            logits = cosines.flatten(1) / self.learning.contrast_temperature
+            total = F.cross_entropy(logits, right, ignore_index=-1, reduction='sum')
+            return total / (right >= 0).sum().clamp_min(1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The features of a pass are not part of the head, and copy refuses those with a gradient.
+        return self.__dict__ | dict(_seen=None)
+
+    def extra_repr(self) -> str:
+        return f'in_features={self.in_features}, num_classes={self.num_classes}, sub_centroids={self.sub_centroids}'
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _all_reduce(x: Tensor) -> Tensor:
+    if _world_size() > 1:
+        dist.all_reduce(x)
+    return x

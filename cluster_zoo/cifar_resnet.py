@@ -1,0 +1,54 @@
+"""ResNet for images of 32 pixels: a 3x3 convolution of stride one instead of the 7x7 stem and its pooling.
+
+The form in which 'Visual Recognition with Deep Nearest Centroids' (section 4.1) and many others train on CIFAR.
+"""
+
+from typing import Any
+
+import torch.nn as nn
+from timm.models import generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, ResNet
+
+from .weights import build_model
+
+__all__ = ['CifarResNet']  # register_model adds the entry points
+
+
+class CifarResNet(ResNet):
+    """timm's `ResNet`, whose first stage has the resolution of the image. Takes its arguments."""
+
+    def __init__(self, *args: Any, in_chans: int = 3, device=None, dtype=None, **kwargs: Any):
+        super().__init__(*args, in_chans=in_chans, device=device, dtype=dtype, **kwargs)
+        width = self.conv1.out_channels
+        self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False, device=device, dtype=dtype)
+        self.maxpool = nn.Identity()
+        nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
+        # The stem halves no side here, where timm's does so once, and its pooling a second time.
+        self.feature_info = [dict(info, reduction=max(info['reduction'] // 4, 1)) for info in self.feature_info]
+
+
+def cfg(**kwargs: Any) -> dict[str, Any]:
+    """A pretrained configuration for CIFAR-10's images, normalised by their own mean and deviation."""
+    return {
+        'num_classes': 10,
+        'input_size': (3, 32, 32),
+        'pool_size': (4, 4),
+        'crop_pct': 1.0,
+        'interpolation': 'bicubic',
+        'mean': (0.4914, 0.4822, 0.4465),
+        'std': (0.2470, 0.2435, 0.2616),
+        'first_conv': 'conv1',
+        'classifier': 'fc',
+        'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({'resnet18_cifar.untrained': cfg()})
+
+
+@register_model
+def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    """ResNet-18 for images of 32 pixels, with a linear classifier: what `dnc_resnet18_cifar` is compared with."""
+    args = dict(block=BasicBlock, layers=(2, 2, 2, 2)) | kwargs
+    return build_model(CifarResNet, 'resnet18_cifar', pretrained, **args)

@@ -1,0 +1,91 @@
+"""timm's training tasks, for models whose centroids learn."""
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm.task import ClassificationTask, TrainingTask
+from timm.utils import unwrap_model
+from torch import Tensor
+
+from .centroids import NearestCentroidHead
+
+__all__ = ['NearestCentroidTask', 'learns_centroids']
+
+
+def centroid_heads(model: nn.Module | None) -> list[NearestCentroidHead]:
+    """The nearest-centroid heads of a model, which may be wrapped or compiled."""
+    modules = unwrap_model(model).modules() if model is not None else ()
+    return [module for module in modules if isinstance(module, NearestCentroidHead)]
+
+
+class CentroidTaskMixin(TrainingTask):
+    """What a task gets, in front of its own class, so that the centroids of its model learn from every batch.
+
+    A batch is learned when its gradients have been taken, because these need the centroids of the forward pass:
+    `update_ema` does it, which a training loop calls after each update, or else the next `forward`.
+    """
+
+    _target: Tensor | None = None
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """As the task itself, with ``contrast_loss`` added where the heads have one."""
+        self.learn_last_batch()
+        result = super().forward(input, target)
+        heads = [head for head in centroid_heads(self.get_trainable_module()) if head.training]
+        if heads:
+            self._target = target
+        for head in heads:
+            if head.learning.contrast > 0:
+                contrast = head.contrast_loss(target)
+                result |= dict(loss=result['loss'] + head.learning.contrast * contrast, contrast_loss=contrast)
+        return result
+
+    def learn_last_batch(self) -> None:
+        """Learn the last batch if that has not been done. With several processes all have to call it."""
+        if self._target is None:
+            return
+        for head in centroid_heads(self.get_trainable_module()):
+            head.learn(self._target)
+        self._target = None
+
+    @torch.no_grad()
+    def update_ema(self, step: int | None = None) -> None:
+        """Average the weights; the averaged model has the centroids themselves, which are averages already."""
+        self.learn_last_batch()
+        super().update_ema(step)
+        heads = centroid_heads(self.get_trainable_module())
+        for head, averaged in zip(heads, centroid_heads(self.get_trainable_module(ema=True))):
+            averaged.prototypes.copy_(head.prototypes)
+
+    def learning_state(self) -> list[dict[str, Any]]:
+        """What the heads remember in this process, see `NearestCentroidHead.learning_state`."""
+        return [head.learning_state() for head in centroid_heads(self.get_trainable_module())]
+
+    def load_learning_state(self, states: list[list[dict[str, Any]]]) -> None:
+        """Go on from what `learning_state` gave, in one process or in several whose memories become this one's."""
+        for head, of_head in zip(centroid_heads(self.get_trainable_module()), zip(*states)):
+            head.load_learning_state(*of_head)
+
+
+@functools.cache
+def learns_centroids(task_class: type[TrainingTask]) -> type[TrainingTask]:
+    """A subclass of any of timm's task classes, in which the centroids of the model learn.
+
+    Example:
+        >>> task = learns_centroids(LogitDistillationTask)(model, teacher_model='resnet50')
+    """
+    namespace = dict(__module__=__name__, __doc__=f'{task_class.__name__} for models with nearest-centroid heads.')
+    return type(f'NearestCentroid{task_class.__name__}', (CentroidTaskMixin, task_class), namespace)
+
+
+class NearestCentroidTask(CentroidTaskMixin, ClassificationTask):
+    """timm's `ClassificationTask` for models with a `NearestCentroidHead`; for other models it is just that.
+
+    Example:
+        >>> task = NearestCentroidTask(timm.create_model('dnc_resnet18'))
+        >>> task(images, target)['loss'].backward()
+        >>> optimizer.step()
+        >>> task.update_ema()
+    """
