@@ -1,4 +1,4 @@
-"""cluster_zoo.explain: the map agrees with what the mixers do, the picture with the map."""
+"""Cluster maps: the map agrees with what the mixers do, the picture with the map."""
 
 import copy
 

@@ -13,10 +13,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from .clustering import assign
-from .context_cluster import ContextCluster
-from .grids import mean_centers, merge, partition
-from .mixer import ClusterMixer
+from ..clustering import assign
+from ..context_cluster import ContextCluster
+from ..grids import mean_centers, merge, partition
+from ..mixer import ClusterMixer
 
 __all__ = ['cluster_map', 'draw_clusters']
 
