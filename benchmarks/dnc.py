@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""What `benchmarks/dnc.sh` has trained, as a table; the centroids of its default are anchored on the way.
+
+    python benchmarks/dnc.py cifar10 DATA
+    python benchmarks/dnc.py tiny_imagenet DATA --device cuda
+
+DATA is what `dnc.sh` was given. The accuracies are those on the validation images after the last epoch. Each anchored
+model is saved in the folder of its run, as `anchored.safetensors`, with pictures of its centroids and of decisions.
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from collections import defaultdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from safetensors.torch import save_file
+from timm.data import create_transform
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
+
+from throughput import machine  # noqa: E402
+
+import cluster_zoo  # noqa: E402, F401  registers the models
+from cluster_zoo.data import class_names, create_dataset  # noqa: E402
+from cluster_zoo.explain import anchor, draw_centroids, draw_explanation, explain  # noqa: E402
+from cluster_zoo.weights import load_checkpoint  # noqa: E402
+
+_RUN = r'dnc-{data}-(?P<backbone>\w+)-(?P<head>linear|published|queue)-(?P<seed>\d+)'
+_HEADS = dict(
+    linear='linear', published='DNC, as published', queue='DNC, default', anchored='DNC, default, anchored in images'
+)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('name', choices=('cifar10', 'tiny_imagenet'))
+    add('data', type=Path, help='folder with train and val')
+    add('--runs', type=Path, default=ROOT / 'output' / 'train', help='where the runs are (default: %(default)s)')
+    add('--device', default='cpu')
+    add('--workers', type=int, default=1)
+    add('--json', type=Path, help='write the figures there too')
+    return parser.parse_args()
+
+
+def anchored(args: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dict[str, float]:
+    """Top-1 in percent before and after the centroids of a run become training images."""
+    model = timm.create_model(options['model'], num_classes=options['num_classes'])
+    load_checkpoint(model, folder / 'last.pth.tar')
+    model.to(args.device)
+    config = model.pretrained_cfg
+    transform = create_transform(
+        input_size=options['img_size'], crop_pct=1.0, interpolation='bicubic', mean=config['mean'], std=config['std']
+    )
+    train, val = (create_dataset('', args.data, split) for split in ('train', 'val'))
+    result = anchor(model, train, val, num_workers=args.workers, transform=transform)
+    print(f'{folder.name}: {result}', file=sys.stderr, flush=True)
+    model.cpu()
+    save_file(model.state_dict(), folder / 'anchored.safetensors')
+
+    names = class_names(train)
+    draw_centroids(model, names).save(folder / 'centroids.png')
+    step = max(len(val) // 8, 1)
+    for number in range(step // 2, len(val), step):
+        image = val[number][0].convert('RGB')
+        draw_explanation(explain(model, transform(image), names), image).save(folder / f'decision-{number}.png')
+    return dict(before=100 * result.accuracy_before, after=100 * result.accuracy_after)
+
+
+def main() -> None:
+    args = parse()
+    found = {path: re.fullmatch(_RUN.format(data=args.name), path.name) for path in sorted(args.runs.glob('*'))}
+    rows: dict[tuple, list[float]] = defaultdict(list)
+    for folder, match in found.items():
+        if not match or not (folder / 'summary.csv').is_file():
+            continue
+        options = yaml.safe_load((folder / 'args.yaml').read_text())
+        history = list(csv.DictReader((folder / 'summary.csv').open()))
+        key = match['backbone'], len(history)
+        rows[(*key, match['head'])].append(float(history[-1]['eval_top1']))
+        if match['head'] == 'queue':
+            rows[(*key, 'anchored')].append(anchored(args, folder, options)['after'])
+    if not rows:
+        sys.exit(f'error: no runs of {args.name} in {args.runs}: train them with benchmarks/dnc.sh')
+
+    where = machine(args.device)
+    print(f'{args.name}; anchored on {where}; {date.today()}\n')
+    print('| backbone | epochs | head | top-1 | seeds |\n|---|---:|---|---:|---:|')
+    order = list(_HEADS)
+    for backbone, epochs, head in sorted(rows, key=lambda key: (key[0], key[1], order.index(key[2]))):
+        values = torch.tensor(rows[backbone, epochs, head])
+        spread = f' ± {values.std():.2f}' if len(values) > 1 else ''
+        print(f'| `{backbone}` | {epochs} | {_HEADS[head]} | {values.mean():.2f}{spread} | {len(values)} |')
+    if args.json:
+        table = [dict(zip(('backbone', 'epochs', 'head'), key), top1=values) for key, values in rows.items()]
+        args.json.write_text(json.dumps(dict(machine=where, date=str(date.today()), rows=table), indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    main()

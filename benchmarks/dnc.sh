@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Nearest centroids against a linear classifier: the same backbone, recipe and seed, three heads.
+#
+#   bash benchmarks/dnc.sh cpu cifar10 DATA         a few epochs, two runs of one thread at a time
+#   bash benchmarks/dnc.sh cpu tiny_imagenet DATA
+#   bash benchmarks/dnc.sh gpu cifar10 DATA         one GPU: 100 epochs and three seeds; not run yet
+#   bash benchmarks/dnc.sh gpu tiny_imagenet DATA
+#
+# DATA holds train.tar and val.tar, or train/ and val/, of class folders of images. The heads are `linear`, `published`
+# (the memory once in 1000 batches, as in the authors' code) and `queue` (the memory in every batch, the default). A run
+# that has begun is gone on with. Then `python benchmarks/dnc.py cifar10 DATA` anchors centroids and prints a table.
+set -euo pipefail
+[[ ${1:-} =~ ^(cpu|gpu)$ && ${2:-} =~ ^(cifar10|tiny_imagenet)$ && -e ${3:-} ]] || { sed -n '2,13p' "$0" >&2; exit 2; }
+where=$1 data=$2 folder=$(realpath "$3")
+cd "$(dirname "$0")/.."
+
+common=(
+  --recipe timm --data-dir "$folder" --sched-on-updates --smoothing 0 --color-jitter 0 --checkpoint-hist 1 --resume auto
+  --amp --amp-dtype bfloat16 --log-interval 100
+)
+sgd=(--opt sgd --lr 0.1 --weight-decay 5e-4 --warmup-epochs 0)
+adamw=(--opt adamw --lr 1e-3 --weight-decay 0.05 --clip-grad 1 --warmup-epochs 1 --warmup-lr 1e-6)
+if [[ $data == cifar10 ]]; then
+  common+=(--num-classes 10 -b 128)
+  resnet=resnet18_cifar resnet_options=("${sgd[@]}" --img-size 32 --train-crop-mode pad)
+  cluster=coc_tiny cluster_options=("${adamw[@]}" --img-size 64 --crop-pct 1 --scale 0.5 1 --ratio 0.9 1.11)
+  published=(--centroid-every 1000 --centroid-memory 128000)
+  epochs_cpu=(3 2) epochs_gpu=(100 100)
+else
+  common+=(--num-classes 100 -b 64 --img-size 48 --crop-pct 1 --scale 0.5 1 --ratio 0.9 1.11)
+  resnet=resnet18 resnet_options=("${adamw[@]}")
+  cluster=fec_small cluster_options=("${adamw[@]}")
+  published=(--centroid-every 1000 --centroid-memory 64000)
+  epochs_cpu=(3 2) epochs_gpu=(100 100)
+fi
+if [[ $where == cpu ]]; then
+  export OMP_NUM_THREADS=1
+  seeds=(42) at_once=2 epochs=("${epochs_cpu[@]}") common+=(--device cpu --workers 1)
+else
+  seeds=(42 43 44) at_once=3 epochs=("${epochs_gpu[@]}") common+=(--device cuda --workers 5)
+fi
+
+train() {  # BACKBONE HEAD SEED EPOCHS OPTIONS...
+  local backbone=$1 head=$2 seed=$3 epochs=$4 model=$1
+  shift 4
+  [[ $head == linear ]] || model=dnc_$backbone
+  [[ $head != published ]] || set -- "$@" "${published[@]}"
+  python3 train.py "${common[@]}" --model "$model" --seed "$seed" --epochs "$epochs" "$@" \
+    --experiment "dnc-$data-$backbone-$head-$seed"
+}
+
+for seed in "${seeds[@]}"; do
+  for head in linear published queue; do
+    while (($(jobs -rp | wc -l) >= at_once)); do wait -n; done
+    train "$resnet" "$head" "$seed" "${epochs[0]}" "${resnet_options[@]}" &
+  done
+  for head in linear published queue; do
+    while (($(jobs -rp | wc -l) >= at_once)); do wait -n; done
+    train "$cluster" "$head" "$seed" "${epochs[1]}" "${cluster_options[@]}" &
+  done
+done
+for job in $(jobs -rp); do wait "$job"; done
