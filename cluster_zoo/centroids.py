@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor
 
+from .anchors import AnchorMixin
+
 __all__ = ['CentroidLearning', 'FeatureMemory', 'NearestCentroidHead', 'balanced_assignment', 'moved_centroids']
 
 _ROWS = 4096  # features whose similarities to all centroids exist at a time
@@ -42,8 +44,9 @@ def class_of(target: Tensor, num_classes: int) -> Tensor:
         int64 [...], values -1 .. K - 1.
     """
     if target.is_floating_point():
+        total = target.sum(-1)
         weight, target = target.max(-1)
-        return torch.where(2 * weight > 1, target, -1)
+        return torch.where(2 * weight > total, target, -1)
     target = target.long()
     return torch.where((target >= 0) & (target < num_classes), target, -1)
 
@@ -180,35 +183,30 @@ class FeatureMemory:
 
     Attributes:
         features: [size, D]. Rows that are not filled yet are zero.
-        labels: int64 [size], -1 for no example of any class.
+        labels: int64 [size], -1 for no example of any class, and where nothing is filled in yet.
+        count: Features pushed so far, 0-dimensional. No number, because compiled code takes numbers for constant and
+            would be compiled again for every batch.
     """
 
     def __init__(self, size: int, width: int, device: torch.device, dtype: torch.dtype):
         self.features = torch.zeros(size, width, device=device, dtype=dtype)
         self.labels = torch.full((size,), -1, device=device)
-        self.next = 0  # row that is written next
-        self.filled = 0
+        self.count = torch.zeros((), device=device, dtype=torch.int64)
 
     def push(self, features: Tensor, labels: Tensor) -> None:
         """Remember features [N, D] and labels [N] in place of the oldest."""
         size = len(self.labels)
         features, labels = features[-size:], labels[-size:]
-        before_end = min(size - self.next, len(labels))
-        for start, part in ((self.next, slice(before_end)), (0, slice(before_end, None))):
-            count = len(labels[part])
-            self.features[start : start + count] = features[part]
-            self.labels[start : start + count] = labels[part]
-        self.next = (self.next + len(labels)) % size
-        self.filled = min(self.filled + len(labels), size)
-
-    def filled_rows(self) -> tuple[Tensor, Tensor]:
-        """What is remembered: features [N, D] and labels [N], N from 0 to size."""
-        return self.features[: self.filled], self.labels[: self.filled]
+        rows = (self.count + torch.arange(len(labels), device=self.count.device)) % size
+        self.features.index_copy_(0, rows, features.to(self.features))
+        self.labels.index_copy_(0, rows, labels.to(self.labels))
+        self.count += len(labels)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, for a checkpoint: tensors on the CPU and numbers."""
-        features, labels = (rows.cpu().clone() for rows in self.filled_rows())
-        return dict(features=features, labels=labels, next=self.next)
+        """Everything, for a checkpoint: the filled rows on the CPU, and the row that is written next."""
+        count, size = int(self.count), len(self.labels)
+        features, labels = (rows[: min(count, size)].cpu().clone() for rows in (self.features, self.labels))
+        return dict(features=features, labels=labels, next=count % size)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave; of a memory of another size the latest that fit.
@@ -216,28 +214,30 @@ class FeatureMemory:
         Raises:
             ValueError: The features are of another width.
         """
-        features, labels, start = state['features'], state['labels'], int(state['next'])
+        features, labels = state['features'], state['labels']
         if features.ndim != 2 or features.shape != (len(labels), self.features.shape[1]):
             raise ValueError(
                 f'The remembered features are {list(features.shape)}, the memory holds [N, {self.features.shape[1]}].'
             )
-        self.next, self.filled = 0, 0
+        self.features.zero_()
+        self.labels.fill_(-1)
+        # A full memory of this size to the same rows, so that sums over them round alike.
+        self.count.fill_(state['next'] if len(labels) == len(self.labels) else 0)
         self.push(*_from_oldest(state))
-        if len(labels) == len(self.labels):
-            # To the same rows, so that sums over them round alike.
-            self.features, self.labels = self.features.roll(start, 0), self.labels.roll(start, 0)
-            self.next = start
 
 
 def _from_oldest(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return state['features'].roll(-state['next'], 0), state['labels'].roll(-state['next'], 0)
 
 
-class NearestCentroidHead(nn.Module):
+class NearestCentroidHead(AnchorMixin, nn.Module):
     """Scores classes by the cosine similarity of a feature to the nearest of their sub-centroids (section 3.1).
 
     The centroids are no parameters: they are a buffer, which no gradient reaches and no optimizer moves. They need not
     have length one, only their direction counts. With a single class all logits are ``mask_norm``'s bias.
+
+    When training is done, the centroids can become the features of training images, and the head knows of which: see
+    :func:`cluster_zoo.explain.anchor`. From the next `learn` on they are no images any more.
 
     In training, one call after each forward pass lets them follow the features:
 
@@ -288,6 +288,7 @@ class NearestCentroidHead(nn.Module):
         """Centroids in random directions, norms without effect."""
         trunc_normal_(self.prototypes, std=0.02)
         self.prototypes.copy_(unit(self.prototypes))
+        self.forget_anchors()
         self.feat_norm.reset_parameters()
         self.mask_norm.reset_parameters()
 
@@ -295,15 +296,19 @@ class NearestCentroidHead(nn.Module):
         cosines = F.linear(z, unit(self.prototypes).flatten(0, 1))
         return cosines.unflatten(-1, (self.num_classes, self.sub_centroids))
 
+    def embed(self, x: Tensor) -> Tensor:
+        """Features as they are compared with centroids, of length one: [..., D] -> [..., D]."""
+        return unit(self.feat_norm(x))
+
     def similarity(self, x: Tensor) -> Tensor:
         """Cosine of each feature and each sub-centroid: [..., D] -> [..., K, k], values -1 .. 1."""
-        return self._similarity(unit(self.feat_norm(x)))
+        return self._similarity(self.embed(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Features to logits: [..., D] -> [..., K]. In training it keeps the features for `learn`."""
-        z = unit(self.feat_norm(x))
+        z = self.embed(x)
         if not torch.jit.is_scripting():  # noqa: SIM102
-            if self.training and not torch.compiler.is_exporting():
+            if self.training and not _is_traced(z):
                 self._seen = z if self.learning.contrast > 0 else z.detach()
         return self.mask_norm(self._similarity(z).amax(-1))
 
@@ -313,12 +318,13 @@ class NearestCentroidHead(nn.Module):
         """Unit features [M, D] of the last forward pass, at least float32, and the classes [M] of its targets."""
         if self._seen is None:
             raise RuntimeError('Centroids learn from the forward pass before, in training mode: there was none.')
-        labels = class_of(target, self.num_classes)
-        if labels.shape != self._seen.shape[:-1]:
+        expected = list(self._seen.shape[:-1])
+        if list(target.shape) != expected + [self.num_classes] * target.is_floating_point():
             raise ValueError(
-                f'Targets for {list(self._seen.shape[:-1])} features expected, got {list(labels.shape)}'
-                + (f' of {target.shape[-1]} classes.' if target.is_floating_point() else '.')
+                f'Targets of {expected} features are integers of that shape, or numbers '
+                f'{[*expected, self.num_classes]}; got {target.dtype} {list(target.shape)}.'
             )
+        labels = class_of(target, self.num_classes)
         dtype = torch.promote_types(self._seen.dtype, torch.float32)
         return self._seen.flatten(0, -2).to(dtype), labels.flatten()
 
@@ -343,26 +349,33 @@ class NearestCentroidHead(nn.Module):
         finite = features.isfinite().all(-1)
         features = torch.where(finite.unsqueeze(-1), features, 0)
         labels = torch.where(finite, labels, -1)
-        if self.memory is None or self.memory.features.device != features.device:
-            remembered = self.memory
-            self.memory = self._new_memory(features.device)
-            if remembered is not None:  # the head has been moved
-                self.memory.load_state_dict(remembered.state_dict())
+        self._prepare_memory()
         self.memory.push(features, labels)
-        self.batches += 1
+        if self.learning.every > 1:
+            self.batches += 1
+        self.forget_anchors()
         if self.batches % self.learning.every == 0:
-            features, labels = self.memory.filled_rows()
+            features, labels = self.memory.features, self.memory.labels
         self._move(features, labels)
 
-    def _new_memory(self, device: torch.device) -> FeatureMemory:
-        """An empty memory of this process's share."""
+    def _prepare_memory(self) -> None:
+        """Allocate this process's share of the memory, unless it is as the head and its settings are now."""
         size = -(-(self.learning.memory or 64 * self.num_classes) // _world_size())
         dtype = self.learning.dtype or torch.promote_types(self.prototypes.dtype, torch.float32)
-        return FeatureMemory(size, self.in_features, device, dtype)
+        device, remembered = self.prototypes.device, self.memory
+        if remembered is not None:
+            features = remembered.features
+            if (len(features), features.dtype, features.device) == (size, dtype, device):
+                return
+        self.memory = FeatureMemory(size, self.in_features, device, dtype)
+        if remembered is not None:
+            self.memory.load_state_dict(remembered.state_dict())
 
     def learning_state(self) -> dict[str, Any]:
         """What learning has gathered in this process beside the centroids, for a checkpoint to go on from."""
-        return dict(batches=self.batches, memory=None if self.memory is None else self.memory.state_dict())
+        memory = None if self.memory is None else self.memory.state_dict()
+        exact = None if self._exact is None else self._exact.cpu()
+        return dict(batches=self.batches, memory=memory, exact=exact)
 
     def load_learning_state(self, *states: dict[str, Any]) -> None:
         """Go on from what `learning_state` gave, in one process or in several whose memories become this one's.
@@ -373,10 +386,11 @@ class NearestCentroidHead(nn.Module):
         self.memory = None
         for state in states:
             self.batches = state['batches']
+            self._exact = state['exact']
             if state['memory'] is None:
                 continue
             if self.memory is None:
-                self.memory = self._new_memory(self.prototypes.device)
+                self._prepare_memory()
                 self.memory.load_state_dict(state['memory'])
             else:
                 self.memory.push(*_from_oldest(state['memory']))
@@ -456,6 +470,11 @@ class NearestCentroidHead(nn.Module):
 
     def extra_repr(self) -> str:
         return f'in_features={self.in_features}, num_classes={self.num_classes}, sub_centroids={self.sub_centroids}'
+
+
+def _is_traced(x: Tensor) -> bool:
+    """Whether a tool only looks at what a forward pass does: nothing has been seen then."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy)
 
 
 def _world_size() -> int:

@@ -103,14 +103,19 @@ def check_fit(
 ) -> None:
     """Raise `CheckpointError` unless a state dict has the model's names and shapes, and only finite numbers.
 
+    A module may have entries that exist only at times: it names them in ``optional_entries``, and its
+    ``check_optional(entries)`` raises ValueError for those of a file that it cannot take.
+
     Args:
         state_dict: Tensors under the model's names.
         model: The model, as it was built.
         ignore: Names that need not agree.
     """
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if not ignore(name)}
-    found = {name: tuple(value.shape) for name, value in state_dict.items() if not ignore(name)}
-    differences = []
+    optional, differences = _optional_entries(state_dict, model)
+    expected, found = (
+        {name: tuple(value.shape) for name, value in entries.items() if name not in optional and not ignore(name)}
+        for entries in (model.state_dict(), state_dict)
+    )
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
     if missing:
@@ -131,6 +136,20 @@ def check_fit(
         raise CheckpointError(
             f'The checkpoint is broken: {len(broken)} entries hold NaN or infinity ({_first(broken)}).'
         )
+
+
+def _optional_entries(state_dict: dict[str, Tensor], model: nn.Module) -> tuple[set[str], list[str]]:
+    """Names of the entries that the model may have or not, and what is wrong with those of the state dict."""
+    optional, problems = set(), []
+    for path, module in model.named_modules():
+        names = {name: f'{path}.{name}' if path else name for name in getattr(module, 'optional_entries', ())}
+        optional.update(names.values())
+        if names:
+            try:
+                module.check_optional({name: state_dict[key] for name, key in names.items() if key in state_dict})
+            except ValueError as error:
+                problems.append(f"'{path}' can not take {error}")
+    return optional, problems
 
 
 def _first(names: list[str]) -> str:

@@ -1,5 +1,6 @@
 """What a model saw and why it decided: its clusters, and the training images that its centroids stand for."""
 
+from .centroids import Anchoring, Explanation, Neighbour, anchor, explain
 from .clusters import cluster_map, draw_clusters
 
-__all__ = ['cluster_map', 'draw_clusters']
+__all__ = ['Anchoring', 'Explanation', 'Neighbour', 'anchor', 'cluster_map', 'draw_clusters', 'explain']
