@@ -1,8 +1,7 @@
-"""The nearest-centroid head against the authors' figures and a plain loop, and DNC models as timm models."""
+"""DNC models as timm models; what their heads compute and learn is in `test_centroids.py`."""
 
 import copy
 import io
-import math
 import pickle
 import subprocess
 import sys
@@ -10,8 +9,7 @@ import sys
 import pytest
 import timm
 import torch
-from parity_cases import recipe
-from safetensors.torch import load_file
+from plain_centroids import set_head
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
@@ -29,159 +27,8 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope='module')
-def figures():
-    return load_file(recipe.HERE / 'dnc_head.safetensors')
-
-
 def tiny(**kwargs) -> nn.Module:
     return timm.create_model('dnc_resnet18', **{**TINY, **kwargs})
-
-
-def set_head(head: NearestCentroidHead) -> NearestCentroidHead:
-    """Norms that change something, and centroids whose length is not one."""
-    for parameter in head.parameters():
-        nn.init.normal_(parameter, 1.0, 0.3)
-    head.prototypes.normal_()
-    return head
-
-
-# ---- The head ----
-
-
-def test_parity_through_a_published_checkpoint(tmp_path, figures):
-    model = tiny().double()
-    published = {f'backbone.{k}': v for k, v in model.state_dict().items() if not k.startswith('fc.')}
-    published |= {f'head.{k}': v for k, v in recipe.state_dict('dnc_head').items()}
-    torch.save({'state_dict': published}, tmp_path / 'published.pth')
-    load_checkpoint(model, tmp_path / 'published.pth')
-
-    logits = model.get_classifier()(recipe.inputs('dnc_head')[0])
-    assert (logits - figures['logits']).abs().max() < 1e-9 * figures['logits'].abs().max()
-
-
-def test_only_the_direction_of_a_centroid_counts(figures):
-    head = NearestCentroidHead(32, 5).double()
-    head.load_state_dict({k: v for k, v in recipe.state_dict('dnc_head').items() if not k.startswith('convs')})
-    features = recipe.inputs('dnc_head')[0]
-    logits = head(features)
-    head.prototypes.copy_(figures['prototypes_before'])  # the authors' centroids, of length one
-    torch.testing.assert_close(head(features), logits, rtol=1e-12, atol=1e-12)
-
-
-def test_formula_in_plain_loops():
-    B, D, K, k = 3, 5, 4, 2
-    head = set_head(NearestCentroidHead(D, K, k).double())
-    x = torch.randn(B, D, dtype=torch.float64)
-
-    def layer_norm(values, norm):
-        mean = sum(values) / len(values)
-        deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values) + 1e-5)
-        weight, bias = norm.weight.tolist(), norm.bias.tolist()
-        return [(v - mean) / deviation * w + b for v, w, b in zip(values, weight, bias)]
-
-    def cosine(a, b):
-        return sum(i * j for i, j in zip(a, b)) / math.sqrt(sum(i * i for i in a) * sum(j * j for j in b))
-
-    for feature, logits in zip(x.tolist(), head(x).tolist()):
-        z = layer_norm(feature, head.feat_norm)
-        scores = [max(cosine(z, p) for p in subs) for subs in head.prototypes.tolist()]
-        assert logits == pytest.approx(layer_norm(scores, head.mask_norm), rel=1e-10)
-
-
-def test_centroids_are_a_buffer_of_unit_vectors():
-    head = NearestCentroidHead(16, 6, 3)
-    assert dict(head.named_buffers()).keys() == {'prototypes'}
-    assert {name for name, _ in head.named_parameters()} == {
-        'feat_norm.weight', 'feat_norm.bias', 'mask_norm.weight', 'mask_norm.bias'
-    }  # fmt: skip
-    assert head.prototypes.shape == (6, 3, 16)
-    torch.testing.assert_close(head.prototypes.norm(dim=-1), torch.ones(6, 3))
-    head(torch.randn(4, 16)).sum().backward()
-    assert not head.prototypes.requires_grad and head.prototypes.grad is None
-
-
-def test_gradients():
-    head = set_head(NearestCentroidHead(6, 4, 2).double())
-    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
-    names, parameters = zip(*head.named_parameters())
-
-    def forward(x, *parameters):
-        return torch.func.functional_call(head, dict(zip(names, parameters)), (x,))
-
-    assert torch.autograd.gradcheck(forward, (x, *parameters))
-
-
-def test_similarity_and_further_dimensions():
-    head = set_head(NearestCentroidHead(8, 5, 3))
-    x = torch.randn(2, 4, 6, 8)
-    similarity = head.similarity(x)
-    assert similarity.shape == (2, 4, 6, 5, 3)
-    assert similarity.abs().max() <= 1 + 1e-6
-    torch.testing.assert_close(head(x).reshape(-1, 5), head(x.reshape(-1, 8)))
-    # a feature that is a centroid belongs to that centroid's class
-    plain = NearestCentroidHead(8, 5, 3)
-    plain.prototypes.copy_(plain.feat_norm(plain.prototypes))
-    classes = plain(plain.prototypes.flatten(0, 1)).argmax(-1)
-    assert classes.tolist() == [c for c in range(5) for _ in range(3)]
-
-
-@pytest.mark.parametrize('num_classes, sub_centroids', [(1, 1), (2, 1), (1000, 4)])
-def test_any_number_of_classes(num_classes, sub_centroids):
-    logits = NearestCentroidHead(8, num_classes, sub_centroids)(torch.randn(1, 8))
-    assert logits.shape == (1, num_classes) and logits.isfinite().all()
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
-def test_dtypes(dtype):
-    head = NearestCentroidHead(32, 10, dtype=dtype)
-    assert {t.dtype for t in head.state_dict().values()} == {dtype}
-    x = torch.randn(4, 32)
-    logits = head(x.to(dtype))
-    assert logits.dtype == dtype
-    torch.testing.assert_close(logits.float(), head.float()(x), rtol=0.1, atol=0.1)
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
-def test_features_without_a_direction(dtype):
-    """Constant features, as of a blank image, are zero once normalised: no division by zero, backward neither."""
-    head = NearestCentroidHead(32, 10, dtype=dtype)
-    x = torch.ones(2, 32, dtype=dtype, requires_grad=True)
-    head(x).float().square().sum().backward()
-    assert head(x).isfinite().all() and x.grad.isfinite().all()
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_autocast(dtype):
-    head = NearestCentroidHead(32, 10)
-    x = torch.randn(4, 32)
-    with torch.autocast('cpu', dtype):
-        logits = head(x)
-    torch.testing.assert_close(logits.float(), head(x), rtol=0.1, atol=0.1)
-    with torch.autocast('cpu', dtype):
-        assert head(torch.ones(2, 32)).isfinite().all()
-
-
-def test_meta_device():
-    with torch.device('meta'):
-        head = NearestCentroidHead(8, 3)
-    assert all(t.is_meta for t in head.state_dict().values())
-    assert all(t.is_meta for t in NearestCentroidHead(8, 3, device='meta').state_dict().values())
-    head = head.to_empty(device='cpu')
-    head.reset_parameters()
-    torch.testing.assert_close(head.prototypes.norm(dim=-1), torch.ones(3, 4))
-    assert head(torch.randn(2, 8)).isfinite().all()
-
-
-@pytest.mark.parametrize('sizes', [(0, 3, 4), (8, 0, 4), (8, 3, 0), (8, -1, 4)])
-def test_sizes_must_be_positive(sizes):
-    with pytest.raises(ValueError, match='of at least 1, got'):
-        NearestCentroidHead(*sizes)
-
-
-def test_features_of_another_width_are_refused():
-    with pytest.raises(RuntimeError):
-        NearestCentroidHead(8, 3)(torch.randn(2, 9))
 
 
 # ---- Registered models ----
