@@ -91,8 +91,8 @@ class AnchorMixin(nn.Module):
         if missing:
             raise ValueError(f'{", ".join(entries)} without {", ".join(missing)}')
         # The file chooses these two.
-        length = min(max(1, *entries['anchor_name'].shape[-1:]), MAX_NAME)
-        side = min(max(1, *entries['anchor_thumbnail'].shape[-1:]), MAX_SIDE)
+        length = min(max([1, *entries['anchor_name'].shape[-1:]]), MAX_NAME)
+        side = min(max([1, *entries['anchor_thumbnail'].shape[-1:]]), MAX_SIDE)
         K, k, _ = self.prototypes.shape
         for name, dtype, shape in (
             ('anchor_index', torch.int64, [K, k]),

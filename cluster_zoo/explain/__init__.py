@@ -2,5 +2,16 @@
 
 from .centroids import Anchoring, Explanation, Neighbour, anchor, explain
 from .clusters import cluster_map, draw_clusters
+from .figures import draw_centroids, draw_explanation
 
-__all__ = ['Anchoring', 'Explanation', 'Neighbour', 'anchor', 'cluster_map', 'draw_clusters', 'explain']
+__all__ = [
+    'Anchoring',
+    'Explanation',
+    'Neighbour',
+    'anchor',
+    'cluster_map',
+    'draw_centroids',
+    'draw_clusters',
+    'draw_explanation',
+    'explain',
+]

@@ -91,7 +91,7 @@ def anchor(
         ValueError: The model has no centroid head, the dataset no images, no numbers, or classes that the model does
             not have, or features are NaN or infinite. The model is then unchanged, as after any other failure.
     """
-    head = _centroid_head(model)
+    head = centroid_head(model)
     if not 1 <= thumbnail <= MAX_SIDE:
         raise ValueError(f'A thumbnail has 1 to {MAX_SIDE} pixels a side, got {thumbnail}.')
     images = _Pictures(dataset, transform or _eval_transform(model))
@@ -112,7 +112,8 @@ def anchor(
 # ---- Models and datasets ----
 
 
-def _centroid_head(model: nn.Module) -> NearestCentroidHead:
+def centroid_head(model: nn.Module) -> NearestCentroidHead:
+    """The one head of a model, or ValueError."""
     heads = [module for module in unwrap_model(model).modules() if isinstance(module, NearestCentroidHead)]
     if len(heads) != 1:
         raise ValueError(
@@ -372,8 +373,8 @@ def explain(
     Raises:
         ValueError: The model has no centroid head, the image is neither, or a class has no name.
     """
-    head = _centroid_head(model)
-    names = _names(class_names, head.num_classes)
+    head = centroid_head(model)
+    names = names_of_classes(class_names, head.num_classes)
     if isinstance(image, Image.Image):
         image = _eval_transform(model)(image.convert('RGB'))
     if not isinstance(image, Tensor) or image.ndim != 3:
@@ -400,7 +401,8 @@ def explain(
     )
 
 
-def _names(class_names: Sequence[str] | Mapping[int, str] | None, num_classes: int) -> list[str]:
+def names_of_classes(class_names: Sequence[str] | Mapping[int, str] | None, num_classes: int) -> list[str]:
+    """A name for each class, or ValueError."""
     if not class_names:
         return [f'class {index}' for index in range(num_classes)]
     named = class_names if isinstance(class_names, Mapping) else dict(enumerate(class_names))
