@@ -5,7 +5,7 @@
 
 DATA holds train and val, as folders or .tar files of class folders of images. A model is trained on the first 80 % of
 the classes, unless OUTPUT holds its weights from before. For the others it only computes features: of some images a
-class to learn from, drawn several times, and of the validation images to be right about. All methods get the same draws.
+class to learn from, drawn several times, and of the validation images to be right about. Every method gets the same.
 """
 
 import argparse
