@@ -49,6 +49,10 @@ class NearestCentroidMixin(nn.Module):
         if num_classes > 0:
             self._replace_linear()
 
+    def embed(self, x: Tensor) -> Tensor:
+        """Images [B, C, H, W] to what is compared with the centroids: unit vectors [B, D]."""
+        return self.get_classifier().embed(self.forward_head(self.forward_features(x), pre_logits=True))
+
     def learn(self, target: Tensor) -> None:
         """Let the centroids follow the last batch, see `NearestCentroidHead.learn`: one line at the end of a step."""
         self.get_classifier().learn(target)
