@@ -116,6 +116,11 @@ def gather_learned(run: Run) -> None:
         run.learned = interrupt.gather(run.task.learning_state(), run.stop.group)
 
 
+def learned_share(learned: list[Any], rank: int, world_size: int) -> list[Any]:
+    """What a process goes on with: with fewer processes than before several memories, with more it may be none."""
+    return learned[rank::world_size] or [[head | dict(memory=None) for head in heads] for heads in learned[:1]]
+
+
 def resume(run: Run, path: str) -> None:
     """Puts a run where a checkpoint left it; one of timm's script resumes at the epoch after it."""
     args = run.args
@@ -136,7 +141,7 @@ def resume(run: Run, path: str) -> None:
             if run.scaler is not None and run.scaler.state_dict_key in checkpoint:
                 run.scaler.load_state_dict(checkpoint[run.scaler.state_dict_key])
         if isinstance(run.task, CentroidTaskMixin):
-            run.task.load_learning_state(checkpoint.get('learned', [])[args.rank :: args.world_size])
+            run.task.load_learning_state(learned_share(checkpoint.get('learned', []), args.rank, args.world_size))
         run.progress = Progress(**checkpoint.get('progress', dict(epoch=checkpoint.get('epoch', -1) + 1)))
     progress = run.progress
     if progress.batch and (progress.num_batches, len(progress.rng)) != (len(run.train_loader), args.world_size):

@@ -10,7 +10,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
@@ -187,13 +187,18 @@ def _set_centroid_learning(model: nn.Module, args: argparse.Namespace) -> None:
     values = {field.name: getattr(args, f'centroid_{field.name}', None) for field in fields(CentroidLearning)}
     values = {name: value for name, value in values.items() if value is not None}
     heads = centroid_heads(model)
-    if values and not heads:
-        raise OptionError(f'--centroid-{next(iter(values))}: {args.model} has no centroids; dnc_* models have')
-    with blame('--centroid-...'):
-        if 'dtype' in values:
-            values['dtype'] = getattr(torch, values['dtype'])
-        for head in heads:
-            head.learning = CentroidLearning(**values)
+    # A recipe may be shared with a linear model, for a comparison.
+    typed = [name for name in values if f'centroid_{name}' in args.given]
+    if typed and not heads:
+        raise OptionError(f'--centroid-{typed[0]}: {args.model} has no centroids; dnc_* models have')
+    if 'dtype' in values:
+        values['dtype'] = getattr(torch, values['dtype'])
+    learning = CentroidLearning()
+    for name, value in values.items():
+        with blame(f'--centroid-{name}'):
+            learning = replace(learning, **{name: value})
+    for head in heads:
+        head.learning = learning
 
 
 def _set_batch_norm(model: nn.Module, args: argparse.Namespace) -> None:

@@ -386,7 +386,7 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         self.memory = None
         for state in states:
             self.batches = state['batches']
-            self._exact = state['exact']
+            self._exact = state.get('exact')
             if state['memory'] is None:
                 continue
             if self.memory is None:

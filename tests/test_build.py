@@ -6,10 +6,13 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import FastCollateMixup, Mixup, auto_augment, rand_augment_transform
+from timm.models import save_for_hf
 from timm.task import ClassificationTask
 
 from cluster_zoo import build
+from cluster_zoo.centroids import CentroidLearning
 from cluster_zoo.options import OptionError, validate_parser
+from cluster_zoo.task import CentroidTaskMixin, centroid_heads
 from cluster_zoo.train_options import train_parser
 
 MODEL = ['--model', 'test_resnet', '--num-classes', '3', '--device', 'cpu']
@@ -239,3 +242,44 @@ def test_randaugment_reaches_magnitude_ten():
         transform = rand_augment_transform('rand-m10-n8-mstd0.5-inc1', {})
         for _ in range(30):
             transform(image)
+
+
+def test_centroid_options_reach_the_head():
+    flags = ['--sub-centroids', 2, '--centroid-momentum', 0.9, '--centroid-temperature', 0.1, '--centroid-memory', 50]
+    flags += ['--centroid-every', 3, '--centroid-dtype', 'bfloat16', '--centroid-contrast', 0.005]
+    head = build.build_model(_args('--model', 'dnc_resnet18', *flags)).get_classifier()
+    assert head.prototypes.shape == (3, 2, 512)
+    assert head.learning == CentroidLearning(
+        momentum=0.9, temperature=0.1, memory=50, every=3, dtype=torch.bfloat16, contrast=0.005
+    )
+    assert build.build_model(_args('--model', 'dnc_resnet18')).get_classifier().learning == CentroidLearning(
+        memory=256_000, every=1000
+    )  # as its paper has it
+    assert build.build_model(_args('--model', 'dnc_resnet18', '--recipe', 'timm')).get_classifier().learning == (
+        CentroidLearning()
+    )
+
+
+def test_recipe_of_centroids_for_a_linear_model():
+    """So that both can be compared; only what was typed for centroids is a mistake."""
+    assert isinstance(build.build_model(_args('--recipe', 'dnc_cifar')), torch.nn.Module)
+    with pytest.raises(OptionError, match=r'^--centroid-every: test_resnet has no centroids; dnc_\* models have$'):
+        build.build_model(_args('--recipe', 'dnc_cifar', '--centroid-every', 5))
+
+
+@pytest.mark.parametrize('kind', ['', 'Logit', 'Feature'])
+def test_task_of_a_model_with_centroids(kind, tmp_path):
+    args = _args('--model', 'dnc_resnet18')
+    if kind:
+        save_for_hf(build.build_model(_args()), tmp_path, model_config=dict(num_classes=3))
+        args.kd_model_name, args.kd_distill_type = f'local-dir:{tmp_path}', kind.lower()
+    task = build.build_task(args, build.build_model(args))
+    name = f'NearestCentroid{kind}DistillationTask' if kind else 'NearestCentroidClassificationTask'
+    assert isinstance(task, CentroidTaskMixin) and type(task).__name__ == name
+    [head] = centroid_heads(task.get_trainable_module())
+    groups = build.build_optimizer(args, task).param_groups
+    assert all(p is not head.prototypes for group in groups for p in group['params'])
+
+
+def test_task_of_a_linear_model_is_timms():
+    assert type(build.build_task(_args(), build.build_model(_args()))) is ClassificationTask

@@ -1,17 +1,13 @@
 """Centroids that learn in several processes are the same in all, and those of one process with all batches joined."""
 
 import copy
-import multiprocessing
-import os
-import time
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from plain_centroids import PlainLearner, head64, random_batch
+from processes import run_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster_zoo.centroids import CentroidLearning
@@ -120,19 +116,8 @@ def work(rank: int, world: int, store: str) -> None:
 
 
 @pytest.mark.parametrize('world', [2, 3])
-def test_processes_agree_with_each_other_and_with_one(world, tmp_path, monkeypatch):
-    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')]
-    monkeypatch.setenv('PYTHONPATH', os.pathsep.join(folders))
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    multiprocessing.set_forkserver_preload(['plain_centroids'])  # imported once, for all of them
-    processes = mp.start_processes(work, (world, str(tmp_path / 'store')), world, join=False, start_method='forkserver')
-    deadline = time.monotonic() + 120
-    try:
-        while not processes.join(timeout=max(0.0, deadline - time.monotonic())):
-            assert time.monotonic() < deadline, 'the processes wait for each other'
-    finally:
-        for process in processes.processes:
-            process.kill()
+def test_processes_agree_with_each_other_and_with_one(world, tmp_path):
+    run_processes(work, world, str(tmp_path / 'store'))
 
 
 def test_share_of_the_memory(monkeypatch):

@@ -162,3 +162,17 @@ def test_workers_are_bounded_by_the_machine():
 def test_nearest():
     assert nearest('epoch', ['epochs', 'lr']) == ' (did you mean epochs?)'
     assert nearest('zzz', ['epochs', 'lr']) == ''
+
+
+def test_centroid_options_are_left_to_the_model_unless_given():
+    args = train_parser().resolve(['--model', 'dnc_coc_tiny'])
+    names = [name for name in vars(args) if name.startswith('centroid_')]
+    assert len(names) == 6 and all(getattr(args, name) is None for name in [*names, 'sub_centroids'])
+    args = train_parser().resolve(['--model', 'dnc_resnet50', '--centroid-every', '7'])
+    assert (args.centroid_every, args.centroid_memory) == (7, 256_000) and args.given == ['centroid_every', 'model']
+
+
+def test_centroid_dtype_is_one_of_three(capsys):
+    with pytest.raises(SystemExit):
+        train_parser().resolve(['--centroid-dtype', 'int8'])
+    assert "invalid choice: 'int8'" in capsys.readouterr().err

@@ -1,11 +1,13 @@
 """The authors' checkpoint names."""
 
+import pytest
 import timm
 import torch
 from parity_cases import recipe
 
 import cluster_zoo  # noqa: F401  registers the models
 from cluster_zoo import published
+from cluster_zoo.dnc import NearestCentroidHead
 
 
 def _before_june_2023(state_dict):
@@ -50,3 +52,17 @@ def test_own_linear_layers_become_convolutions():
     }
     renamed = published.context_cluster(linear)
     assert all(torch.equal(renamed[name], state_dict[name]) for name in state_dict)
+
+
+@pytest.mark.parametrize('prefix', ['', 'head.'])
+def test_nearest_centroid_head(prefix):
+    state_dict = recipe.state_dict('dnc_head')
+    named = {prefix + name: value for name, value in state_dict.items()}
+    others = {'backbone.conv1.weight': torch.zeros(1), 'mask_norm.running_mean': torch.zeros(1), 'fc.weight': None}
+    head = published.nearest_centroid_head({**named, **others})
+    expected = {name: value for name, value in state_dict.items() if not name.startswith('convs.')}
+    assert head.keys() == expected.keys() and all(head[name] is expected[name] for name in head)
+    NearestCentroidHead(32, 5).load_state_dict(head)
+    assert all(published.is_nearest_centroid_head(name) for name in named)
+    assert not any(published.is_nearest_centroid_head(name) for name in others)
+    assert not published.is_nearest_centroid_head('backbone.head.prototypes')

@@ -1,0 +1,45 @@
+"""Several processes that work together, and the scripts as modules for them."""
+
+import importlib.util
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import patch
+
+import torch.multiprocessing as mp
+
+TESTS = Path(__file__).parent
+
+
+def script(name: str) -> ModuleType:
+    """A script from the top of the checkout, which need not be on the import path."""
+    spec = importlib.util.spec_from_file_location(name, TESTS.parent / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_processes(work: Callable[..., None], world: int, *args: object, seconds: float = 120) -> None:
+    """Calls ``work(rank, world, *args)`` in each of ``world`` processes.
+
+    Raises:
+        AssertionError: They have not ended after so many seconds.
+        ProcessRaisedException: One of them has failed.
+    """
+    # They are forked from one that has done the imports, which take seconds, and nothing else.
+    multiprocessing.set_forkserver_preload(['plain_centroids', 'timm.task', 'timm.data', 'timm.optim', 'torchvision'])
+    folders = [str(TESTS), str(TESTS.parent), os.environ.get('PYTHONPATH', '')]
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(folders), OMP_NUM_THREADS='1'):
+        group = mp.start_processes(work, (world, *args), world, join=False, start_method='forkserver')
+    deadline = time.monotonic() + seconds
+    try:
+        while not group.join(timeout=max(0.0, deadline - time.monotonic())):
+            assert time.monotonic() < deadline, 'the processes wait for each other'
+    finally:
+        for process in group.processes:
+            process.kill()

@@ -1,0 +1,265 @@
+"""train.py on models with centroids: that they learn, and go on to the same bits with what they remember."""
+
+import csv
+import os
+import shlex
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from processes import run_processes, script
+
+import cluster_zoo  # noqa: F401  registers the models
+from cluster_zoo.weights import load_checkpoint
+
+ROOT = Path(__file__).parents[1]
+MODEL = ['--model', 'dnc_resnet18', '--model-kwargs', 'channels=(8,8,8,8)', 'layers=(1,1,1,1)']
+SMALL = ['--img-size', '32', '--num-classes', '3', '--device', 'cpu', '-j', '0', '-b', '8']
+BASE = [*MODEL, *SMALL, '--lr', '0.01', '--warmup-epochs', '0']
+MEMORY = ['--centroid-memory', '150', '--centroid-momentum', '0.9']  # an epoch has 40 images: half full after two
+
+
+@pytest.fixture
+def run(train, image_folder, tmp_path):
+    """Runs train.py in this process and returns its exit status; outputs are in tmp_path/NAME."""
+
+    def _run(name, *flags):
+        line = [image_folder, *BASE, '--output', tmp_path, '--experiment', name, *flags]
+        return train.main(list(map(str, line)))
+
+    return _run
+
+
+def last(folder: Path) -> dict:
+    return torch.load(folder / 'last.pth.tar', weights_only=True)
+
+
+def assert_same(a, b):
+    """Equal to the bit, whatever the nesting."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    first, second = last(a), last(b)
+    assert {'state_dict', 'optimizer', 'learned'} <= first.keys()
+    for key in ('state_dict', 'state_dict_ema', 'optimizer', 'metric', 'epoch', 'learned'):
+        if key in first:
+            assert_same(first[key], second[key])
+    summaries = [list(csv.DictReader((folder / 'summary.csv').open())) for folder in (a, b)]
+    assert summaries[0] == summaries[1]
+
+
+# ---- It trains ----
+
+
+def test_learns_with_no_special_flags(run, tmp_path):
+    """Colours of noisy images: chance is a third."""
+    assert run('a', '--recipe', 'timm', '--epochs', 8, '--opt', 'adamw', '--lr', 3e-3, '--color-jitter', 0) == 0
+    rows = list(csv.DictReader((tmp_path / 'a' / 'summary.csv').open()))
+    assert max(float(row['eval_top1']) for row in rows) > 70
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        [],
+        ['--mixup', 0.8, '--cutmix', 1, '--model-ema'],
+        ['--amp', '--sub-centroids', 2, '--centroid-momentum', 0.9, '--centroid-temperature', 0.1],
+        ['--model-dtype', 'bfloat16', '--centroid-memory', 20, '--centroid-every', 3, '--centroid-dtype', 'float16'],
+        ['--centroid-contrast', 0.1, '--grad-accum-steps', 2, '--bce-loss', '--model-ema', '--amp'],
+        ['--torchcompile', 'eager', '--model-ema', '--centroid-contrast', 0.1],
+        ['--recipe', 'dnc_resnet', '--channels-last'],
+        ['--recipe', 'dnc_swin', '--drop-path', 0.1],
+        ['--recipe', 'dnc_cifar'],
+        ['--aug-splits', 2, '--jsd-loss', '--resplit', '--reprob', 0.5],
+    ],
+    ids=lambda flags: ' '.join(map(str, flags[:2])),
+)
+def test_options_work_together(run, tmp_path, flags):
+    torch.compiler.reset()
+    assert run('a', '-b', 8, '--epochs', 1, '--cooldown-epochs', 0, *flags) == 0
+    checkpoint = last(tmp_path / 'a')
+    [row] = csv.DictReader((tmp_path / 'a' / 'summary.csv').open())
+    assert float(row['train_loss']) < 20
+    prototypes = checkpoint['state_dict']['fc.prototypes']
+    k = 2 if '--sub-centroids' in flags else 4
+    assert prototypes.shape == (3, k, prototypes.shape[-1]) and prototypes.isfinite().all()
+    model = timm.create_model(
+        'dnc_resnet18', num_classes=3, sub_centroids=k, channels=(8, 8, 8, 8), layers=(1, 1, 1, 1)
+    )
+    load_checkpoint(model, tmp_path / 'a' / 'last.pth.tar')
+    if '--model-ema' in flags:
+        assert torch.equal(checkpoint['state_dict_ema']['fc.prototypes'], prototypes)
+    [[state]] = checkpoint['learned']
+    assert (state['memory']['labels'] >= 0).any()
+    if '--centroid-dtype' in flags:
+        assert state['memory']['features'].shape[0] == 20 and state['memory']['features'].dtype == torch.float16
+
+
+def test_a_linear_model_takes_the_recipe_of_its_twin(run, tmp_path):
+    """For a comparison: what the recipe says of centroids is nothing to it."""
+    assert run('a', '--model', 'resnet18', '--recipe', 'dnc_cifar', '-b', 8, '--epochs', 1) == 0
+    assert 'learned' not in last(tmp_path / 'a')
+
+
+# ---- Stopping and going on ----
+
+
+FULL = ['--recipe', 'timm', '--epochs', 3, *MEMORY, '--mixup', 0.5]
+
+
+def stop_after(train, monkeypatch, asked: int):
+    """Ctrl-C when the run asks for the so many-th time whether to stop."""
+    count, original = iter(range(1, 10**6)), train.interrupt.Stop.requested
+
+    def requested(self):
+        if next(count) == asked:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self)
+
+    monkeypatch.setattr(train.interrupt.Stop, 'requested', requested)
+    return lambda: monkeypatch.setattr(train.interrupt.Stop, 'requested', original)
+
+
+@pytest.mark.parametrize(
+    ('asked', 'flags'),
+    [
+        (3, ['--model-ema']),  # inside the first epoch
+        (17, ['--centroid-every', 3]),  # inside the second
+        (17, ['--model-dtype', 'bfloat16']),
+        (3, ['--grad-accum-steps', 2, '--centroid-contrast', 0.1, '--centroid-dtype', 'bfloat16']),
+    ],
+)
+def test_resumed_run_ends_in_the_same_bits(run, train, tmp_path, monkeypatch, capsys, asked, flags):
+    assert run('whole', *FULL, *flags) == 0
+    undo = stop_after(train, monkeypatch, asked)
+    assert run('cut', *FULL, *flags) == 128 + signal.SIGINT
+    undo()
+    command = next(line for line in capsys.readouterr().err.splitlines() if '--resume' in line)
+    torch.manual_seed(0)  # the generators of another process would be somewhere else
+    assert train.main(shlex.split(command)[2:]) == 0
+    assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
+
+
+def test_resume_at_the_end_of_an_epoch(run, tmp_path):
+    """The memory is half full then, and full before the end."""
+    assert run('whole', *FULL, '--epochs', 5, '--centroid-every', 2) == 0
+    checkpoint = tmp_path / 'whole' / 'checkpoint-1.pth.tar'
+    [[state]] = torch.load(checkpoint, weights_only=True)['learned']
+    assert len(state['memory']['labels']) == 80 and state['batches'] == 10
+    assert run('again', *FULL, '--epochs', 5, '--centroid-every', 2, '--resume', checkpoint) == 0
+    first, second = last(tmp_path / 'whole'), last(tmp_path / 'again')
+    for key in ('state_dict', 'learned'):
+        assert_same(first[key], second[key])
+    assert len(first['learned'][0][0]['memory']['labels']) == 150
+
+
+def test_a_checkpoint_without_a_memory_starts_one(run, tmp_path):
+    assert run('a', *FULL, '--epochs', 1) == 0
+    checkpoint = last(tmp_path / 'a')
+    del checkpoint['learned']
+    torch.save(checkpoint, tmp_path / 'other.pth.tar')
+    assert run('b', *FULL, '--epochs', 2, '--resume', tmp_path / 'other.pth.tar') == 0
+    assert len(last(tmp_path / 'b')['learned'][0][0]['memory']['labels']) == 40
+
+
+# ---- Several processes ----
+
+
+def train_in_process(rank: int, world: int, port: int, line: list[str]) -> None:
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    assert script('train').main(line) == 0
+
+
+def two_processes(image_folder, output, name, *flags):
+    line = [image_folder, *BASE, '--output', output, '--experiment', name, '-b', 4, *flags]
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    run_processes(train_in_process, 2, port, list(map(str, line)))
+
+
+def test_two_processes_go_on_to_the_same_bits(image_folder, run, tmp_path):
+    flags = ['--recipe', 'timm', *MEMORY, '--recovery-interval', 3, '--centroid-every', 2, '--epochs', 2]
+    two_processes(image_folder, tmp_path, 'whole', *flags)
+    states = last(tmp_path / 'whole')['learned']
+    assert len(states) == 2
+    assert [len(state['memory']['labels']) for [state] in states] == [40, 40]  # of 75 each
+    assert not torch.equal(states[0][0]['memory']['labels'], states[1][0]['memory']['labels'])
+    recovery = max((tmp_path / 'whole').glob('recovery-*'), key=lambda path: path.stat().st_mtime)
+    assert torch.load(recovery, weights_only=True)['progress']['batch'] == 3
+    two_processes(image_folder, tmp_path, 'middle', *flags, '--resume', recovery)
+    assert_same(states, last(tmp_path / 'middle')['learned'])
+    assert_same(last(tmp_path / 'whole')['state_dict'], last(tmp_path / 'middle')['state_dict'])
+    two_processes(image_folder, tmp_path, 'end', *flags, '--resume', tmp_path / 'whole' / 'checkpoint-0.pth.tar')
+    assert_same(states, last(tmp_path / 'end')['learned'])
+    assert_same(last(tmp_path / 'whole')['state_dict'], last(tmp_path / 'end')['state_dict'])
+    # One process goes on with the memories of both.
+    assert run('one', *flags, '--epochs', 3, '--resume', tmp_path / 'whole' / 'last.pth.tar') == 0
+    [[state]] = last(tmp_path / 'one')['learned']
+    assert len(state['memory']['labels']) == 80 + 40 and state['batches'] == states[0][0]['batches'] + 5
+
+
+def test_more_processes_than_before_use_the_memory_in_the_same_batches(train):
+    """A process that finds no memory of its own to go on with counts on with the others."""
+    learned = [[dict(batches=7, memory='first', exact=None)], [dict(batches=7, memory='second', exact=None)]]
+    shares = [train.learned_share(learned, rank, 3) for rank in range(3)]
+    assert [[head['memory'] for [head] in share] for share in shares] == [['first'], ['second'], [None]]
+    assert [head['batches'] for share in shares for [head] in share] == [7, 7, 7]
+    assert [[head['memory'] for [head] in train.learned_share(learned, 0, 1)]] == [['first', 'second']]
+    assert train.learned_share([], 0, 1) == []
+
+
+# ---- Mistakes ----
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        (['--model', 'resnet18', '--centroid-momentum', 0.9], '--centroid-momentum: resnet18 has no centroids'),
+        (['--model', 'resnet18', '--sub-centroids', 2], 'sub_centroids'),
+        (
+            ['--centroid-momentum', 1.5],
+            'error: --centroid-momentum: Centroid learning needs momentum of 0 to 1',
+        ),
+        (
+            ['--centroid-temperature', 0],
+            'error: --centroid-temperature: Centroid learning needs temperature of',
+        ),
+        (['--centroid-memory', 0], 'error: --centroid-memory: Centroid learning needs memory of at least 1'),
+        (['--centroid-every', 0], 'error: --centroid-every: Centroid learning needs every of at least 1'),
+        (['--centroid-contrast', -1], 'error: --centroid-contrast: Centroid learning needs contrast of at least 0'),
+        (['--sub-centroids', 0], 'sub_centroids of at least 1'),
+        (['--torchscript'], 'can not learn in a scripted model'),
+    ],
+)
+def test_mistakes_are_one_line(run, capsys, flags, message):
+    assert run('a', '--epochs', 1, *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and error.count('\n') == 1 and message in error
+
+
+def test_a_memory_of_another_model(run, tmp_path, capsys):
+    assert run('a', '--epochs', 1) == 0
+    checkpoint = last(tmp_path / 'a')
+    checkpoint['learned'][0][0]['memory']['features'] = torch.zeros(40, 3)
+    torch.save(checkpoint, tmp_path / 'other.pth.tar')
+    assert run('b', '--epochs', 2, '--resume', tmp_path / 'other.pth.tar') == 2
+    error = capsys.readouterr().err
+    assert error.startswith('error: --resume') and error.count('\n') == 1 and 'the memory holds [N, 8]' in error
