@@ -210,7 +210,7 @@ def _features(
     only: Sequence[int] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Batches of numbers [B], features before the head's norm [B, D], and classes [B], in order."""
-    model = unwrap_model(model)  # a compiled graph may not know of the hook
+    model, found = unwrap_model(model), 0  # a compiled graph may not know of the hook
     with _head_inputs(head) as seen:
         for batch in tqdm(DataLoader(images, sampler=only, collate_fn=_readable, **loading), disable=None):
             if batch is None:
@@ -227,6 +227,9 @@ def _features(
             if not features.isfinite().all():
                 raise ValueError(f'The model gives NaN or infinite features, among images {index[0]} to {index[-1]}.')
             yield index, features, target
+            found += len(index)
+    if not found:
+        raise ValueError('The dataset has no readable images.')
 
 
 # ---- Anchoring ----
@@ -305,8 +308,6 @@ def _accuracies(
         logits = head(features), torch.func.functional_call(head, dict(prototypes=prototypes), (features,))
         right += (torch.stack(logits).argmax(-1).cpu() == target).sum(-1)
         count += len(target)
-    if not count:
-        raise ValueError('The dataset has no readable images.')
     return tuple((right / count).tolist())
 
 

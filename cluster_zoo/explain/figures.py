@@ -18,6 +18,7 @@ _TILE = 104  # side of a training image
 _SMALL = 72  # the same on the sheet of all classes
 _GAP = 10
 _MARGIN = 24
+_HEADING = 250  # width of a class's name and probability, where the images under it are narrower
 
 _INK, _FAINT, _EMPTY = '#1c1e21', '#70767d', '#eceef0'
 _LIKE, _RATHER = '#1f7a5a', '#b4532a'  # the decision, its competitor
@@ -36,22 +37,19 @@ def draw_explanation(explanation: Explanation, image: Image.Image) -> Image.Imag
         An RGB picture. A sub-centroid that is no training image is an empty tile with its number.
     """
     like, rather = explanation.neighbours, explanation.competitor
-    first = 2 * _MARGIN + _PICTURE
-    second = first + len(like) * (_TILE + _GAP) - _GAP + 2 * _MARGIN
-    width = (second + max(_TILE, _MARGIN * 6) if rather else second - 2 * _MARGIN) + _MARGIN
-    sheet = Image.new('RGB', (width, _PICTURE + 2 * _MARGIN), 'white')
-    draw = ImageDraw.Draw(sheet)
-    sheet.paste(_framed(image.convert('RGB'), _PICTURE), (_MARGIN, _MARGIN))
-
-    _heading(draw, first, 'is like', explanation.class_name, explanation.probability, _LIKE, second - first - _MARGIN)
-    for place, neighbour in enumerate(like):
-        _tile(sheet, first + place * (_TILE + _GAP), neighbour, _LIKE)
+    columns = [(_LIKE, 'is like', explanation.class_name, explanation.probability, like)]
     if rather:
-        middle = second - _MARGIN
-        draw.line((middle, _MARGIN, middle, _MARGIN + _PICTURE), _EMPTY, 2)
-        room = width - second - _MARGIN
-        _heading(draw, second, 'rather than', rather.class_name, explanation.competitor_probability, _RATHER, room)
-        _tile(sheet, second, rather, _RATHER)
+        columns += [(_RATHER, 'rather than', rather.class_name, explanation.competitor_probability, (rather,))]
+    drawn = [_column(*column) for column in columns]
+    width = 2 * _MARGIN + _PICTURE + sum(column.width + 2 * _MARGIN for column in drawn) - _MARGIN
+    sheet = Image.new('RGB', (width, _PICTURE + 2 * _MARGIN), 'white')
+    sheet.paste(_framed(image.convert('RGB'), _PICTURE), (_MARGIN, _MARGIN))
+    left = 2 * _MARGIN + _PICTURE
+    for place, column in enumerate(drawn):
+        if place:
+            ImageDraw.Draw(sheet).line((left - _MARGIN, _MARGIN, left - _MARGIN, _MARGIN + _PICTURE), _EMPTY, 2)
+        sheet.paste(column, (left, _MARGIN))
+        left += column.width + 2 * _MARGIN
     return sheet
 
 
@@ -86,27 +84,31 @@ def draw_centroids(
     draw = ImageDraw.Draw(sheet)
     for index, name in enumerate(names):
         left, top = _MARGIN + index // rows * width, _MARGIN + index % rows * height
-        _text(draw, (left, top), name, _INK, 16, width - _MARGIN)
+        draw.text((left, top), _cut(name, width - _MARGIN, 16), _INK, _font(16))
         for sub_centroid in range(head.sub_centroids):
             picture = _picture(head.anchored_image(index, sub_centroid), sub_centroid, _SMALL)
             sheet.paste(picture, (left + sub_centroid * (_SMALL + 4), top + 26))
     return sheet
 
 
-def _heading(
-    draw: ImageDraw.ImageDraw, left: int, lead: str, name: str, probability: float, colour: str, room: int
-) -> None:
-    draw.text((left, _MARGIN), lead, _FAINT, _font(15))
+def _column(colour: str, lead: str, name: str, probability: float, neighbours: Sequence[Neighbour]) -> Image.Image:
+    """A class and some of its centroids, as high as the explained image."""
+    tiles = len(neighbours) * (_TILE + _GAP) - _GAP
     tail = f'  {100 * probability:.1f} %'
-    width = _text(draw, (left, _MARGIN + 20), name, colour, 22, room - draw.textlength(tail, _font(22)))
-    draw.text((left + width, _MARGIN + 20), tail, colour, _font(22))
+    name = _cut(name, max(tiles, _HEADING) - _font(22).getlength(tail), 22)
+    column = Image.new('RGB', (max(tiles, math.ceil(_font(22).getlength(name + tail))), _PICTURE), 'white')
+    draw = ImageDraw.Draw(column)
+    draw.text((0, 0), lead, _FAINT, _font(15))
+    draw.text((0, 20), name + tail, colour, _font(22))
+    for place, neighbour in enumerate(neighbours):
+        _tile(column, place * (_TILE + _GAP), 62, neighbour, colour)
+    return column
 
 
-def _tile(sheet: Image.Image, left: int, neighbour: Neighbour, colour: str) -> None:
+def _tile(column: Image.Image, left: int, top: int, neighbour: Neighbour, colour: str) -> None:
     """A training image, and under it its similarity and name."""
-    draw, top = ImageDraw.Draw(sheet), _MARGIN + 62
-    sheet.paste(_picture(neighbour.image, neighbour.sub_centroid, _TILE), (left, top))
-    bar = top + _TILE + 8
+    column.paste(_picture(neighbour.image, neighbour.sub_centroid, _TILE), (left, top))
+    draw, bar = ImageDraw.Draw(column), top + _TILE + 8
     draw.rectangle((left, bar, left + _TILE - 1, bar + 5), _EMPTY)
     filled = round(_TILE * min(max(neighbour.similarity, 0), 1))
     if filled:
@@ -114,7 +116,7 @@ def _tile(sheet: Image.Image, left: int, neighbour: Neighbour, colour: str) -> N
     similarity = round(neighbour.similarity, 2) + 0.0  # not -0.00
     draw.text((left, bar + 12), f'{similarity:.2f}', _INK, _font(16))
     if neighbour.image:
-        _text(draw, (left, bar + 33), neighbour.image.name.rpartition('/')[2], _FAINT, 12, _TILE)
+        draw.text((left, bar + 33), _cut(neighbour.image.name.rpartition('/')[2], _TILE, 12), _FAINT, _font(12))
 
 
 def _picture(image: AnchoredImage | None, sub_centroid: int, side: int) -> Image.Image:
@@ -135,15 +137,14 @@ def _framed(image: Image.Image, side: int) -> Image.Image:
     return square
 
 
-def _text(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, colour: str, size: int, room: float) -> float:
-    """A line of text, cut where it needs more width than there is, and the width that it takes."""
+def _cut(text: str, room: float, size: int) -> str:
+    """A line of text as far as it fits into so many pixels."""
     font = _font(size)
-    if draw.textlength(text, font) > room:
-        while text and draw.textlength(f'{text}...', font) > room:
-            text = text[:-1]
-        text = f'{text}...'
-    draw.text(place, text, colour, font)
-    return draw.textlength(text, font)
+    if font.getlength(text) <= room:
+        return text
+    while text and font.getlength(f'{text}...') > room:
+        text = text[:-1]
+    return f'{text}...'
 
 
 _font = functools.cache(ImageFont.load_default)
