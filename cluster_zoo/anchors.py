@@ -108,7 +108,7 @@ class AnchorMixin(nn.Module):
         try:
             self.check_optional(entries)
         except ValueError as error:
-            errors.append(f"'{prefix.rstrip('.')}' can not take {error}.")
+            errors.append(f'{type(self).__name__} can not take {error}.')
             return
         for name in self.optional_entries:
             found = entries.get(name)

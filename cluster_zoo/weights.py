@@ -148,7 +148,7 @@ def _optional_entries(state_dict: dict[str, Tensor], model: nn.Module) -> tuple[
             try:
                 module.check_optional({name: state_dict[key] for name, key in names.items() if key in state_dict})
             except ValueError as error:
-                problems.append(f"'{path}' can not take {error}")
+                problems.append(f'{type(module).__name__} can not take {error}')
     return optional, problems
 
 

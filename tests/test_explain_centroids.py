@@ -385,10 +385,10 @@ def test_a_malformed_record_is_refused(anchored, tmp_path, name, value, message)
     for model in (tiny(), copy.deepcopy(anchored)):
         nn.init.zeros_(model.conv1.weight)
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(CheckpointError, match=f"does not fit this .* 'fc' can not take .*{message}"):
+        with pytest.raises(CheckpointError, match=f'does not fit this .* NearestCentroidHead can not take .*{message}'):
             load_checkpoint(model, tmp_path / 'a.pth')
         assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-        with pytest.raises(RuntimeError, match=f"'fc' can not take .*{message}"):
+        with pytest.raises(RuntimeError, match=f'NearestCentroidHead can not take .*{message}'):
             model.load_state_dict(state)
         assert before.keys() == model.state_dict().keys()
         assert all(torch.equal(before[key], model.state_dict()[key]) for key in before if key.startswith('fc.anchor'))
@@ -447,6 +447,14 @@ def test_an_anchored_image_is_most_like_itself(anchored):
     e = explain(anchored, dataset.pictures[image.index])
     same = [n for n in (*e.neighbours, e.competitor) if n.image and n.image.index == image.index]
     assert same and same[0].similarity == pytest.approx(1, abs=1e-5)
+
+
+def test_classes_are_ranked_where_probabilities_round_to_zero(anchored):
+    model = copy.deepcopy(anchored)
+    model.fc.mask_norm.weight.data.zero_()
+    model.fc.mask_norm.bias.data.copy_(torch.tensor([-800.0, -700.0, -600.0, -900.0, 0.0]))
+    e = explain(model, torch.zeros(3, 32, 32))
+    assert (e.class_index, e.competitor.class_index, e.competitor_probability) == (4, 2, 0)
 
 
 def test_tensors_names_and_modes(anchored):

@@ -385,7 +385,7 @@ def explain(
         logits = unwrap_model(model)(image.unsqueeze(0).to(head.prototypes))[0].float()
         similarity = head.similarity(seen.pop())[0].float().cpu()
     probability = logits.softmax(-1).cpu()
-    ranked = probability.argsort(descending=True, stable=True).tolist()
+    ranked = logits.argsort(descending=True, stable=True).tolist()
 
     def nearest(c: int) -> tuple[Neighbour, ...]:
         subs = similarity[c].argsort(descending=True, stable=True).tolist()
