@@ -34,8 +34,9 @@ from torchvision import transforms
 
 from .centroids import CentroidLearning
 from .data import DataError, check_dataset, create_dataset
+from .features import centroid_heads
 from .options import OptionError, nearest
-from .task import centroid_heads, learns_centroids
+from .task import learns_centroids
 from .weights import CheckpointError, load_checkpoint
 
 _logger = logging.getLogger(__name__)

@@ -190,6 +190,8 @@ def _adapt_classes(state_dict: dict[str, Tensor], model: NearestCentroidMixin) -
         return {name: value for name, value in state_dict.items() if not name.startswith(prefix)}
     if model.num_classes != model.pretrained_cfg['num_classes']:
         state_dict[f'{prefix}prototypes'] = model.get_classifier().prototypes
+        for name in NearestCentroidHead.optional_entries:  # images of the other classes
+            state_dict.pop(f'{prefix}{name}', None)
     return state_dict
 
 

@@ -4,20 +4,12 @@ import functools
 from typing import Any
 
 import torch
-import torch.nn as nn
 from timm.task import ClassificationTask, TrainingTask
-from timm.utils import unwrap_model
 from torch import Tensor
 
-from .centroids import NearestCentroidHead
+from .features import centroid_heads
 
 __all__ = ['NearestCentroidTask', 'learns_centroids']
-
-
-def centroid_heads(model: nn.Module | None) -> list[NearestCentroidHead]:
-    """The nearest-centroid heads of a model, which may be wrapped or compiled."""
-    modules = unwrap_model(model).modules() if model is not None else ()
-    return [module for module in modules if isinstance(module, NearestCentroidHead)]
 
 
 class CentroidTaskMixin(TrainingTask):

@@ -4,52 +4,46 @@ Nothing of a nearest-centroid head but the centroids belongs to its classes, so 
 others ('Visual Recognition with Deep Nearest Centroids', section 4.2, transfers whole classifiers for this reason).
 """
 
+from collections.abc import Callable
+
 import torch
-from timm.data import create_transform, resolve_model_data_config
+import torch.nn as nn
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 from .centroids import balanced_assignment, moved_centroids, unit
-from .data import DataError
 from .dnc import NearestCentroidMixin
+from .features import Pictures, centroid_head, eval_transform, evaluating, features_of
 
 __all__ = ['class_centroids', 'embed_dataset', 'fit_centroids']
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed_dataset(
-    model: NearestCentroidMixin,
+    model: nn.Module,
     dataset: Dataset,
     batch_size: int = 64,
     num_workers: int = 0,
+    transform: Callable[[Image.Image], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Unit features [N, D] and classes [N] of a dataset, on the CPU, by a model as it is in evaluation.
+    """Unit features [N, D] and classes [N] of a dataset, on the CPU, as centroids are compared with.
 
     Args:
-        model: A model with a nearest-centroid head.
-        dataset: Images and classes. If its ``transform`` is None, it gets the model's own for the time being.
+        model: A model that ends in a `NearestCentroidHead`.
+        dataset: PIL images and classes; a ``transform`` that it has is not used.
         batch_size: Images at a time.
-        num_workers: Processes that read images.
+        num_workers: Processes that read images; 0 for none beside this one.
+        transform: From a PIL image to the model's input [C, H, W]; timm's for evaluation of this model if None.
+
+    Raises:
+        ValueError: The model has no centroid head, or the dataset no readable images.
     """
-    if not isinstance(model, NearestCentroidMixin):
-        raise ValueError(f'{type(model).__name__} has no centroids: expected a dnc_* model')
-    was_training, transform = model.training, getattr(dataset, 'transform', dataset)
-    device = next(model.parameters()).device
-    if transform is None:
-        dataset.transform = create_transform(**resolve_model_data_config(model))
-    try:
-        model.eval()
-        features, labels = [], []
-        for images, target in tqdm(DataLoader(dataset, batch_size, num_workers=num_workers), disable=None):
-            features.append(model.embed(images.to(device)).cpu())
-            labels.append(target)
-    finally:
-        model.train(was_training)
-        if transform is None:
-            dataset.transform = None
-    if not features:
-        raise DataError('the dataset has no images to find centroids among')
+    head, images = centroid_head(model), Pictures(dataset, transform or eval_transform(model))
+    loading = dict(batch_size=batch_size, num_workers=num_workers)
+    with evaluating(model):
+        batches = [(head.embed(x).cpu(), target) for _, x, target in features_of(model, images, loading)]
+    features, labels = zip(*batches)
     return torch.cat(features), torch.cat(labels)
 
 
@@ -90,38 +84,36 @@ def fit_centroids(
     sub_centroids: int | None = None,
     batch_size: int = 64,
     num_workers: int = 0,
+    transform: Callable[[Image.Image], Tensor] | None = None,
 ) -> None:
     """Give a trained model the classes of a dataset: a head with their centroids, everything else as it was.
 
     The new ``mask_norm`` has the mean scale of the old one for all classes, so that logits keep their range.
 
     Args:
-        model: A model with a nearest-centroid head; its classes are replaced.
-        dataset: Images and classes 0 .. K - 1, a few images of each. See `embed_dataset`.
+        model: A `dnc_*` model, or one of `cluster_zoo.nearest_centroid`; its classes are replaced.
+        dataset: PIL images and classes 0 .. K - 1, a few images of each.
         sub_centroids: Of each class; as the model has if None.
-        batch_size: Images at a time.
-        num_workers: Processes that read images.
+        batch_size, num_workers, transform: See `embed_dataset`.
 
     Raises:
-        ValueError: The model has no centroids, or ``sub_centroids`` is not positive.
-        DataError: A class below the largest has no image.
+        ValueError: The model has no centroids, ``sub_centroids`` is not positive, or a class below the largest has no
+            readable image. The model is then unchanged.
     """
-    features, labels = embed_dataset(model, dataset, batch_size, num_workers)
-    sub_centroids = model.sub_centroids if sub_centroids is None else sub_centroids
+    sub_centroids = centroid_head(model).sub_centroids if sub_centroids is None else sub_centroids
     if sub_centroids < 1:
-        raise ValueError(f'sub_centroids must be at least 1, got {sub_centroids}')
-    if labels.is_floating_point() or labels.min() < 0:
-        raise DataError('the classes of the dataset must be numbers from 0 on')
-    num_classes = int(labels.max()) + 1
-    empty = [str(index) for index, count in enumerate(labels.bincount().tolist()) if count == 0]
+        raise ValueError(f'sub_centroids must be at least 1, got {sub_centroids}.')
+    features, labels = embed_dataset(model, dataset, batch_size, num_workers, transform)
+    count = labels.bincount().tolist()
+    empty = [str(index) for index, images in enumerate(count) if not images]
     if empty:
-        raise DataError(f'{len(empty)} of {num_classes} classes have no image: {", ".join(empty[:4])}')
+        raise ValueError(f'{len(empty)} of {len(count)} classes have no image: {", ".join(empty[:4])}.')
     old = model.get_classifier()
     model.sub_centroids = sub_centroids
-    model.reset_classifier(num_classes)
+    model.reset_classifier(len(count))
     head = model.get_classifier()
     head.feat_norm.load_state_dict(old.feat_norm.state_dict())
+    head.learning = old.learning
     with torch.no_grad():
         head.mask_norm.weight.fill_(old.mask_norm.weight.mean())
-        head.prototypes.copy_(class_centroids(features.to(head.prototypes), labels, num_classes, sub_centroids).cpu())
-    head.learning = old.learning
+        head.prototypes.copy_(class_centroids(features, labels, len(count), sub_centroids))

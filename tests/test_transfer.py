@@ -7,7 +7,6 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.data import DataError
 from cluster_zoo.transfer import class_centroids, fit_centroids
 
 TINY = dict(channels=(8, 16, 24, 32), num_classes=5)
@@ -112,9 +111,9 @@ def test_new_classes(model, sub_centroids):
 
 def test_bad_input_leaves_the_model_alone(model):
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match='class 1|1 of 3 classes'):
+    with pytest.raises(ValueError, match='1 of 3 classes have no image: 1'):
         fit_centroids(model, Colours([2, 0, 2]))
-    with pytest.raises((ValueError, DataError), match='no images'):
+    with pytest.raises(ValueError, match='no images'):
         fit_centroids(model, Colours([]))
     with pytest.raises(ValueError, match='sub_centroids'):
         fit_centroids(model, Colours([2, 2]), sub_centroids=0)

@@ -6,29 +6,21 @@ When training is done, each sub-centroid gives way to the feature of a training 
 decision has a reason that can be looked at: this image is most like that one (:func:`explain`).
 """
 
-import contextlib
-import copy
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-from PIL import Image, ImageOps
-from timm.data import create_transform, resolve_model_data_config
+from PIL import Image
 from timm.utils import unwrap_model
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
-from torchvision.transforms.functional import pil_to_tensor
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 from ..anchors import MAX_SIDE, AnchoredImage
 from ..centroids import NearestCentroidHead
-from ..data import DataError
+from ..features import Pictures, centroid_head, eval_transform, evaluating, features_of, inputs_of
 
 __all__ = ['Anchoring', 'Explanation', 'Neighbour', 'anchor', 'explain']
-
-_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +86,10 @@ def anchor(
     head = centroid_head(model)
     if not 1 <= thumbnail <= MAX_SIDE:
         raise ValueError(f'A thumbnail has 1 to {MAX_SIDE} pixels a side, got {thumbnail}.')
-    images = _Pictures(dataset, transform or _eval_transform(model))
-    measured = images if val_dataset is None else _Pictures(val_dataset, images.transform)
+    images = Pictures(dataset, transform or eval_transform(model))
+    measured = images if val_dataset is None else Pictures(val_dataset, images.transform)
     loading = dict(batch_size=batch_size, num_workers=num_workers)
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         similarity, index = _nearest_images(model, head, images, loading)
         index, similarity = _distinct(similarity, index)
         prototypes = _with_features(model, head, images, index, loading)
@@ -109,134 +101,11 @@ def anchor(
     return Anchoring(before, after, 'training' if val_dataset is None else 'validation', index, similarity)
 
 
-# ---- Models and datasets ----
-
-
-def centroid_head(model: nn.Module) -> NearestCentroidHead:
-    """The one head of a model, or ValueError."""
-    heads = [module for module in unwrap_model(model).modules() if isinstance(module, NearestCentroidHead)]
-    if len(heads) != 1:
-        raise ValueError(
-            f'{type(unwrap_model(model)).__name__} has {len(heads) or "no"} centroid heads, expected one: '
-            'take a dnc_* model, or cluster_zoo.nearest_centroid(name) for any other.'
-        )
-    return heads[0]
-
-
-def _eval_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
-    return create_transform(**resolve_model_data_config(unwrap_model(model)))
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the time being; afterwards each module has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextlib.contextmanager
-def _head_inputs(head: NearestCentroidHead) -> Iterator[list[Tensor]]:
-    """A list to whose end each forward pass adds the features [B, D] that reach the head."""
-    seen: list[Tensor] = []
-    handle = head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-class _Pictures(Dataset):
-    """A dataset as this module reads it: index, input of the model, class; or None for an image that is not readable.
-
-    The transform is applied here, so that the pictures themselves can be had too and the dataset need not be changed.
-    """
-
-    def __init__(self, dataset: Dataset, transform: Callable[[Image.Image], Tensor]):
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, '__len__'):
-            raise ValueError('The images of a streamed dataset have no numbers: take a folder or an archive of images.')
-        if len(dataset) == 0:
-            raise ValueError('The dataset has no images.')
-        self.dataset = copy.copy(dataset)
-        if hasattr(dataset, 'transform'):
-            self.dataset.transform = None
-        if hasattr(dataset, 'strict'):
-            self.dataset.strict = True  # an image that took the place of another would go by a wrong name
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor, int] | None:
-        try:
-            picture, target = self.dataset[index][:2]
-        except DataError as error:
-            _logger.warning('Skipped: %s', error)
-            return None
-        if not isinstance(picture, Image.Image):
-            raise ValueError(
-                f'Item {index} of the dataset is a {type(picture).__name__}, expected a PIL image: '
-                'leave the transform of the dataset out.'
-            )
-        return index, self.transform(picture), int(target)
-
-    def name(self, index: int) -> str:
-        """Name of the image's file, or its number."""
-        filename = getattr(self.dataset, 'filename', None)
-        return str((filename and filename(index)) or index)
-
-    def thumbnail(self, index: int, side: int) -> Tensor:
-        """uint8 [3, T, T]; black for index -1."""
-        if index < 0:
-            return torch.zeros(3, side, side, dtype=torch.uint8)
-        picture = self.dataset[index][0].convert('RGB')
-        return pil_to_tensor(ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS))
-
-
-def _readable(batch: list[tuple | None]) -> list[Tensor] | None:
-    batch = [item for item in batch if item is not None]
-    return default_collate(batch) if batch else None
-
-
-def _features(
-    model: nn.Module,
-    head: NearestCentroidHead,
-    images: _Pictures,
-    loading: dict[str, int],
-    only: Sequence[int] | None = None,
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Batches of numbers [B], features before the head's norm [B, D], and classes [B], in order."""
-    model, found = unwrap_model(model), 0  # a compiled graph may not know of the hook
-    with _head_inputs(head) as seen:
-        for batch in tqdm(DataLoader(images, sampler=only, collate_fn=_readable, **loading), disable=None):
-            if batch is None:
-                continue
-            index, inputs, target = batch
-            if target.min() < 0 or target.max() >= head.num_classes:
-                wrong = target[(target < 0) | (target >= head.num_classes)][0].item()
-                raise ValueError(
-                    f'The dataset has an image of class {wrong}, but the classes of the model are 0 to '
-                    f'{head.num_classes - 1}: take the dataset that it was trained on.'
-                )
-            model(inputs.to(head.prototypes))
-            features = seen.pop()
-            if not features.isfinite().all():
-                raise ValueError(f'The model gives NaN or infinite features, among images {index[0]} to {index[-1]}.')
-            yield index, features, target
-            found += len(index)
-    if not found:
-        raise ValueError('The dataset has no readable images.')
-
-
 # ---- Anchoring ----
 
 
 def _nearest_images(
-    model: nn.Module, head: NearestCentroidHead, images: _Pictures, loading: dict[str, int]
+    model: nn.Module, head: NearestCentroidHead, images: Pictures, loading: dict[str, int]
 ) -> tuple[Tensor, Tensor]:
     """The k images of the class that are nearest to each sub-centroid, nearest first.
 
@@ -247,7 +116,7 @@ def _nearest_images(
     """
     K, k = head.num_classes, head.sub_centroids
     similarity, index = torch.full((K, k, k), -torch.inf), torch.full((K, k, k), -1)
-    for number, features, target in _features(model, head, images, loading):
+    for number, features, target in features_of(model, images, loading, num_classes=head.num_classes):
         cosines = head.similarity(features).float().cpu()
         own = cosines[torch.arange(len(target)), target]  # [B, k]
         # The images of the batch as further candidates of their classes, behind the ones found before
@@ -288,11 +157,11 @@ def _distinct(similarity: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _with_features(
-    model: nn.Module, head: NearestCentroidHead, images: _Pictures, index: Tensor, loading: dict[str, int]
+    model: nn.Module, head: NearestCentroidHead, images: Pictures, index: Tensor, loading: dict[str, int]
 ) -> Tensor:
     """The head's centroids [K, k, D], with the unit features of images in place of those that have an index."""
     prototypes = head.prototypes.clone()
-    for number, features, _ in _features(model, head, images, loading, index[index >= 0].unique().tolist()):
+    for number, features, _ in features_of(model, images, loading, index[index >= 0].unique().tolist()):
         unit = head.embed(features).to(prototypes)
         for one, feature in zip(number, unit):
             prototypes[(index == one).to(prototypes.device)] = feature
@@ -300,11 +169,11 @@ def _with_features(
 
 
 def _accuracies(
-    model: nn.Module, head: NearestCentroidHead, prototypes: Tensor, images: _Pictures, loading: dict[str, int]
+    model: nn.Module, head: NearestCentroidHead, prototypes: Tensor, images: Pictures, loading: dict[str, int]
 ) -> tuple[float, float]:
     """Share of images that are classified correctly by the head's centroids, and by others."""
     right, count = torch.zeros(2, dtype=torch.int64), 0
-    for _, features, target in _features(model, head, images, loading):
+    for _, features, target in features_of(model, images, loading, num_classes=head.num_classes):
         logits = head(features), torch.func.functional_call(head, dict(prototypes=prototypes), (features,))
         right += (torch.stack(logits).argmax(-1).cpu() == target).sum(-1)
         count += len(target)
@@ -377,11 +246,11 @@ def explain(
     head = centroid_head(model)
     names = names_of_classes(class_names, head.num_classes)
     if isinstance(image, Image.Image):
-        image = _eval_transform(model)(image.convert('RGB'))
+        image = eval_transform(model)(image.convert('RGB'))
     if not isinstance(image, Tensor) or image.ndim != 3:
         found = f'a tensor {list(image.shape)}' if isinstance(image, Tensor) else f'a {type(image).__name__}'
         raise ValueError(f'Expected a PIL image or a normalised tensor [C, H, W], got {found}.')
-    with _evaluating(model), torch.no_grad(), _head_inputs(head) as seen:
+    with evaluating(model), torch.no_grad(), inputs_of(head) as seen:
         logits = unwrap_model(model)(image.unsqueeze(0).to(head.prototypes))[0].float()
         similarity = head.similarity(seen.pop())[0].float().cpu()
     probability = logits.softmax(-1).cpu()

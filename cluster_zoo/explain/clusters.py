@@ -11,10 +11,12 @@ import torch
 import torch.nn as nn
 from einops import rearrange
 from PIL import Image
+from timm.utils import unwrap_model
 from torch import Tensor
 
 from ..clustering import assign
 from ..context_cluster import ContextCluster
+from ..features import evaluating, inputs_of
 from ..grids import mean_centers, merge, partition
 from ..mixer import ClusterMixer
 
@@ -46,14 +48,8 @@ def cluster_map(model: nn.Module, images: Tensor, stage: int, block: int = -1, h
     mixer = _pick('block', blocks, block).token_mixer
     head = _pick('head', range(mixer.num_heads), head)
 
-    seen = []
-    handle = mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    was_training = model.training
-    try:
-        model.eval()(images)
-    finally:
-        model.train(was_training)
-        handle.remove()
+    with evaluating(model), inputs_of(mixer) as seen:
+        unwrap_model(model)(images)  # a compiled graph may not know of the hook
     return _joined(mixer, seen[0])[:, head].cpu()
 
 

@@ -8,7 +8,8 @@ import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 
 from ..anchors import AnchoredImage
-from .centroids import Explanation, Neighbour, centroid_head, names_of_classes
+from ..features import centroid_head
+from .centroids import Explanation, Neighbour, names_of_classes
 
 __all__ = ['draw_centroids', 'draw_explanation']
 
