@@ -25,13 +25,13 @@ if [[ $data == cifar10 ]]; then
   resnet=resnet18_cifar resnet_options=("${sgd[@]}" --img-size 32 --train-crop-mode pad)
   cluster=coc_tiny cluster_options=("${adamw[@]}" --img-size 64 --crop-pct 1 --scale 0.5 1 --ratio 0.9 1.11)
   published=(--centroid-every 1000 --centroid-memory 128000)
-  epochs_cpu=(3 2) epochs_gpu=(100 100)
+  epochs_cpu=(3 1) epochs_gpu=(100 100)
 else
   common+=(--num-classes 100 -b 64 --img-size 48 --crop-pct 1 --scale 0.5 1 --ratio 0.9 1.11)
   resnet=resnet18 resnet_options=("${adamw[@]}")
   cluster=fec_small cluster_options=("${adamw[@]}")
   published=(--centroid-every 1000 --centroid-memory 64000)
-  epochs_cpu=(3 2) epochs_gpu=(100 100)
+  epochs_cpu=(3 1) epochs_gpu=(100 100)
 fi
 if [[ $where == cpu ]]; then
   export OMP_NUM_THREADS=1

@@ -145,8 +145,8 @@ def features_of(
             index, inputs, target = batch
             wrong = (target < 0) | (target >= num_classes if num_classes else False)
             if wrong.any():
-                expected = f'the classes of the model are 0 to {num_classes - 1}' if num_classes else 'they start from 0'
-                raise ValueError(f'The dataset has an image of class {target[wrong][0].item()}, but {expected}.')
+                have = f'the classes of the model are 0 to {num_classes - 1}' if num_classes else 'they start from 0'
+                raise ValueError(f'The dataset has an image of class {target[wrong][0].item()}, but {have}.')
             model(inputs.to(head.prototypes))
             features = seen.pop()
             if not features.isfinite().all():
