@@ -337,7 +337,9 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         Samples of each class are shared evenly among its sub-centroids; those that the model now classifies correctly
         pull. Features with NaN or infinity are dropped, and a class without samples stays where it is. With several
         processes every one must call it as often, with batches of any size, and all have the same centroids after it:
-        those that one process would have with all batches joined. Nothing waits for the device.
+        those that one process would have with all batches joined. Each process remembers the latest features of its
+        own. Nothing waits for the device. A training step may be compiled with this in it; if ``learning.every`` is
+        above 1, call it outside, because the number of the batch would be compiled in.
 
         Args:
             target: Targets of that pass, see `class_of`.

@@ -98,6 +98,8 @@ _BY_PREFIX = (
     ('dnc_coc', 'coc'),
     ('dnc_fec', 'fec'),
     ('dnc_swin', 'dnc_swin'),
+    ('dnc_resnet18_cifar', 'dnc_cifar'),
+    ('resnet18_cifar', 'dnc_cifar'),  # trained alike, to be compared with
     ('dnc_', 'dnc_resnet'),
     ('coc_', 'coc'),
     ('fec_', 'fec'),

@@ -1,8 +1,12 @@
 """The nearest-centroid head: the authors' figures, its scores and losses, and what PyTorch's tools make of it."""
 
 import copy
+import json
 import math
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -365,3 +369,21 @@ def test_tools(tool, training):
         model.learn(labels)  # of a pass that was none
     model.train()(x)
     model.learn(labels)
+
+
+# ---- The benchmark ----
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_benchmark(dtype, tmp_path):
+    """It stops with an error unless the loop over classes gives the same centroids."""
+    script = Path(__file__).parents[1] / 'benchmarks' / 'centroids.py'
+    sizes = ['--classes', '6', '--sub-centroids', '2', '--memory', '300', '--width', '16', '--dtype', dtype]
+    command = [sys.executable, script, *sizes, '--rounds', '1', '--threads', '1', '--json', tmp_path / 'a.json']
+    done = subprocess.run([*command, '--markdown'], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert '| all classes at once |' in done.stdout and '| loop over classes |' in done.stdout
+    assert f'6 classes x 2 sub-centroids x 300 features of width 16 in {dtype}' in done.stdout
+    report = json.loads((tmp_path / 'a.json').read_text())
+    assert report['step'] > 1e-4 and report['difference'] < 1e-3 * report['step']
+    assert all(result['seconds'] > 0 for result in report['results'].values())

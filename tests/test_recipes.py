@@ -16,6 +16,8 @@ from cluster_zoo.train_options import train_parser
         ('coc_tiny.cifar10', 'coc'),
         ('fec_large', 'fec'),
         ('dnc_resnet50', 'dnc_resnet'),
+        ('dnc_resnet18_cifar', 'dnc_cifar'),
+        ('resnet18_cifar', 'dnc_cifar'),
         ('dnc_mobilenetv2_100', 'dnc_resnet'),
         ('dnc_swin_base', 'dnc_swin'),
         ('dnc_coc_small', 'coc'),
