@@ -19,6 +19,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor
 
 from .anchors import AnchorMixin
+from .kernels import products
 
 __all__ = ['CentroidLearning', 'FeatureMemory', 'NearestCentroidHead', 'balanced_assignment', 'moved_centroids']
 
@@ -432,7 +433,7 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         centroids = unit(self.prototypes).to(features.dtype).unbind(1)
         own, correct = [], []
         for some, of in zip(features.split(_ROWS), labels.split(_ROWS)):
-            cosines = [F.linear(some, each) for each in centroids]
+            cosines = [products(some, each) for each in centroids]
             index = of.clamp_min(0).unsqueeze(-1)
             own.append(torch.cat([of_all.gather(1, index) for of_all in cosines], dim=1))
             logits = self.mask_norm(functools.reduce(torch.maximum, cosines).to(self.mask_norm.weight.dtype))

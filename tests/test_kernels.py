@@ -71,3 +71,15 @@ def test_nearest_center(sets, points):
         expected = clustering.nearest_center(x, query, offset, center_mask)
         assert torch.equal(kernels.nearest_center(x, query, offset, center_mask), expected)
         assert center_mask is None or center_mask.gather(1, expected).all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('points', [64, 48, 17, 0])
+def test_products(points, dtype):
+    torch.manual_seed(0)
+    x, others = torch.randn(points, 40, dtype=dtype), torch.randn(9, 2, 40, dtype=dtype)[:, 1]
+    expected = (x.double() @ others.double().T).to(dtype)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float64: 1e-13}[dtype]
+    value = kernels.products(x, others)
+    assert value.dtype == dtype
+    torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)

@@ -14,12 +14,13 @@ from importlib.util import find_spec
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import clustering
 from . import cpu
 
-__all__ = ['cluster', 'head_lengths', 'nearest_center']
+__all__ = ['cluster', 'head_lengths', 'nearest_center', 'products']
 
 _HAS_TRITON = find_spec('triton') is not None
 
@@ -52,6 +53,11 @@ def head_lengths(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Te
         if chosen == 'cpu':
             return cpu.head_lengths(points, weight, bias, heads)
     return clustering.head_lengths(points, weight, bias, heads)
+
+
+def products(points: Tensor, others: Tensor) -> Tensor:
+    """Scalar products of points [N, D] and others [M, D], without gradients: [N, M]."""
+    return cpu.products(points, others) if _chosen(points) == 'cpu' else F.linear(points, others)
 
 
 def cluster(

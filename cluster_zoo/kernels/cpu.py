@@ -28,6 +28,15 @@ def nearest_center(points: Tensor, query: Tensor, offset: Tensor, center_mask: T
     return clustering.nearest_center(points, query, offset, mask).view(S, N)
 
 
+def products(points: Tensor, others: Tensor) -> Tensor:
+    """See `kernels.products`. In float32 it is a 1x1 convolution of 16 images, twice as fast as a linear layer."""
+    N, D = points.shape
+    if points.dtype != torch.float32 or N == 0 or N % 16:
+        return F.linear(points, others)
+    images = points.view(16, N // 16, 1, D).permute(0, 3, 1, 2)  # in channels_last as they are
+    return F.conv2d(images, others[:, :, None, None]).permute(0, 2, 3, 1).reshape(N, -1)
+
+
 class HeadLengths(torch.autograd.Function):
     """Norms of features that are computed again in the backward pass instead of being kept.
 
