@@ -31,7 +31,7 @@ else
   resnet=resnet18 resnet_options=("${adamw[@]}")
   cluster=fec_small cluster_options=("${adamw[@]}")
   published=(--centroid-every 1000 --centroid-memory 64000)
-  epochs_cpu=(3 1) epochs_gpu=(100 100)
+  epochs_cpu=(3 2) epochs_gpu=(100 100)
 fi
 if [[ $where == cpu ]]; then
   export OMP_NUM_THREADS=1
