@@ -107,7 +107,7 @@ def save_recovery(run: Run) -> None:
     if run.saver is not None:
         progress.num_batches, progress.rng = len(run.train_loader), states
         run.saver.save_recovery(progress.epoch, progress.batch)
-        progress.rng = []
+        progress.rng, run.learned = [], []
 
 
 def gather_learned(run: Run) -> None:
@@ -325,6 +325,7 @@ def fit(run: Run) -> int:
         summary = run.output_dir / 'summary.csv'
         utils.update_summary(epoch, OrderedDict(loss=loss), metrics, summary, lr=sum(rates) / len(rates))
         run.saver.save_checkpoint(epoch, metric)
+        run.learned = []
         unreadable = {*unreadable_images(run.train_loader.dataset), *unreadable_images(run.val_loader.dataset)}
         if len(unreadable) > skipped:
             skipped = len(unreadable)

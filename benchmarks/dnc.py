@@ -22,7 +22,7 @@ import timm
 import torch
 import yaml
 from safetensors.torch import save_file
-from timm.data import create_transform
+from timm.data import create_transform, resolve_data_config
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
@@ -57,10 +57,7 @@ def anchored(args: argparse.Namespace, folder: Path, options: dict[str, Any]) ->
     model = timm.create_model(options['model'], num_classes=options['num_classes'])
     load_checkpoint(model, folder / 'last.pth.tar')
     model.to(args.device)
-    config = model.pretrained_cfg
-    transform = create_transform(
-        input_size=options['img_size'], crop_pct=1.0, interpolation='bicubic', mean=config['mean'], std=config['std']
-    )
+    transform = create_transform(**resolve_data_config(options, model=model))  # as in the run
     train, val = (create_dataset('', args.data, split) for split in ('train', 'val'))
     result = anchor(model, train, val, num_workers=args.workers, transform=transform)
     print(f'{folder.name}: {result}', file=sys.stderr, flush=True)

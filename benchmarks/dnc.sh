@@ -24,13 +24,11 @@ if [[ $data == cifar10 ]]; then
   common+=(--num-classes 10 -b 128)
   resnet=resnet18_cifar resnet_options=("${sgd[@]}" --img-size 32 --train-crop-mode pad)
   cluster=coc_tiny cluster_options=("${adamw[@]}" --img-size 64 --crop-pct 1 --scale 0.5 1 --ratio 0.9 1.11)
-  published=(--centroid-every 1000 --centroid-memory 128000)
   epochs_cpu=(3 1) epochs_gpu=(100 100)
 else
   common+=(--num-classes 100 -b 64 --img-size 48 --crop-pct 1 --scale 0.5 1 --ratio 0.9 1.11)
   resnet=resnet18 resnet_options=("${adamw[@]}")
   cluster=fec_small cluster_options=("${adamw[@]}")
-  published=(--centroid-every 1000 --centroid-memory 64000)
   epochs_cpu=(3 2) epochs_gpu=(100 100)
 fi
 if [[ $where == cpu ]]; then
@@ -44,19 +42,27 @@ train() {  # BACKBONE HEAD SEED EPOCHS OPTIONS...
   local backbone=$1 head=$2 seed=$3 epochs=$4 model=$1
   shift 4
   [[ $head == linear ]] || model=dnc_$backbone
-  [[ $head != published ]] || set -- "$@" "${published[@]}"
+  [[ $head != published ]] || set -- "$@" --centroid-every 1000
   python3 train.py "${common[@]}" --model "$model" --seed "$seed" --epochs "$epochs" "$@" \
     --experiment "dnc-$data-$backbone-$head-$seed"
 }
 
+running=() failed=0
+trap 'kill "${running[@]}" 2> /dev/null || true' EXIT
+finish() {  # all but COUNT of the runs
+  while ((${#running[@]} > $1)); do
+    wait "${running[0]}" || failed=1
+    running=("${running[@]:1}")
+  done
+}
+start() {
+  finish $((at_once - 1))
+  train "$@" &
+  running+=($!)
+}
 for seed in "${seeds[@]}"; do
-  for head in linear published queue; do
-    while (($(jobs -rp | wc -l) >= at_once)); do wait -n; done
-    train "$resnet" "$head" "$seed" "${epochs[0]}" "${resnet_options[@]}" &
-  done
-  for head in linear published queue; do
-    while (($(jobs -rp | wc -l) >= at_once)); do wait -n; done
-    train "$cluster" "$head" "$seed" "${epochs[1]}" "${cluster_options[@]}" &
-  done
+  for head in linear published queue; do start "$resnet" "$head" "$seed" "${epochs[0]}" "${resnet_options[@]}"; done
+  for head in linear published queue; do start "$cluster" "$head" "$seed" "${epochs[1]}" "${cluster_options[@]}"; done
 done
-for job in $(jobs -rp); do wait "$job"; done
+finish 0
+exit "$failed"

@@ -74,6 +74,10 @@ class AnchorMixin(nn.Module):
             # The entries stay: an averaged copy of a model is expected to have as many.
             self.anchor_index.fill_(-1)
 
+    def drop_anchors(self) -> None:
+        """Have no record any more, not even its entries."""
+        self.anchor_index = self.anchor_name = self.anchor_thumbnail = None
+
     def anchored_image(self, class_index: int, sub_centroid: int) -> AnchoredImage | None:
         """The image that a sub-centroid stands for, if any."""
         if self.anchor_index is None or self.anchor_index[class_index, sub_centroid] < 0:

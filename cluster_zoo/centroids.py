@@ -20,9 +20,12 @@ from torch import Tensor
 
 from .anchors import AnchorMixin
 from .kernels import products
+from .memory import FeatureMemory, from_oldest
 
 __all__ = ['CentroidLearning', 'FeatureMemory', 'NearestCentroidHead', 'balanced_assignment', 'moved_centroids']
 
+# The most features that a memory of no stated size holds, of all processes: as a queue, and of several batches
+_QUEUE, _BATCHES = 16384, 131072
 _ROWS = 4096  # features whose similarities to all centroids exist at a time
 
 
@@ -81,6 +84,7 @@ def balanced_assignment(
         The sub-centroid of each sample, int64 [M], values 0 .. k - 1.
     """
     rows = labels.clamp_min(0)
+    similarity = similarity.to(torch.promote_types(similarity.dtype, torch.float32))  # float16 has no such powers
     share = (similarity / temperature).exp() * (labels >= 0).unsqueeze(-1)
     tiny = torch.finfo(share.dtype).tiny
     for _ in range(iterations):
@@ -136,7 +140,9 @@ class CentroidLearning:
         momentum: Weight of a centroid against the new direction, 0 .. 1.
         temperature: Of the assignment, see `balanced_assignment`; at least 0.02, where float32 still holds its powers.
         iterations: Rounds of the assignment.
-        memory: Features that are remembered, those of the latest images, over all processes. None: 64 for each class.
+        memory: Features that are remembered, those of the latest images, over all processes. None: as a queue 64 for
+            each class, 16,384 at most, but no less than a batch; otherwise those of `every` batches, 131,072 at most.
+            Each use compares all of them with all centroids.
         every: Batches from one use of the memory to the next; the batches in between move the centroids by their own
             features. 1 uses the memory in every batch, the queue. The authors' code has 1000 (Swin-T 500, S 400,
             B 300), and remembers as many batches.
@@ -171,66 +177,6 @@ class CentroidLearning:
         for holds, name, expected in rules:
             if not holds:
                 raise ValueError(f'Centroid learning needs {name} {expected}, got {getattr(self, name)}.')
-
-
-class FeatureMemory:
-    """The latest features and their labels: a ring of fixed size, allocated once, on the device of the features.
-
-    No buffer of a module, because DistributedDataParallel would copy the first process's to the others.
-
-    Args:
-        size: Features that it holds.
-        width: Width D of a feature.
-        device: Where.
-        dtype: In what type.
-
-    Attributes:
-        features: [size, D]. Rows that are not filled yet are zero.
-        labels: int64 [size], -1 for no example of any class, and where nothing is filled in yet.
-        count: Features pushed so far, 0-dimensional. No number, because compiled code takes numbers for constant and
-            would be compiled again for every batch.
-    """
-
-    def __init__(self, size: int, width: int, device: torch.device, dtype: torch.dtype):
-        self.features = torch.zeros(size, width, device=device, dtype=dtype)
-        self.labels = torch.full((size,), -1, device=device)
-        self.count = torch.zeros((), device=device, dtype=torch.int64)
-
-    def push(self, features: Tensor, labels: Tensor) -> None:
-        """Remember features [N, D] and labels [N] in place of the oldest."""
-        size = len(self.labels)
-        features, labels = features[-size:], labels[-size:]
-        rows = (self.count + torch.arange(len(labels), device=self.count.device)) % size
-        self.features.index_copy_(0, rows, features.to(self.features))
-        self.labels.index_copy_(0, rows, labels.to(self.labels))
-        self.count += len(labels)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything, for a checkpoint: the filled rows on the CPU, and the row that is written next."""
-        count, size = int(self.count), len(self.labels)
-        features, labels = (rows[: min(count, size)].cpu().clone() for rows in (self.features, self.labels))
-        return dict(features=features, labels=labels, next=count % size)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave; of a memory of another size the latest that fit.
-
-        Raises:
-            ValueError: The features are of another width.
-        """
-        features, labels = state['features'], state['labels']
-        if features.ndim != 2 or features.shape != (len(labels), self.features.shape[1]):
-            raise ValueError(
-                f'The remembered features are {list(features.shape)}, the memory holds [N, {self.features.shape[1]}].'
-            )
-        self.features.zero_()
-        self.labels.fill_(-1)
-        # A full memory of this size to the same rows, so that sums over them round alike.
-        self.count.fill_(state['next'] if len(labels) == len(self.labels) else 0)
-        self.push(*_from_oldest(state))
-
-
-def _from_oldest(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    return state['features'].roll(-state['next'], 0), state['labels'].roll(-state['next'], 0)
 
 
 class NearestCentroidHead(AnchorMixin, nn.Module):
@@ -277,7 +223,7 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         self.num_classes = num_classes
         self.sub_centroids = sub_centroids
         self.learning = learning or CentroidLearning()
-        self.memory = None  # the first batch that is learned allocates it
+        self.memory = self._memory_of = None  # the first batch that is learned allocates it
         self.batches = 0  # learned so far
         self.register_buffer('prototypes', torch.empty(num_classes, sub_centroids, in_features, **dd))
         self.feat_norm = nn.LayerNorm(in_features, **dd)
@@ -292,6 +238,7 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         trunc_normal_(self.prototypes, std=0.02)
         self.prototypes.copy_(unit(self.prototypes))
         self.forget_anchors()
+        self.memory, self.batches, self._exact = None, 0, None
         self.feat_norm.reset_parameters()
         self.mask_norm.reset_parameters()
 
@@ -322,14 +269,14 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         if self._seen is None:
             raise RuntimeError('Centroids learn from the forward pass before, in training mode: there was none.')
         expected = list(self._seen.shape[:-1])
-        if list(target.shape) != expected + [self.num_classes] * target.is_floating_point():
+        if list(target.shape) != (expected + [self.num_classes] if target.is_floating_point() else expected):
             raise ValueError(
                 f'Targets of {expected} features are integers of that shape, or numbers '
                 f'{[*expected, self.num_classes]}; got {target.dtype} {list(target.shape)}.'
             )
         labels = class_of(target, self.num_classes)
         dtype = torch.promote_types(self._seen.dtype, torch.float32)
-        return self._seen.flatten(0, -2).to(dtype), labels.flatten()
+        return self._seen.reshape(-1, self.in_features).to(dtype), labels.reshape(-1)
 
     @torch.no_grad()
     def learn(self, target: Tensor) -> None:
@@ -354,7 +301,7 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         finite = features.isfinite().all(-1)
         features = torch.where(finite.unsqueeze(-1), features, 0)
         labels = torch.where(finite, labels, -1)
-        self._prepare_memory()
+        self._prepare_memory(len(features))
         self.memory.push(features, labels)
         if self.learning.every > 1:
             self.batches += 1
@@ -363,18 +310,30 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
             features, labels = self.memory.features, self.memory.labels
         self._move(features, labels)
 
-    def _prepare_memory(self) -> None:
+    def _prepare_memory(self, batch: int) -> None:
         """Allocate this process's share of the memory, unless it is as the head and its settings are now."""
-        size = -(-(self.learning.memory or 64 * self.num_classes) // _world_size())
-        dtype = self.learning.dtype or torch.promote_types(self.prototypes.dtype, torch.float32)
-        device, remembered = self.prototypes.device, self.memory
-        if remembered is not None:
-            features = remembered.features
-            if (len(features), features.dtype, features.device) == (size, dtype, device):
-                return
-        self.memory = FeatureMemory(size, self.in_features, device, dtype)
+        if self.memory is not None and self._memory_of == self._memory_settings():
+            return
+        world, learning = _world_size(), self.learning
+        if learning.memory is not None:
+            size = -(-learning.memory // world)
+        elif learning.every > 1:
+            size = min(learning.every * batch, -(-_BATCHES // world))
+        else:
+            size = max(-(-min(64 * self.num_classes, _QUEUE) // world), batch)
+        remembered = self.memory
+        self._new_memory(size)
         if remembered is not None:
             self.memory.load_state_dict(remembered.state_dict())
+
+    def _memory_settings(self) -> tuple:
+        dtype = self.learning.dtype or torch.promote_types(self.prototypes.dtype, torch.float32)
+        return self.learning.memory, self.learning.every, dtype, self.prototypes.device
+
+    def _new_memory(self, size: int) -> None:
+        self._memory_of = self._memory_settings()
+        *_, dtype, device = self._memory_of
+        self.memory = FeatureMemory(size, self.in_features, device, dtype)
 
     def learning_state(self) -> dict[str, Any]:
         """What learning has gathered in this process beside the centroids, for a checkpoint to go on from."""
@@ -386,26 +345,28 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         """Go on from what `learning_state` gave, in one process or in several whose memories become this one's.
 
         Raises:
-            ValueError: It is of features of another width.
+            ValueError: It is of features of another width, or its labels are no numbers of classes.
         """
         self.memory = None
+        memories = [state['memory'] for state in states if state['memory'] is not None]
         for state in states:
-            self.batches = state['batches']
-            self._exact = state.get('exact')
-            if state['memory'] is None:
-                continue
-            if self.memory is None:
-                self._prepare_memory()
-                self.memory.load_state_dict(state['memory'])
-            else:
-                self.memory.push(*_from_oldest(state['memory']))
+            self.batches, self._exact = state['batches'], state.get('exact')
+        if not memories:
+            return
+        stated = self.learning.memory
+        held = sum(memory.get('size', len(memory['labels'])) for memory in memories)
+        self._new_memory(min(held, _BATCHES) if stated is None else -(-stated // _world_size()))
+        first, *others = (dict(memory, labels=class_of(memory['labels'], self.num_classes)) for memory in memories)
+        self.memory.load_state_dict(first)
+        for memory in others:
+            self.memory.push(*from_oldest(memory))
 
     def _move(self, features: Tensor, labels: Tensor) -> None:
         learning, dtype = self.learning, torch.promote_types(self.prototypes.dtype, torch.float32)
         with torch.autocast(self.prototypes.device.type, enabled=False):
             own, correct = self._own_similarity(features, labels)
             assigned = balanced_assignment(
-                own.to(dtype), labels, self.num_classes, learning.temperature, learning.iterations, _all_reduce
+                own, labels, self.num_classes, learning.temperature, learning.iterations, _all_reduce
             )
             labels = torch.where(correct, labels, -1)
             moved = moved_centroids(
@@ -437,7 +398,7 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
             index = of.clamp_min(0).unsqueeze(-1)
             own.append(torch.cat([of_all.gather(1, index) for of_all in cosines], dim=1))
             logits = self.mask_norm(functools.reduce(torch.maximum, cosines).to(self.mask_norm.weight.dtype))
-            correct.append(logits.argmax(-1) == of)
+            correct.append((logits.argmax(-1) == of) & logits.isfinite().all(-1))
         return torch.cat(own), torch.cat(correct)
 
     def contrast_loss(self, target: Tensor) -> Tensor:

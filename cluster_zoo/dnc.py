@@ -51,11 +51,17 @@ class NearestCentroidMixin(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] to what is compared with the centroids: unit vectors [B, D]."""
-        return self.get_classifier().embed(self.forward_head(self.forward_features(x), pre_logits=True))
+        return self._centroid_head().embed(self.forward_head(self.forward_features(x), pre_logits=True))
 
     def learn(self, target: Tensor) -> None:
         """Let the centroids follow the last batch, see `NearestCentroidHead.learn`: one line at the end of a step."""
-        self.get_classifier().learn(target)
+        self._centroid_head().learn(target)
+
+    def _centroid_head(self) -> NearestCentroidHead:
+        head = self.get_classifier()
+        if not isinstance(head, NearestCentroidHead):
+            raise ValueError('The model has no centroids: it was made, or reset, with num_classes=0.')
+        return head
 
     def _replace_linear(self) -> None:
         """Put a centroid head where the backbone's own code has put a linear layer."""

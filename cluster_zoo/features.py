@@ -112,6 +112,12 @@ class Pictures(Dataset):
         return pil_to_tensor(ImageOps.fit(picture, (side, side), Image.Resampling.LANCZOS))
 
 
+def check_pooled(features: Tensor) -> None:
+    """Raise ValueError unless there is one feature an image, [B, D]."""
+    if features.ndim != 2:
+        raise ValueError(f'The head gets features {list(features.shape)}, expected one an image: keep the pooling.')
+
+
 def _readable(batch: list[tuple | None]) -> list[Tensor] | None:
     batch = [item for item in batch if item is not None]
     return default_collate(batch) if batch else None
@@ -149,6 +155,7 @@ def features_of(
                 raise ValueError(f'The dataset has an image of class {target[wrong][0].item()}, but {have}.')
             model(inputs.to(head.prototypes))
             features = seen.pop()
+            check_pooled(features)
             if not features.isfinite().all():
                 raise ValueError(f'The model gives NaN or infinite features, among images {index[0]} to {index[-1]}.')
             yield index, features, target

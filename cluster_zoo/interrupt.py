@@ -85,13 +85,13 @@ def set_buffers(task: TrainingTask, values: list[dict[str, torch.Tensor]]) -> No
             buffer.copy_(named[name])
 
 
-def gather(state: dict[str, Any], group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
-    """The states of all processes in every one of them, by rank."""
+def gather(state: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """The states of all processes, by rank, in the first one; nothing in the others."""
     if group is None:
         return [state]
-    states = [None] * dist.get_world_size(group)
-    dist.all_gather_object(states, state, group=group)
-    return states
+    states = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
+    dist.gather_object(state, states, dst=0, group=group)
+    return states or []
 
 
 def newest_checkpoint(output_dir: Path) -> str:

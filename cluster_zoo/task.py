@@ -46,9 +46,11 @@ class CentroidTaskMixin(TrainingTask):
     def update_ema(self, step: int | None = None) -> None:
         """Average the weights; the averaged model has the centroids themselves, which are averages already."""
         self.learn_last_batch()
+        heads, averages = (centroid_heads(self.get_trainable_module(ema=ema)) for ema in (False, True))
+        for head in (*heads, *averages):
+            head.drop_anchors()  # timm averages entry by entry, and only one of the two may have the record
         super().update_ema(step)
-        heads = centroid_heads(self.get_trainable_module())
-        for head, averaged in zip(heads, centroid_heads(self.get_trainable_module(ema=True))):
+        for head, averaged in zip(heads, averages):
             averaged.prototypes.copy_(head.prototypes)
 
     def learning_state(self) -> list[dict[str, Any]]:

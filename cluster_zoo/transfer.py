@@ -27,7 +27,7 @@ def embed_dataset(
     num_workers: int = 0,
     transform: Callable[[Image.Image], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Unit features [N, D] and classes [N] of a dataset, on the CPU, as centroids are compared with.
+    """Unit features [N, D] and classes [N] of a dataset, as centroids are compared with: float32, on the CPU.
 
     Args:
         model: A model that ends in a `NearestCentroidHead`.
@@ -42,7 +42,7 @@ def embed_dataset(
     head, images = centroid_head(model), Pictures(dataset, transform or eval_transform(model))
     loading = dict(batch_size=batch_size, num_workers=num_workers)
     with evaluating(model):
-        batches = [(head.embed(x).cpu(), target) for _, x, target in features_of(model, images, loading)]
+        batches = [(head.embed(x).float().cpu(), target) for _, x, target in features_of(model, images, loading)]
     features, labels = zip(*batches)
     return torch.cat(features), torch.cat(labels)
 
@@ -70,7 +70,8 @@ def class_centroids(features: Tensor, labels: Tensor, num_classes: int, sub_cent
     centroids = unit(features[order[first.unsqueeze(1) + turn]])
     assigned = None
     for _ in range(rounds):
-        own = torch.einsum('md,mkd->mk', features, centroids[labels])
+        cosines = (features @ each.T for each in centroids.unbind(1))
+        own = torch.cat([of_all.gather(1, labels.unsqueeze(1)) for of_all in cosines], dim=1)
         before, assigned = assigned, balanced_assignment(own, labels, num_classes)
         if before is not None and torch.equal(before, assigned):
             break
@@ -100,6 +101,8 @@ def fit_centroids(
         ValueError: The model has no centroids, ``sub_centroids`` is not positive, or a class below the largest has no
             readable image. The model is then unchanged.
     """
+    if not isinstance(model, NearestCentroidMixin):
+        raise ValueError(f'{type(model).__name__} has no centroid head to replace: expected a dnc_* model.')
     sub_centroids = centroid_head(model).sub_centroids if sub_centroids is None else sub_centroids
     if sub_centroids < 1:
         raise ValueError(f'sub_centroids must be at least 1, got {sub_centroids}.')

@@ -103,10 +103,64 @@ def test_schedule(every, memory, sub_centroids):
         torch.testing.assert_close(learn(head, x, labels), expected, rtol=0, atol=1e-12)
 
 
-def test_default_memory_is_64_a_class():
-    head = NearestCentroidHead(8, 3)
-    learn(head, torch.randn(2, 8), torch.tensor([0, 1]))
-    assert head.memory.features.shape == (192, 8) and head.memory.features.dtype == torch.float32
+@pytest.mark.parametrize(
+    ('classes', 'every', 'batch', 'size'),
+    [
+        (3, 1, 2, 192),  # 64 a class
+        (3, 1, 200, 200),  # no less than a batch
+        (300, 1, 2, 16384),  # no more than so many
+        (3, 5, 7, 35),  # that many batches
+        (3, 100_000, 2, 131_072),
+    ],
+)
+def test_default_memory(classes, every, batch, size):
+    head = NearestCentroidHead(2, classes, learning=CentroidLearning(every=every))
+    learn(head, torch.randn(batch, 2), torch.zeros(batch, dtype=torch.int64))
+    assert head.memory.features.shape == (size, 2) and head.memory.features.dtype == torch.float32
+    storage = head.memory.features.data_ptr()
+    learn(head, torch.randn(3 * batch, 2), torch.zeros(3 * batch, dtype=torch.int64))
+    assert head.memory.features.data_ptr() == storage
+
+    state = head.learning_state()
+    other = NearestCentroidHead(2, classes, learning=head.learning)
+    other.load_learning_state(state)
+    assert other.memory.features.shape == (size, 2)
+
+
+def test_labels_of_a_loaded_memory_are_classes():
+    head = head64(memory=4)
+    learn(head, *random_batch(head, 4))
+    state = head.learning_state()
+    state['memory']['labels'] = torch.tensor([0, 99, -7, 1])
+    head.load_learning_state(state)
+    assert head.memory.labels.tolist() == [0, -1, -1, 1]
+    with pytest.raises(ValueError, match='int64'):
+        head.memory.load_state_dict(dict(state['memory'], labels=torch.rand(4)))
+
+
+def test_new_parameters_remember_nothing():
+    head = head64(memory=4)
+    learn(head, *random_batch(head, 4))
+    head.reset_parameters()
+    assert head.memory is None and head.batches == 0
+
+
+def test_logits_that_are_not_finite_find_no_class():
+    head = head64(memory=8)
+    before = head.prototypes.clone()
+    with torch.no_grad():
+        head.mask_norm.weight.fill_(torch.nan)
+    learn(head, *random_batch(head, 8))
+    torch.testing.assert_close(head.prototypes, F.normalize(before, dim=-1))
+
+
+def test_half_precision_assignment():
+    """Powers that float16 does not hold."""
+    similarity = torch.tensor([[0.9, 0.6], [0.8, 0.7], [0.7, 0.9]], dtype=torch.float64)
+    labels = torch.zeros(3, dtype=torch.int64)
+    expected = balanced_assignment(similarity, labels, 1)
+    assert expected.unique().tolist() == [0, 1]
+    assert torch.equal(balanced_assignment(similarity.half(), labels, 1), expected)
 
 
 @pytest.mark.parametrize('size', [1, 6, 10])

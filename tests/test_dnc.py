@@ -97,6 +97,24 @@ def test_reset_classifier_builds_centroids_again():
     assert tiny(num_classes=0).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 32)
 
 
+def test_a_model_without_classes_learns_nothing():
+    model = tiny(num_classes=0)
+    model(torch.randn(2, 3, 32, 32))
+    with pytest.raises(ValueError, match='num_classes=0'):
+        model.learn(torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match='num_classes=0'):
+        model.embed(torch.randn(2, 3, 32, 32))
+
+
+def test_embed_is_what_centroids_are_compared_with():
+    model = tiny().eval()
+    x = torch.randn(2, 3, 32, 32)
+    z, head = model.embed(x), model.get_classifier()
+    torch.testing.assert_close(z.norm(dim=-1), torch.ones(2))
+    scores = torch.einsum('bd,ckd->bck', z, head.prototypes).amax(-1)
+    torch.testing.assert_close(head.mask_norm(scores), model(x))
+
+
 def test_prune_intermediate_layers():
     model = tiny().eval()
     x = torch.randn(1, 3, 64, 64)

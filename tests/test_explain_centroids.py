@@ -18,6 +18,7 @@ import cluster_zoo  # noqa: F401  registers the models
 from cluster_zoo.data import class_names, create_dataset
 from cluster_zoo.dnc import NearestCentroidHead, nearest_centroid
 from cluster_zoo.explain import anchor, draw_centroids, draw_explanation, explain
+from cluster_zoo.task import NearestCentroidTask
 from cluster_zoo.weights import CheckpointError, load_checkpoint
 
 TINY = dict(channels=(8, 16, 24, 32), layers=(1, 1, 1, 1), num_classes=5)
@@ -515,3 +516,28 @@ def test_sheet_of_all_centroids(anchored):
         draw_centroids(tiny())
     with pytest.raises(ValueError, match='class names given'):
         draw_centroids(anchored, ['a'])
+
+
+def test_a_model_without_pooling_is_refused():
+    model = timm.create_model('dnc_swin_tiny', img_size=32, num_classes=5, depths=(1, 1, 1, 1), global_pool='')
+    with pytest.raises(ValueError, match='keep the pooling'):
+        anchor(model, Pictures())
+    with pytest.raises(ValueError, match='keep the pooling'):
+        explain(model, Pictures().pictures[0])
+
+
+@pytest.mark.parametrize('averaged', ['before', 'after'])
+def test_training_with_an_average_goes_on_after_anchoring(averaged):
+    model = tiny()
+    task = NearestCentroidTask(model, verbose=False)
+    if averaged == 'before':
+        task.setup_ema(decay=0.5)
+    anchor(model, Pictures(), thumbnail=16)
+    if averaged == 'after':
+        task.setup_ema(decay=0.5)
+    task.train()
+    for step in range(2):
+        task(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 4]))['loss'].backward()
+        task.update_ema(step=step + 1)
+    for ema in (False, True):
+        assert not any('anchor' in name for name in task.get_checkpoint_state(ema=ema).popitem()[1])

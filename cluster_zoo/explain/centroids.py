@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from ..anchors import MAX_SIDE, AnchoredImage
 from ..centroids import NearestCentroidHead
-from ..features import Pictures, centroid_head, eval_transform, evaluating, features_of, inputs_of
+from ..features import Pictures, centroid_head, check_pooled, eval_transform, evaluating, features_of, inputs_of
 
 __all__ = ['Anchoring', 'Explanation', 'Neighbour', 'anchor', 'explain']
 
@@ -252,7 +252,9 @@ def explain(
         raise ValueError(f'Expected a PIL image or a normalised tensor [C, H, W], got {found}.')
     with evaluating(model), torch.no_grad(), inputs_of(head) as seen:
         logits = unwrap_model(model)(image.unsqueeze(0).to(head.prototypes))[0].float()
-        similarity = head.similarity(seen.pop())[0].float().cpu()
+        features = seen.pop()
+        check_pooled(features)
+        similarity = head.similarity(features)[0].float().cpu()
     probability = logits.softmax(-1).cpu()
     ranked = logits.argsort(descending=True, stable=True).tolist()
 
