@@ -519,7 +519,7 @@ def test_sheet_of_all_centroids(anchored):
 
 
 def test_a_model_without_pooling_is_refused():
-    model = timm.create_model('dnc_swin_tiny', img_size=32, num_classes=5, depths=(1, 1, 1, 1), global_pool='')
+    model = timm.create_model('dnc_swin_tiny', img_size=32, num_classes=5, depths=(1, 1, 1, 1), global_pool='', **SMALL)
     with pytest.raises(ValueError, match='keep the pooling'):
         anchor(model, Pictures())
     with pytest.raises(ValueError, match='keep the pooling'):
