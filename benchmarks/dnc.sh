@@ -29,7 +29,7 @@ else
   common+=(--num-classes 100 -b 64 --img-size 48 --crop-pct 1 --scale 0.5 1 --ratio 0.9 1.11)
   resnet=resnet18 resnet_options=("${adamw[@]}")
   cluster=fec_small cluster_options=("${adamw[@]}")
-  epochs_cpu=(3 2) epochs_gpu=(100 100)
+  epochs_cpu=(3 1) epochs_gpu=(100 100)
 fi
 if [[ $where == cpu ]]; then
   export OMP_NUM_THREADS=1

@@ -120,6 +120,8 @@ def check_model_name(name: str, option: str = '--model') -> None:
 
 def create(args: argparse.Namespace, **kwargs: Any) -> nn.Module:
     """``timm.create_model`` for the options that both scripts have. Sets ``args.num_classes``."""
+    if args.sub_centroids is not None:
+        kwargs['sub_centroids'] = args.sub_centroids
     with blame(f'--model {args.model}'):
         arguments = resolve_model_input_args(
             args.model,
@@ -142,7 +144,6 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None
     model = create(
         args,
-        **({} if args.sub_centroids is None else dict(sub_centroids=args.sub_centroids)),
         pretrained=args.pretrained or bool(args.pretrained_path),
         pretrained_cfg_overlay=overlay,
         drop_rate=args.drop,

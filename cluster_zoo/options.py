@@ -249,6 +249,7 @@ def validate_parser() -> Parser:
     add('--use-ema', action='store_true', help='prefer the averaged weights of a checkpoint')
     add('--num-classes', type=int, metavar='N', help="number of classes (default: the model's)")
     add('--gp', metavar='POOL', help='global pooling: fast, avg, max, avgmax, avgmaxc')
+    add('--sub-centroids', type=int, metavar='K', help='sub-centroids of each class of a dnc_* model (default: 4)')
     add('--test-pool', action='store_true', help="timm's test-time pooling, for images larger than the model's")
     add('--reparam', action='store_true', help='fuse the branches of models that can be')
     group = add_input_options(parser)
