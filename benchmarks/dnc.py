@@ -34,9 +34,13 @@ from cluster_zoo.data import class_names, create_dataset  # noqa: E402
 from cluster_zoo.explain import anchor, draw_centroids, draw_explanation, explain  # noqa: E402
 from cluster_zoo.weights import load_checkpoint  # noqa: E402
 
-_RUN = r'dnc-{data}-(?P<backbone>\w+)-(?P<head>linear|published|queue)-(?P<seed>\d+)'
+_RUN = r'dnc-{data}-(?P<backbone>\w+)-(?P<head>linear|published|queue|fixed)-(?P<seed>\d+)'
 _HEADS = dict(
-    linear='linear', published='DNC, as published', queue='DNC, default', anchored='DNC, default, anchored in images'
+    linear='linear',
+    published='DNC, published schedule',
+    queue='DNC, default',
+    anchored='DNC, default, anchored in images',
+    fixed='DNC, centroids fixed at random',
 )
 
 
@@ -76,29 +80,39 @@ def anchored(args: argparse.Namespace, folder: Path, options: dict[str, Any]) ->
 def main() -> None:
     args = parse()
     found = {path: re.fullmatch(_RUN.format(data=args.name), path.name) for path in sorted(args.runs.glob('*'))}
-    rows: dict[tuple, list[float]] = defaultdict(list)
+    rows: dict[tuple, dict[int, float]] = defaultdict(dict)
     for folder, match in found.items():
         if not match or not (folder / 'summary.csv').is_file():
             continue
         options = yaml.safe_load((folder / 'args.yaml').read_text())
         history = list(csv.DictReader((folder / 'summary.csv').open()))
-        key = match['backbone'], len(history)
-        rows[(*key, match['head'])].append(float(history[-1]['eval_top1']))
+        if len(history) < options['epochs']:
+            print(f'{folder.name} is left out: {len(history)} of {options["epochs"]} epochs', file=sys.stderr)
+            continue
+        key, seed, top1 = (match['backbone'], len(history)), int(match['seed']), float(history[-1]['eval_top1'])
+        rows[(*key, match['head'])][seed] = top1
         if match['head'] == 'queue':
-            rows[(*key, 'anchored')].append(anchored(args, folder, options)['after'])
+            result = anchored(args, folder, options)
+            if abs(result['before'] - top1) > 0.5:  # autocast makes a small difference
+                sys.exit(
+                    f'error: {folder.name} had top-1 {top1:.2f}, here {result["before"]:.2f}: is {args.data} its data?'
+                )
+            rows[(*key, 'anchored')][seed] = result['after']
     if not rows:
         sys.exit(f'error: no runs of {args.name} in {args.runs}: train them with benchmarks/dnc.sh')
 
     where = machine(args.device)
-    print(f'{args.name}; anchored on {where}; {date.today()}\n')
-    print('| backbone | epochs | head | top-1 | seeds |\n|---|---:|---|---:|---:|')
+    print(f'{args.name}, validation images; anchored on {where["gpu"] or where["cpu"]}; {date.today()}\n')
+    print('| backbone | epochs | head | top-1 | seeds |\n|---|---:|---|---:|---|')
     order = list(_HEADS)
-    for backbone, epochs, head in sorted(rows, key=lambda key: (key[0], key[1], order.index(key[2]))):
-        values = torch.tensor(rows[backbone, epochs, head])
+    for backbone, epochs, head in sorted(rows, key=lambda key: (*key[:2], order.index(key[2]))):
+        of_seeds = rows[backbone, epochs, head]
+        values = torch.tensor(list(of_seeds.values()))
         spread = f' ± {values.std():.2f}' if len(values) > 1 else ''
-        print(f'| `{backbone}` | {epochs} | {_HEADS[head]} | {values.mean():.2f}{spread} | {len(values)} |')
+        seeds = ', '.join(map(str, of_seeds))
+        print(f'| `{backbone}` | {epochs} | {_HEADS[head]} | {values.mean():.2f}{spread} | {seeds} |')
     if args.json:
-        table = [dict(zip(('backbone', 'epochs', 'head'), key), top1=values) for key, values in rows.items()]
+        table = [dict(zip(('backbone', 'epochs', 'head'), key), top1=of_seeds) for key, of_seeds in rows.items()]
         args.json.write_text(json.dumps(dict(machine=where, date=str(date.today()), rows=table), indent=2) + '\n')
 
 

@@ -60,7 +60,7 @@ def split_classes(args: argparse.Namespace) -> tuple[Path, Path, int]:
 
 def train(args: argparse.Namespace, class_map: Path, num_classes: int) -> Path:
     """Weights of a model of the other classes, trained like those of `benchmarks/dnc.sh`."""
-    name = f'{args.model}-{args.epochs}'
+    name = f'{args.model}-{num_classes}-classes-{args.img_size}px-{args.epochs}'
     weights = args.output / name / 'last.pth.tar'
     if weights.is_file():
         return weights
@@ -143,13 +143,14 @@ def main() -> None:
     print(
         f'{args.model}, {args.epochs} epochs on {known} classes; top-1 of {len(right)} images of {num_classes} others, '
     )
-    print(f'mean and deviation of {args.draws} draws; {machine(args.device)}; {date.today()}\n')
+    where = machine(args.device)
+    print(f'mean and deviation of {args.draws} draws; {where["gpu"] or where["cpu"]}; {date.today()}\n')
     print('| | ' + ' | '.join(f'{shots} images a class' for shots in args.shots) + ' |')
     print('|---|' + '---|' * len(args.shots))
     for name, row in figures.items():
         print(f'| {name} | ' + ' | '.join(f'{v["mean"]:.1f} ± {v["std"]:.1f}' for v in row.values()) + ' |')
     if args.json:
-        args.json.write_text(json.dumps(dict(machine=machine(args.device), figures=figures), indent=2) + '\n')
+        args.json.write_text(json.dumps(dict(machine=where, date=str(date.today()), figures=figures), indent=2) + '\n')
 
 
 if __name__ == '__main__':

@@ -14,6 +14,10 @@ cost eager --amp
 cost compiled --amp --compile --skip check
 cost float32 --skip check
 CLUSTER_ZOO_KERNELS=plain cost plain --amp --skip check
+for dtype in float32 bfloat16; do
+  python benchmarks/centroids.py --device cuda --dtype "$dtype" --markdown --json "$out/centroids-$dtype.json" |
+    tee "$out/centroids-$dtype.md"
+done
 python benchmarks/throughput.py --device cuda --amp --channels-last --batch-size 128 --rounds 5 --markdown \
   --json "$out/throughput.json" | tee "$out/throughput.md"
 python benchmarks/throughput.py --device cuda --amp --batch-size 8 --rounds 5 --growth --markdown \
