@@ -2,7 +2,7 @@
 
     python benchmarks/centroids.py [--dtype bfloat16] [--threads 2] [--json centroids.json] [--markdown]
 
-The update is that of `NearestCentroidHead.learn` with a full memory (spec of DNC, section 3.2), by default for 1,000
+The update is that of `NearestCentroidHead.learn` with a full memory (DNC paper, section 3.2), by default for 1,000
 classes of 4 sub-centroids and 100,000 remembered features. The loop does what the paper says, class by class: pick the
 features, share them among the sub-centroids, keep those classified correctly, move each sub-centroid. Its scores of all
 classes, which say what is classified correctly, are one matrix product in blocks, as they are here; a loop without that

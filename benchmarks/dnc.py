@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What `benchmarks/dnc.sh` has trained, as a table; the centroids of its default are anchored on the way.
+"""What `benchmarks/dnc.sh` has trained, as a table; the centroids of the default are anchored on the way.
 
     python benchmarks/dnc.py cifar10 DATA
     python benchmarks/dnc.py tiny_imagenet DATA --device cuda
@@ -34,13 +34,12 @@ from cluster_zoo.data import class_names, create_dataset  # noqa: E402
 from cluster_zoo.explain import anchor, draw_centroids, draw_explanation, explain  # noqa: E402
 from cluster_zoo.weights import load_checkpoint  # noqa: E402
 
-_RUN = r'dnc-{data}-(?P<backbone>\w+)-(?P<head>linear|published|queue|fixed)-(?P<seed>\d+)'
+_RUN = r'dnc-{data}-(?P<backbone>\w+)-(?P<head>linear|published|queue|default)-(?P<seed>\d+)'
 _HEADS = dict(
     linear='linear',
-    published='DNC, published schedule',
-    queue='DNC, default',
-    anchored='DNC, default, anchored in images',
-    fixed='DNC, centroids fixed at random',
+    published='DNC, published schedule and start',
+    queue='DNC, queue, published start',
+    default='DNC, queue, common start (default)',
 )
 
 
@@ -51,6 +50,7 @@ def parse() -> argparse.Namespace:
     add('data', type=Path, help='folder with train and val')
     add('--runs', type=Path, default=ROOT / 'output' / 'train', help='where the runs are (default: %(default)s)')
     add('--device', default='cpu')
+    add('--anchor', nargs='*', default=['default'], choices=list(_HEADS), help='heads to anchor (default: default)')
     add('--workers', type=int, default=1)
     add('--json', type=Path, help='write the figures there too')
     return parser.parse_args()
@@ -91,26 +91,27 @@ def main() -> None:
             continue
         key, seed, top1 = (match['backbone'], len(history)), int(match['seed']), float(history[-1]['eval_top1'])
         rows[(*key, match['head'])][seed] = top1
-        if match['head'] == 'queue':
+        if match['head'] in args.anchor:
             result = anchored(args, folder, options)
             if abs(result['before'] - top1) > 0.5:  # autocast makes a small difference
                 sys.exit(
                     f'error: {folder.name} had top-1 {top1:.2f}, here {result["before"]:.2f}: is {args.data} its data?'
                 )
-            rows[(*key, 'anchored')][seed] = result['after']
+            rows[(*key, f'{match["head"]}, anchored')][seed] = result['after']
     if not rows:
         sys.exit(f'error: no runs of {args.name} in {args.runs}: train them with benchmarks/dnc.sh')
 
     where = machine(args.device)
     print(f'{args.name}, validation images; anchored on {where["gpu"] or where["cpu"]}; {date.today()}\n')
     print('| backbone | epochs | head | top-1 | seeds |\n|---|---:|---|---:|---|')
-    order = list(_HEADS)
+    names = {**_HEADS, **{f'{head}, anchored': f'{name}, anchored' for head, name in _HEADS.items()}}
+    order = [name for head in _HEADS for name in (head, f'{head}, anchored')]
     for backbone, epochs, head in sorted(rows, key=lambda key: (*key[:2], order.index(key[2]))):
         of_seeds = rows[backbone, epochs, head]
         values = torch.tensor(list(of_seeds.values()))
         spread = f' ± {values.std():.2f}' if len(values) > 1 else ''
         seeds = ', '.join(map(str, of_seeds))
-        print(f'| `{backbone}` | {epochs} | {_HEADS[head]} | {values.mean():.2f}{spread} | {seeds} |')
+        print(f'| `{backbone}` | {epochs} | {names[head]} | {values.mean():.2f}{spread} | {seeds} |')
     if args.json:
         table = [dict(zip(('backbone', 'epochs', 'head'), key), top1=of_seeds) for key, of_seeds in rows.items()]
         args.json.write_text(json.dumps(dict(machine=where, date=str(date.today()), rows=table), indent=2) + '\n')

@@ -6,13 +6,18 @@
 #   bash benchmarks/dnc.sh gpu cifar10 DATA         one GPU: 100 epochs and three seeds; not run yet
 #   bash benchmarks/dnc.sh gpu tiny_imagenet DATA
 #
-# DATA holds train.tar and val.tar, or train/ and val/, of class folders of images. The heads are `linear`, `published`
-# (the memory once in 1000 batches, as in the authors' code), `queue` (the memory in every batch, the default) and, for one
-# backbone, `fixed` (centroids stay where they started: what does learning them cost?). A run that has begun is gone on
-# with. Then `python benchmarks/dnc.py cifar10 DATA` anchors centroids and prints a table.
+# DATA holds train.tar and val.tar, or train/ and val/, of class folders of images. The heads are
+#
+#   linear
+#   published   the memory once in 1000 batches, sub-centroids start in unrelated directions
+#   queue       the memory in every batch, the same start
+#   default     the memory in every batch, the sub-centroids of a class start near each other
+#
+# A run that has begun is gone on with; HEADS="linear default" picks some. Then `python benchmarks/dnc.py cifar10 DATA`
+# anchors centroids and prints a table.
 set -euo pipefail
-[[ ${1:-} =~ ^(cpu|gpu)$ && ${2:-} =~ ^(cifar10|tiny_imagenet)$ && -e ${3:-} ]] || { sed -n '2,14p' "$0" >&2; exit 2; }
-where=$1 data=$2 folder=$(realpath "$3")
+[[ ${1:-} =~ ^(cpu|gpu)$ && ${2:-} =~ ^(cifar10|tiny_imagenet)$ && -e ${3:-} ]] || { sed -n '2,18p' "$0" >&2; exit 2; }
+where=$1 data=$2 folder=$(realpath "$3") heads=${HEADS:-linear published queue default}
 cd "$(dirname "$0")/.."
 
 common=(
@@ -43,8 +48,8 @@ train() {  # BACKBONE HEAD SEED EPOCHS OPTIONS...
   local backbone=$1 head=$2 seed=$3 epochs=$4 model=$1
   shift 4
   [[ $head == linear ]] || model=dnc_$backbone
-  [[ $head != fixed ]] || set -- "$@" --centroid-momentum 1
   [[ $head != published ]] || set -- "$@" --centroid-every 1000
+  [[ $head == linear || $head == default ]] || set -- "$@" --common-start 0
   python3 train.py "${common[@]}" --model "$model" --seed "$seed" --epochs "$epochs" "$@" \
     --experiment "dnc-$data-$backbone-$head-$seed"
 }
@@ -63,8 +68,8 @@ start() {
   running+=($!)
 }
 for seed in "${seeds[@]}"; do
-  for head in linear published queue fixed; do start "$resnet" "$head" "$seed" "${epochs[0]}" "${resnet_options[@]}"; done
-  for head in linear published queue; do start "$cluster" "$head" "$seed" "${epochs[1]}" "${cluster_options[@]}"; done
+  for head in $heads; do start "$resnet" "$head" "$seed" "${epochs[0]}" "${resnet_options[@]}"; done
+  for head in $heads; do start "$cluster" "$head" "$seed" "${epochs[1]}" "${cluster_options[@]}"; done
 done
 finish 0
 exit "$failed"

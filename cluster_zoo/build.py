@@ -34,6 +34,7 @@ from torchvision import transforms
 
 from .centroids import CentroidLearning
 from .data import DataError, check_dataset, create_dataset
+from .dnc import VARIANTS
 from .features import centroid_heads
 from .options import OptionError, nearest
 from .task import learns_centroids
@@ -144,6 +145,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     overlay = dict(file=args.pretrained_path, num_classes=-1) if args.pretrained_path else None
     model = create(
         args,
+        **_common_start(args),
         pretrained=args.pretrained or bool(args.pretrained_path),
         pretrained_cfg_overlay=overlay,
         drop_rate=args.drop,
@@ -183,6 +185,12 @@ def _init_head(model: nn.Module, args: argparse.Namespace) -> None:
     if args.head_init_bias is not None:
         with blame('--head-init-bias'):
             nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
+
+
+def _common_start(args: argparse.Namespace) -> dict[str, float]:
+    # A recipe may be shared with a linear model, for a comparison.
+    meant = 'common_start' in args.given or args.model.split('.')[0] in VARIANTS
+    return dict(common_start=args.common_start) if meant and args.common_start is not None else {}
 
 
 def _set_centroid_learning(model: nn.Module, args: argparse.Namespace) -> None:

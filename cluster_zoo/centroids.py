@@ -199,6 +199,9 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         in_features: Width D of the features.
         num_classes: Classes K.
         sub_centroids: Sub-centroids k of each class.
+        common_start: Weight of a direction that the sub-centroids of a class have in common when they start, against
+            one of their own. With 0 all start in unrelated directions, as published, and a network has to learn each
+            class k times: measurably slower in few epochs of many classes. With 2 their cosine is about 0.8.
         learning: How `learn` moves the centroids; may be replaced at any time.
 
     Raises:
@@ -210,6 +213,7 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         in_features: int,
         num_classes: int,
         sub_centroids: int = 4,
+        common_start: float = 2.0,
         learning: CentroidLearning | None = None,
         device=None,
         dtype=None,
@@ -219,9 +223,12 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         for name, value in dict(in_features=in_features, num_classes=num_classes, sub_centroids=sub_centroids).items():
             if value < 1:
                 raise ValueError(f'A nearest-centroid head needs {name} of at least 1, got {value}.')
+        if not 0 <= common_start < float('inf'):
+            raise ValueError(f'A nearest-centroid head needs common_start of at least 0, got {common_start}.')
         self.in_features = in_features
         self.num_classes = num_classes
         self.sub_centroids = sub_centroids
+        self.common_start = common_start
         self.learning = learning or CentroidLearning()
         self.memory = self._memory_of = None  # the first batch that is learned allocates it
         self.batches = 0  # learned so far
@@ -234,8 +241,11 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Centroids in random directions, norms without effect."""
+        """Centroids in random directions, those of a class near each other; norms without effect."""
         trunc_normal_(self.prototypes, std=0.02)
+        if self.common_start > 0:
+            common = trunc_normal_(torch.empty_like(self.prototypes[:, :1]), std=0.02)
+            self.prototypes.add_(common, alpha=self.common_start)
         self.prototypes.copy_(unit(self.prototypes))
         self.forget_anchors()
         self.memory, self.batches, self._exact = None, 0, None

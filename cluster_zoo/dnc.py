@@ -31,11 +31,13 @@ class NearestCentroidMixin(nn.Module):
         backbone_class: The timm class behind this one.
         classifier_name: Submodule that is the head, such as ``'fc'`` or ``'head.fc'``.
         sub_centroids: Sub-centroids of each class.
+        common_start: How close they start, see `NearestCentroidHead`.
     """
 
     backbone_class: type[nn.Module]
     classifier_name: str
     sub_centroids: int
+    common_start: float
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, **kwargs: Any) -> None:
         """A new centroid head, or none.
@@ -75,6 +77,7 @@ class NearestCentroidMixin(nn.Module):
             linear.in_features,
             linear.out_features,
             self.sub_centroids,
+            self.common_start,
             device=linear.weight.device,
             dtype=linear.weight.dtype,
         )
@@ -102,7 +105,7 @@ def _new_instance(backbone: type[nn.Module]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def _convert(model: nn.Module, sub_centroids: int) -> nn.Module:
+def _convert(model: nn.Module, sub_centroids: int = 4, common_start: float = 2.0) -> nn.Module:
     """Turn a timm classifier, in place, into one that ends in a centroid head."""
     name = model.pretrained_cfg.get('classifier')
     if not isinstance(name, str) or not hasattr(model, 'reset_classifier'):
@@ -113,7 +116,7 @@ def _convert(model: nn.Module, sub_centroids: int) -> nn.Module:
         )
     model.__class__ = _nearest_centroid_class(type(model))
     model.classifier_name = name
-    model.sub_centroids = sub_centroids
+    model.sub_centroids, model.common_start = sub_centroids, common_start
     if model.num_classes > 0:
         model._replace_linear()
     return model
@@ -123,6 +126,7 @@ def nearest_centroid(
     model_name: str,
     num_classes: int | None = None,
     sub_centroids: int = 4,
+    common_start: float = 2.0,
     pretrained: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
@@ -137,6 +141,7 @@ def nearest_centroid(
         model_name: A model name of timm or of this package, with or without a tag.
         num_classes: Classes; as in the backbone's configuration if None, 0 for features.
         sub_centroids: Sub-centroids of each class.
+        common_start: How close they start, see `NearestCentroidHead`.
         pretrained: Start from the backbone's pretrained weights. The centroids are new in any case.
         **kwargs: As for ``timm.create_model``. A ``checkpoint_path`` is loaded into the finished model.
 
@@ -156,7 +161,7 @@ def nearest_centroid(
     model = timm.create_model(model_name, pretrained=pretrained, num_classes=num_classes, **kwargs)
     if isinstance(model, NearestCentroidMixin):
         raise ValueError(f"'{model_name}' has a nearest-centroid head already: use timm.create_model('{model_name}').")
-    model = _convert(model, sub_centroids)
+    model = _convert(model, sub_centroids, common_start)
     # timm looks here for the parameters that depend on the number of classes
     model.pretrained_cfg = model.default_cfg = dict(
         model.pretrained_cfg, classifier=f'{model.classifier_name}.mask_norm'
@@ -224,8 +229,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def _build(backbone: str, sub_centroids: int = 4, **kwargs: Any) -> nn.Module:
-    return _convert(model_entrypoint(backbone)(**kwargs), sub_centroids)
+def _build(backbone: str, sub_centroids: int = 4, common_start: float = 2.0, **kwargs: Any) -> nn.Module:
+    return _convert(model_entrypoint(backbone)(**kwargs), sub_centroids, common_start)
 
 
 def _create_dnc(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:

@@ -49,6 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         smoothing=0.0,
         batch_size=256,
         centroid_every=1000,
+        common_start=0.0,
     ),
     'dnc_swin': dict(
         opt='adamw',
@@ -66,6 +67,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         cutmix=1.0,
         reprob=0.25,
         smoothing=0.1,
+        common_start=0.0,
         centroid_every=500,  # of Swin-T; the authors have 400 for S and 300 for B
     ),
     # DNC on CIFAR-10: 32 px, padded by 4 and cropped, flipped, nothing else.
@@ -85,6 +87,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         train_crop_mode='pad',
         color_jitter=0.0,
         centroid_every=1000,
+        common_start=0.0,
     ),
 }
 
