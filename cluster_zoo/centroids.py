@@ -199,10 +199,10 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         in_features: Width D of the features.
         num_classes: Classes K.
         sub_centroids: Sub-centroids k of each class.
+        learning: How `learn` moves the centroids; may be replaced at any time.
         common_start: Weight of a direction that the sub-centroids of a class have in common when they start, against
             one of their own. With 0 all start in unrelated directions, as published, and a network has to learn each
             class k times: measurably slower in few epochs of many classes. With 2 their cosine is about 0.8.
-        learning: How `learn` moves the centroids; may be replaced at any time.
 
     Raises:
         ValueError: One of the sizes is not positive.
@@ -213,8 +213,8 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         in_features: int,
         num_classes: int,
         sub_centroids: int = 4,
-        common_start: float = 2.0,
         learning: CentroidLearning | None = None,
+        common_start: float = 2.0,
         device=None,
         dtype=None,
     ):

@@ -77,7 +77,7 @@ class NearestCentroidMixin(nn.Module):
             linear.in_features,
             linear.out_features,
             self.sub_centroids,
-            self.common_start,
+            common_start=self.common_start,
             device=linear.weight.device,
             dtype=linear.weight.dtype,
         )

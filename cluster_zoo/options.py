@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import yaml
 from timm.utils import ParseKwargs
 
-from .recipes import RECIPES, recipe_for
+from .recipes import PUBLISHED_CENTROIDS, RECIPES, recipe_for
 
 LEFT_OUT = (
     "Not here, of timm's options: the NaFlex loader (--naflex-*), which needs models that take patches, and "
@@ -71,6 +71,9 @@ class Parser(argparse.ArgumentParser):
     def _recipe(values: dict[str, Any], chosen: set[str]) -> dict[str, Any]:
         name = recipe_for(values['model']) if values['recipe'] == 'auto' else values['recipe']
         recipe = dict(RECIPES[name], recipe=name)
+        if values['recipe'] == 'auto':
+            # Who names the paper's recipe wants its centroids too; this package's learn faster.
+            recipe = {dest: value for dest, value in recipe.items() if dest not in PUBLISHED_CENTROIDS}
         if 'lr_base' in chosen and 'lr' not in chosen:
             recipe.pop('lr', None)  # who sets the rate to be scaled does not want the recipe's fixed one
         return recipe

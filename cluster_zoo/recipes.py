@@ -91,6 +91,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
 }
 
+# What in the recipes is about the learning of centroids. This package's own defaults for these measure better.
+PUBLISHED_CENTROIDS = ('centroid_every', 'common_start')
+
 # First match wins, so the longer prefixes come first.
 _BY_PREFIX = (
     ('dnc_coc', 'coc'),

@@ -234,7 +234,8 @@ def train_parser() -> Parser:
         '--recipe',
         default='auto',
         choices=('auto', *RECIPES),
-        help="defaults to start from; auto: the paper's for coc_*, fec_* and dnc_* models, timm's for any other",
+        help="defaults to start from; auto: the paper's for coc_*, fec_* and dnc_* models (except for how centroids "
+        "learn), timm's for any other",
     )
     group = add_dataset_options(parser)
     group.add_argument('--train-split', default='train', metavar='NAME', help='training split')

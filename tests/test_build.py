@@ -252,12 +252,12 @@ def test_centroid_options_reach_the_head():
     assert head.learning == CentroidLearning(
         momentum=0.9, temperature=0.1, memory=50, every=3, dtype=torch.bfloat16, contrast=0.005
     )
-    assert build.build_model(_args('--model', 'dnc_resnet18')).get_classifier().learning == CentroidLearning(
-        memory=256_000, every=1000
-    )  # as its paper has it
-    assert build.build_model(_args('--model', 'dnc_resnet18', '--recipe', 'timm')).get_classifier().learning == (
-        CentroidLearning()
-    )
+    published = build.build_model(_args('--model', 'dnc_resnet18', '--recipe', 'dnc_resnet')).get_classifier()
+    assert (published.learning, published.common_start) == (CentroidLearning(every=1000), 0)
+    ours = build.build_model(_args('--model', 'dnc_resnet18')).get_classifier()
+    assert (ours.learning, ours.common_start) == (CentroidLearning(), 2)
+    typed = build.build_model(_args('--model', 'dnc_resnet18', '--common-start', 1)).get_classifier()
+    assert typed.common_start == 1
 
 
 def test_recipe_of_centroids_for_a_linear_model():
@@ -265,6 +265,8 @@ def test_recipe_of_centroids_for_a_linear_model():
     assert isinstance(build.build_model(_args('--recipe', 'dnc_cifar')), torch.nn.Module)
     with pytest.raises(OptionError, match=r'^--centroid-every: test_resnet has no centroids; dnc_\* models have$'):
         build.build_model(_args('--recipe', 'dnc_cifar', '--centroid-every', 5))
+    with pytest.raises(OptionError, match='common_start'):
+        build.build_model(_args('--common-start', 1))
 
 
 @pytest.mark.parametrize('kind', ['', 'Logit', 'Feature'])

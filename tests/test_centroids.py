@@ -121,6 +121,20 @@ def test_centroids_are_a_buffer_of_unit_vectors():
     assert not head.prototypes.requires_grad and head.prototypes.grad is None
 
 
+@pytest.mark.parametrize(('common_start', 'cosine'), [(0.0, 0.0), (1.0, 0.5), (2.0, 0.8), (10.0, 100 / 101)])
+def test_common_start(common_start, cosine):
+    p = NearestCentroidHead(2000, 20, 4, common_start=common_start).prototypes
+    within = torch.stack([(each @ each.T)[~torch.eye(4, dtype=torch.bool)].mean() for each in p]).mean()
+    assert within.item() == pytest.approx(cosine, abs=0.02)
+    assert (p[0] @ p[1].T).abs().max() < 0.15  # the classes are unrelated in any case
+
+
+@pytest.mark.parametrize('common_start', [-1.0, float('inf'), float('nan')])
+def test_common_start_out_of_range(common_start):
+    with pytest.raises(ValueError, match='common_start'):
+        NearestCentroidHead(8, 3, common_start=common_start)
+
+
 def test_gradients():
     head = set_head(NearestCentroidHead(6, 4, 2).double())
     x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)

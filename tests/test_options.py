@@ -169,7 +169,8 @@ def test_centroid_options_are_left_to_the_model_unless_given():
     names = [name for name in vars(args) if name.startswith('centroid_')]
     assert len(names) == 6 and all(getattr(args, name) is None for name in [*names, 'sub_centroids'])
     args = train_parser().resolve(['--model', 'dnc_resnet50', '--centroid-every', '7'])
-    assert (args.centroid_every, args.centroid_memory) == (7, None) and args.given == ['centroid_every', 'model']
+    assert (args.centroid_every, args.centroid_memory, args.common_start) == (7, None, None)
+    assert args.given == ['centroid_every', 'model']
 
 
 def test_centroid_dtype_is_one_of_three(capsys):
