@@ -46,7 +46,7 @@ _HEADS = dict(
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add('name', choices=('cifar10', 'tiny_imagenet'))
+    add('name', choices=('cifar10', 'cifar10_small', 'tiny_imagenet'))
     add('data', type=Path, help='folder with train and val')
     add('--runs', type=Path, default=ROOT / 'output' / 'train', help='where the runs are (default: %(default)s)')
     add('--device', default='cpu')
@@ -58,7 +58,7 @@ def parse() -> argparse.Namespace:
 
 def anchored(args: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dict[str, float]:
     """Top-1 in percent before and after the centroids of a run become training images."""
-    model = timm.create_model(options['model'], num_classes=options['num_classes'])
+    model = timm.create_model(options['model'], num_classes=options['num_classes'], **options['model_kwargs'])
     load_checkpoint(model, folder / 'last.pth.tar')
     model.to(args.device)
     transform = create_transform(**resolve_data_config(options, model=model))  # as in the run

@@ -3,6 +3,7 @@
 #
 #   bash benchmarks/dnc.sh cpu cifar10 DATA         a few epochs, two runs of one thread at a time
 #   bash benchmarks/dnc.sh cpu tiny_imagenet DATA
+#   bash benchmarks/dnc.sh cpu cifar10_small DATA   a narrow ResNet with one block a stage, two seeds
 #   bash benchmarks/dnc.sh gpu cifar10 DATA         one GPU: 100 epochs and three seeds; not run yet
 #   bash benchmarks/dnc.sh gpu tiny_imagenet DATA
 #
@@ -16,7 +17,7 @@
 # A run that has begun is gone on with; HEADS="linear default" picks some. Then `python benchmarks/dnc.py cifar10 DATA`
 # anchors centroids and prints a table.
 set -euo pipefail
-[[ ${1:-} =~ ^(cpu|gpu)$ && ${2:-} =~ ^(cifar10|tiny_imagenet)$ && -e ${3:-} ]] || { sed -n '2,18p' "$0" >&2; exit 2; }
+[[ ${1:-} =~ ^(cpu|gpu)$ && ${2:-} =~ ^(cifar10|cifar10_small|tiny_imagenet)$ && -e ${3:-} ]] || { sed -n '2,19p' "$0" >&2; exit 2; }
 where=$1 data=$2 folder=$(realpath "$3") heads=${HEADS:-linear published queue default}
 cd "$(dirname "$0")/.."
 
@@ -26,7 +27,7 @@ common=(
 )
 sgd=(--opt sgd --lr 0.1 --weight-decay 5e-4 --warmup-epochs 0)
 adamw=(--opt adamw --lr 1e-3 --weight-decay 0.05 --clip-grad 1 --warmup-epochs 1 --warmup-lr 1e-6)
-if [[ $data == cifar10 ]]; then
+if [[ $data == cifar10* ]]; then
   common+=(--num-classes 10 -b 128)
   resnet=resnet18_cifar resnet_options=("${sgd[@]}" --img-size 32 --train-crop-mode pad)
   cluster=coc_tiny cluster_options=("${adamw[@]}" --img-size 64 --crop-pct 1 --scale 0.5 1 --ratio 0.9 1.11)
@@ -36,6 +37,9 @@ else
   resnet=resnet18 resnet_options=("${adamw[@]}")
   cluster=fec_small cluster_options=("${adamw[@]}")
   epochs_cpu=(3 1) epochs_gpu=(100 100)
+fi
+if [[ $data == cifar10_small ]]; then
+  epochs_cpu=(2) epochs_gpu=(30) resnet_options+=(--model-kwargs 'channels=(16,32,64,128)' 'layers=(1,1,1,1)')
 fi
 if [[ $where == cpu ]]; then
   export OMP_NUM_THREADS=1
@@ -67,9 +71,12 @@ start() {
   train "$@" &
   running+=($!)
 }
+[[ $data != cifar10_small ]] || seeds=(42 43)
 for seed in "${seeds[@]}"; do
   for head in $heads; do start "$resnet" "$head" "$seed" "${epochs[0]}" "${resnet_options[@]}"; done
-  for head in $heads; do start "$cluster" "$head" "$seed" "${epochs[1]}" "${cluster_options[@]}"; done
+  if [[ $data != cifar10_small ]]; then
+    for head in $heads; do start "$cluster" "$head" "$seed" "${epochs[1]}" "${cluster_options[@]}"; done
+  fi
 done
 finish 0
 exit "$failed"
