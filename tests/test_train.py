@@ -19,6 +19,7 @@ import pytest
 import timm
 import torch
 import yaml
+from checkpoints import assert_same
 from PIL import Image
 
 from cluster_zoo.weights import load_checkpoint
@@ -45,23 +46,6 @@ def _summary(folder):
 
 def _load(path):
     return torch.load(path, weights_only=True)
-
-
-def _assert_same(a, b):
-    """Equal to the bit, whatever the nesting."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            _assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            _assert_same(x, y)
-    else:
-        assert a == b
 
 
 # What a run writes
@@ -102,7 +86,7 @@ def test_checkpoint_is_plain_data_in_timms_layout(run, tmp_path):
     for load in (timm.models.load_checkpoint, load_checkpoint):
         model = timm.create_model('test_resnet', num_classes=3)
         load(model, str(tmp_path / 'a' / 'last.pth.tar'))
-        _assert_same(dict(model.state_dict()), dict(checkpoint['state_dict_ema']))
+        assert_same(dict(model.state_dict()), dict(checkpoint['state_dict_ema']))
 
 
 def test_learns(run, tmp_path):
@@ -229,7 +213,7 @@ def _assert_same_run(a, b):
     first, second = _load(a / 'last.pth.tar'), _load(b / 'last.pth.tar')
     for key in ('state_dict', 'state_dict_ema', 'optimizer', 'metric', 'epoch', 'progress'):
         if key in first:
-            _assert_same(first[key], second[key])
+            assert_same(first[key], second[key])
     assert _summary(a) == _summary(b)
 
 
@@ -264,12 +248,12 @@ def test_resume_at_the_end_of_an_epoch(run, tmp_path):
     checkpoint = tmp_path / 'whole' / 'checkpoint-0.pth.tar'
     assert run('again', *flags, '--resume', checkpoint) == 0
     first, second = (_load(tmp_path / name / 'last.pth.tar') for name in ('whole', 'again'))
-    _assert_same(first['state_dict'], second['state_dict'])
+    assert_same(first['state_dict'], second['state_dict'])
     assert [row['epoch'] for row in _summary(tmp_path / 'again')] == ['1', '2']
     # A recovery checkpoint, as kept while a run goes on, will do as well.
     recovery = max((tmp_path / 'whole').glob('recovery-*'), key=lambda path: path.stat().st_mtime)
     assert run('third', *flags, '--resume', recovery) == 0
-    _assert_same(first['state_dict'], _load(tmp_path / 'third' / 'last.pth.tar')['state_dict'])
+    assert_same(first['state_dict'], _load(tmp_path / 'third' / 'last.pth.tar')['state_dict'])
 
 
 def test_resume_auto(run, train, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from checkpoints import assert_same
 from processes import run_processes, script
 
 import cluster_zoo  # noqa: F401  registers the models
@@ -35,23 +36,6 @@ def run(train, image_folder, tmp_path):
 
 def last(folder: Path) -> dict:
     return torch.load(folder / 'last.pth.tar', weights_only=True)
-
-
-def assert_same(a, b):
-    """Equal to the bit, whatever the nesting."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    else:
-        assert a == b
 
 
 def assert_same_run(a: Path, b: Path) -> None:
