@@ -82,7 +82,7 @@ def class_centroids(features: Tensor, labels: Tensor, num_classes: int, sub_cent
 def fit_centroids(
     model: NearestCentroidMixin,
     dataset: Dataset,
-    sub_centroids: int | None = None,
+    sub_centroids: int = 1,
     batch_size: int = 64,
     num_workers: int = 0,
     transform: Callable[[Image.Image], Tensor] | None = None,
@@ -94,7 +94,7 @@ def fit_centroids(
     Args:
         model: A `dnc_*` model, or one of `cluster_zoo.nearest_centroid`; its classes are replaced.
         dataset: PIL images and classes 0 .. K - 1, a few images of each.
-        sub_centroids: Of each class; as the model has if None.
+        sub_centroids: Of each class; one measures best with few images.
         batch_size, num_workers, transform: See `embed_dataset`.
 
     Raises:
@@ -103,7 +103,6 @@ def fit_centroids(
     """
     if not isinstance(model, NearestCentroidMixin):
         raise ValueError(f'{type(model).__name__} has no centroid head to replace: expected a dnc_* model.')
-    sub_centroids = centroid_head(model).sub_centroids if sub_centroids is None else sub_centroids
     if sub_centroids < 1:
         raise ValueError(f'sub_centroids must be at least 1, got {sub_centroids}.')
     features, labels = embed_dataset(model, dataset, batch_size, num_workers, transform)

@@ -89,7 +89,7 @@ def test_two_groups_of_a_class_get_a_centroid_each():
     torch.testing.assert_close(centroids, means, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize('sub_centroids', [None, 1])
+@pytest.mark.parametrize('sub_centroids', [4, 1])
 def test_new_classes(model, sub_centroids):
     before = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith('fc.')}
     feat_norm = model.get_classifier().feat_norm.weight.clone()
@@ -97,7 +97,7 @@ def test_new_classes(model, sub_centroids):
     assert fit_centroids(model, dataset, sub_centroids) is None
     assert dataset.transform is None and model.training
     head = model.get_classifier()
-    assert model.num_classes == 7 and head.prototypes.shape == (7, sub_centroids or 4, 32)
+    assert model.num_classes == 7 and head.prototypes.shape == (7, sub_centroids, 32)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert torch.equal(head.feat_norm.weight, feat_norm)
 
