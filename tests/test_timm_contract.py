@@ -49,14 +49,15 @@ def test_the_names_are_registered():
 
 @pytest.mark.parametrize('name', NAMES)
 def test_configuration_and_head_agree(name):
+    classes = 10 if name.endswith('_cifar') else 1000
     with torch.device('meta'):
         model = timm.create_model(name)
         cfg = model.default_cfg
         images = torch.empty(2, *cfg['input_size'])
         features = model.forward_features(images)
         hidden = model.forward_head(features, pre_logits=True)
-        assert model.pretrained_cfg is cfg and cfg['architecture'] == name and cfg == cfg | {'num_classes': 1000}
-        assert hidden.shape == (2, model.head_hidden_size) and model(images).shape == (2, 1000)
+        assert model.pretrained_cfg is cfg and cfg['architecture'] == name and cfg == cfg | {'num_classes': classes}
+        assert hidden.shape == (2, model.head_hidden_size) and model(images).shape == (2, classes)
         channels_last = getattr(model, 'output_fmt', 'NCHW') == 'NHWC'
         grid = features.shape[1:3] if channels_last else features.shape[2:]
         assert tuple(grid) == tuple(cfg['pool_size']) and model.num_features in features.shape
