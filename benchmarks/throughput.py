@@ -357,7 +357,8 @@ def check(args: argparse.Namespace) -> None:
         found = fnmatch.filter(known, pattern)
         if not found:
             raise ValueError(f'no model is called {pattern!r}{nearest(pattern, known)}')
-        args.models += [name for name in found if name not in args.models]
+        # Models for images of 32 pixels only if they are asked for by name
+        args.models += [n for n in found if n not in args.models and (n == pattern or not n.endswith('_cifar'))]
     args.modes = [mode for mode in MODES if mode in args.modes]
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise ValueError('--device cuda: torch finds no CUDA device here')
