@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Nearest centroids against a linear classifier: the same backbone, recipe and seed, three heads.
+# Nearest centroids against a linear classifier: the same backbone, recipe and seed, a linear head and three of centroids.
 #
 #   bash benchmarks/dnc.sh cpu cifar10 DATA         a few epochs, two runs of one thread at a time
 #   bash benchmarks/dnc.sh cpu tiny_imagenet DATA
