@@ -7,6 +7,7 @@ import torch
 from timm.task import ClassificationTask, TrainingTask
 from torch import Tensor
 
+from .centroids import NearestCentroidHead
 from .features import centroid_heads
 
 __all__ = ['NearestCentroidTask', 'learns_centroids']
@@ -30,7 +31,7 @@ class CentroidTaskMixin(TrainingTask):
             self._target = target
         for head in heads:
             if head.learning.contrast > 0:
-                contrast = head.contrast_loss(target)
+                contrast = head.contrast_loss(self._target_of(head))
                 result |= dict(loss=result['loss'] + head.learning.contrast * contrast, contrast_loss=contrast)
         return result
 
@@ -39,8 +40,21 @@ class CentroidTaskMixin(TrainingTask):
         if self._target is None:
             return
         for head in centroid_heads(self.get_trainable_module()):
-            head.learn(self._target)
+            head.learn(self._target_of(head))
         self._target = None
+
+    def centroid_target(self, target: Tensor, shape: torch.Size) -> Tensor:
+        """What the features that a head has seen are examples of; for a task whose batches are no such targets.
+
+        Args:
+            target: Of the batch.
+            shape: Of the features, without their width; targets that are class indices have the same.
+        """
+        return target
+
+    def _target_of(self, head: NearestCentroidHead) -> Tensor:
+        # Without features the head itself says what is wrong.
+        return self._target if head._seen is None else self.centroid_target(self._target, head._seen.shape[:-1])
 
     @torch.no_grad()
     def update_ema(self, step: int | None = None) -> None:
