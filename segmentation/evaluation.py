@@ -48,7 +48,7 @@ def evaluate(
         dataset: Images, as the model wants them, with their labels.
         device: Where to predict and to count.
         autocast: Makes the context to predict in.
-        protocol: Options of :func:`~segmentation.inference.predict`, such as mode, crop, scales (default: whole images).
+        protocol: Options of :func:`~segmentation.inference.predict`, such as mode and scales (default: whole images).
         batch_size: Images, and windows, that go through the model together.
         workers: Processes that load images; 0: this one does.
         rank: Number of this process, from 0.
