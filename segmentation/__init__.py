@@ -1,0 +1,12 @@
+"""Dense heads on the registered backbones and timm's: Semantic FPN, UPerNet, DeepLabV3+, FCN, CondNet, RegionProxy, DNC.
+
+>>> from segmentation import create_segmenter
+>>> model = create_segmenter('semantic_fpn', 'coc_small', num_classes=150)
+"""
+
+import cluster_zoo  # noqa: F401  registers the backbones
+
+from .configs import list_segmenters, segmenter_config
+from .segmenter import Segmenter, create_segmenter
+
+__all__ = ['Segmenter', 'create_segmenter', 'list_segmenters', 'segmenter_config']
