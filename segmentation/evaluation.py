@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from segmentation.datasets import SegmentationDataset
-from segmentation.inference import predict
-from segmentation.metrics import SegmentationMetrics
-from segmentation.overlays import OverlayWriter
+from .datasets import SegmentationDataset
+from .inference import predict
+from .metrics import SegmentationMetrics
+from .overlays import OverlayWriter
 
 __all__ = ['evaluate']
 

@@ -55,11 +55,12 @@ def predict(
     """
     check(mode, crop, stride, scales, chunk)
     size = size or images.shape[-2:]
+    stride, chunk = crop if stride is None else stride, chunk or len(images)
     total = None
     for scale, mirrored in product(scales, (False, True) if flip else (False,)):
         view = images if scale == 1 else resize(images, scaled_size(images.shape[-2:], scale, multiple))
         view = view.flip(-1) if mirrored else view
-        logits = model(view) if mode == 'whole' else slide(model, view, crop, stride or crop, chunk or len(images))
+        logits = model(view) if mode == 'whole' else slide(model, view, crop, stride, chunk)
         logits = resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), size)
         probabilities = (logits.flip(-1) if mirrored else logits).softmax(1)
         del logits
@@ -80,7 +81,7 @@ def check(
     if mode == 'slide' and crop is None:
         raise ValueError('mode slide needs a crop, the size of its windows')
     if mode == 'slide':
-        sides, steps = to_2tuple(crop), to_2tuple(stride or crop)
+        sides, steps = to_2tuple(crop), to_2tuple(crop if stride is None else stride)
         if min(*sides, *steps) < 1 or any(step > side for side, step in zip(sides, steps)):
             raise ValueError(f'crop {crop}, stride {stride}: expected 1 <= stride <= crop, or pixels would be left out')
     if not scales or min(scales) <= 0:

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from segmentation.datasets import SegmentationDataset
+    from .datasets import SegmentationDataset
 
 __all__ = ['OverlayWriter', 'draw_overlay']
 
@@ -89,7 +89,7 @@ class OverlayWriter:
 
     Args:
         dataset: The images and their labels. The photographs are taken from it as they are, without its transform.
-        folder: Where the PNG files go, one an image, under its name; made if it is missing.
+        folder: Where the PNG files go, one an image, under its number and name; made if it is missing.
         count: How many to draw.
     """
 
@@ -106,6 +106,6 @@ class OverlayWriter:
         if index not in self.chosen:
             return
         image, truth = self.dataset[index]
-        name = self.dataset.name(index)
-        picture = draw_overlay(image, prediction, self.dataset.classes, self.dataset.colours, truth, Path(name).name)
-        picture.save(self.folder / f'{"_".join(Path(name).with_suffix("").parts)}.png')
+        path = Path(self.dataset.name(index))
+        picture = draw_overlay(image, prediction, self.dataset.classes, self.dataset.colours, truth, path.name)
+        picture.save(self.folder / f'{index:04d}-{path.stem}.png')

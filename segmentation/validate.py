@@ -1,0 +1,245 @@
+#!/usr/bin/env python3
+"""Measure how well a model labels the pixels of a dataset, and how fast it is.
+
+    python segmentation/validate.py DATA --checkpoint output/segmentation/NAME/model_best.pth.tar
+    python segmentation/validate.py DATA --segmenter condnet_r50_ade20k --checkpoint FILE --scales 0.75 1 1.25 --flip
+    torchrun --nproc-per-node=4 segmentation/validate.py DATA --checkpoint FILE --mode slide --crop 512 --stride 342
+
+A checkpoint of segmentation/train.py knows its model, its dataset and how it is tested; options win over it. Read from
+the bottom up: `main`, then `measure`, which builds what it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# Started as a file, its own folder would be searched for modules, whose names are also others'.
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.distributed as dist
+from timm import utils
+
+from cluster_zoo import build
+from cluster_zoo.data import DataError
+from cluster_zoo.options import OptionError, Parser, available_workers
+from cluster_zoo.weights import CheckpointError, load_state_dict
+from segmentation import Segmenter, create_segmenter, inference, options, segmenter_config
+from segmentation.datasets import SegmentationDataset, create_dataset
+from segmentation.evaluation import evaluate
+from segmentation.metrics import table
+from segmentation.overlays import OverlayWriter
+from segmentation.transforms import eval_transform
+
+_logger = logging.getLogger('validate')
+
+
+def parser() -> Parser:
+    """The script's options."""
+    parser = Parser(
+        prog='validate.py',
+        usage='%(prog)s DATA [options]',
+        description='Measure intersection over union, accuracy and speed of a segmentation model.',
+    )
+    group = options.add_data_options(parser)
+    group.add_argument('--split', default='val', metavar='NAME', help='split to measure on (default: val)')
+    group = options.add_model_options(parser)
+    group.add_argument('--checkpoint', metavar='FILE', help="weights: of train.py, or a published system's")
+    group = options.add_test_options(parser, prefix='')
+    add = group.add_argument
+    add('--scales', type=float, nargs='+', default=[1.0], metavar='F', help='average over these scales (default: 1)')
+    add('--flip', action='store_true', help='average with the mirrored image')
+    group = options.add_runtime_options(parser)
+    group.add_argument('-b', '--batch-size', type=int, default=8, metavar='N', help='images in a batch (default: 8)')
+    add = parser.add_argument_group('results').add_argument
+    add('--results-file', metavar='FILE', help='write the results here, as JSON')
+    add('--overlays', metavar='DIR', help='draw predictions over their photographs, into this folder')
+    add('--num-overlays', type=int, default=4, metavar='N', help='so many of them (default: 4)')
+    return parser
+
+
+def saved_options(path: str) -> dict[str, Any]:
+    """Options of the training run that a checkpoint comes from; empty for weights alone.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    if not path.endswith('.safetensors'):
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                saved = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
+            saved = saved.get('args') if isinstance(saved, dict) else None
+            return dict(saved if isinstance(saved, dict) else vars(saved) if saved else {})
+        except Exception:  # as many kinds as there are damages; also for an old format, which cannot be mapped
+            load_state_dict(path)  # says what is wrong
+    return {}
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Sets what was not given: from the checkpoint's run, unless another model is named, or the published system."""
+    if not args.data:
+        raise OptionError('no data given: name the folder of the dataset, or its .tar')
+    if not args.checkpoint:
+        raise OptionError('no --checkpoint given: figures of random weights mean nothing')
+    saved = saved_options(args.checkpoint)
+    if not (args.segmenter or args.head):
+        options.fill(args, saved, (*options.MODEL_OPTIONS, *options.TEST_OPTIONS))
+    options.fill(args, saved, options.DATA_OPTIONS)
+    if args.segmenter:
+        options.fill(args, options.config_options(segmenter_config(args.segmenter)), ('dataset', *options.TEST_OPTIONS))
+    args.dataset = args.dataset or 'folder'
+
+
+def set_up(args: argparse.Namespace) -> None:
+    """Device, processes and log."""
+    args.device = args.device or build.default_device()
+    with build.blame(f'--device {args.device}'):
+        torch.zeros(1, device=args.device)
+    utils.init_distributed_device(args)
+    logging.basicConfig(format='%(message)s')
+    _logger.setLevel(logging.INFO if utils.is_primary(args) else logging.ERROR)
+    if 'workers' not in args.given:
+        args.workers = available_workers(args.workers)
+    if args.batch_size < 1 or args.workers < 0 or args.num_overlays < 0:
+        raise OptionError('--batch-size must be at least 1, --workers and --num-overlays at least 0')
+
+
+def build_dataset(args: argparse.Namespace) -> SegmentationDataset:
+    """The split to measure on, its images as the model wants them."""
+    normalisation = {name: getattr(args, name) for name in ('mean', 'std') if getattr(args, name) is not None}
+    with build.blame('test images'):
+        transform = eval_transform(scale=args.test_scale, multiple=args.test_multiple, **normalisation)
+    return create_dataset(
+        args.dataset,
+        args.data,
+        args.split,
+        transform,
+        num_classes=args.num_classes,
+        workers=max(1, args.workers),
+    )
+
+
+def build_model(args: argparse.Namespace, dataset: SegmentationDataset) -> Segmenter:
+    """The model with its weights, without the head that only training needs, on the device."""
+    if args.num_classes is None and not args.segmenter:
+        args.num_classes = len(dataset.classes)
+    arguments = options.model_options(args)
+    with build.blame('model'):
+        model = create_segmenter(checkpoint_path=args.checkpoint, **arguments)
+    if model.num_classes != len(dataset.classes):
+        raise OptionError(
+            f'the model tells {model.num_classes} classes apart, {args.dataset} has {len(dataset.classes)}: give the '
+            '--dataset that it was trained for'
+        )
+    model.auxiliary = None
+    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
+    return model.to(device=args.device, memory_format=memory_format)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Builds what the options say, and goes over the split once.
+
+    Returns:
+        The figures of `evaluate`, parameters in millions, and the most memory of an accelerator in MB.
+    """
+    settle(args)
+    protocol = options.test_protocol(args) | dict(scales=args.scales, flip=args.flip)
+    with build.blame('test'):
+        inference.check(protocol['mode'], protocol.get('crop'), protocol.get('stride'), args.scales)
+    dataset = build_dataset(args)
+    model = build_model(args, dataset)
+    overlays = None
+    if args.overlays:
+        overlays = OverlayWriter(dataset, args.overlays, args.num_overlays)
+    autocast, _ = build.build_precision(args)
+    accelerated = torch.device(args.device).type != 'cpu'
+    if accelerated:
+        torch.accelerator.reset_peak_memory_stats()
+    try:
+        figures = evaluate(
+            model,
+            dataset,
+            args.device,
+            autocast,
+            protocol,
+            args.batch_size,
+            args.workers,
+            args.rank,
+            args.world_size,
+            overlays,
+        )
+    except torch.OutOfMemoryError as error:
+        raise OptionError(f'out of memory with batches of {args.batch_size}: lower --batch-size') from error
+    figures['parameters'] = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    if accelerated:
+        figures['memory'] = torch.accelerator.max_memory_allocated() / 2**20
+    return figures
+
+
+def report(args: argparse.Namespace, figures: dict[str, Any]) -> None:
+    """Prints the figures, and writes them with the options to `--results-file`."""
+    print(table(figures))
+    memory = f', {figures["memory"]:.0f} MB' if 'memory' in figures else ''
+    print(
+        f'{figures["images"]} images, {figures["images_per_second"]:.2f} images/s, '
+        f'{figures["parameters"]:.2f} M parameters{memory}'
+    )
+    if args.results_file:
+        process = ('given', 'distributed', 'world_size', 'rank', 'local_rank')
+        given = {name: value for name, value in vars(args).items() if name not in process}
+        with build.blame(f'--results-file {args.results_file}'):
+            Path(args.results_file).write_text(json.dumps(_rounded(figures) | dict(options=given), indent=4) + '\n')
+
+
+def _rounded(figures: dict[str, Any]) -> dict[str, Any]:
+    """For JSON, which has no nan."""
+    rounded = {}
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            value = _rounded(value)
+        elif isinstance(value, float):
+            value = None if math.isnan(value) else round(value, 4)
+        rounded[name] = value
+    return rounded
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the script.
+
+    Args:
+        argv: Arguments without the script's name; `sys.argv[1:]` when None.
+
+    Returns:
+        The exit status: 0, or 2 after a mistake of the user's.
+    """
+    try:
+        args = parser().resolve(argv)
+        set_up(args)
+        figures = measure(args)
+        if utils.is_primary(args):
+            report(args, figures)
+    except (OptionError, DataError, CheckpointError) as error:
+        # All processes make the same mistake.
+        if os.environ.get('LOCAL_RANK', '0') == '0':
+            print(f'error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Predictions from whole images, windows, scales and mirrored images, against plain loops in float64."""
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from segmentation.inference import predict, starts
+
+CLASSES = 5
+
+
+@pytest.fixture(scope='module')
+def model():
+    """A small network whose output at a pixel depends on its neighbours, on the borders, and on left and right."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 5, padding=2), nn.Tanh(), nn.Conv2d(8, CLASSES, 3, padding=1)).double().eval()
+
+
+def noise(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def plain_windows(model, image, crop, stride):
+    """Mean logits of one image [C, H, W], one window after the other, as one would write it down."""
+    height, width = image.shape[-2:]
+    canvas = torch.zeros(3, max(height, crop[0]), max(width, crop[1]), dtype=image.dtype)
+    canvas[:, :height, :width] = image
+    total, count = torch.zeros(CLASSES, *canvas.shape[1:], dtype=image.dtype), torch.zeros(canvas.shape[1:])
+    bottom = right = 0
+    top = 0
+    while bottom < canvas.shape[1]:
+        bottom = min(top + crop[0], canvas.shape[1])
+        left = right = 0
+        while right < canvas.shape[2]:
+            right = min(left + crop[1], canvas.shape[2])
+            window = (..., slice(bottom - crop[0], bottom), slice(right - crop[1], right))
+            total[window] += model(canvas[None][window])[0]
+            count[window] += 1
+            left += stride[1]
+        top += stride[0]
+    assert count.min() >= 1
+    return (total / count)[:, :height, :width]
+
+
+@pytest.mark.parametrize(
+    ('size', 'crop', 'stride'),
+    [
+        ((24, 31), 16, 16),  # windows side by side, the last ones moved back
+        ((24, 31), (12, 9), (5, 7)),
+        ((32, 16), 16, 8),  # that fit exactly
+        ((10, 31), 16, 11),  # lower than a window
+        ((7, 9), 16, 16),  # smaller than a window
+        ((23, 17), 16, 15),
+    ],
+)
+@pytest.mark.parametrize('chunk', [1, 4, 100])
+@torch.no_grad()
+def test_windows_are_those_of_a_plain_loop(model, size, crop, stride, chunk):
+    images = noise(3, 3, *size)
+    found = predict(model, images, mode='slide', crop=crop, stride=stride, chunk=chunk)
+    pairs = [side if isinstance(side, tuple) else (side, side) for side in (crop, stride)]
+    expected = torch.stack([plain_windows(model, image, *pairs) for image in images]).softmax(1)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_window_starts_cover_every_pixel_and_stay_inside():
+    for whole in range(1, 30):
+        for side in range(1, whole + 1):
+            for step in range(1, side + 1):
+                places = starts(whole, side, step)
+                assert {i for place in places for i in range(place, place + side)} == set(range(whole))
+                assert len(places) == len(set(places)) == -(-(whole - side) // step) + 1
+
+
+@torch.no_grad()
+def test_one_window_of_the_images_size_is_the_whole_image(model):
+    images = noise(2, 3, 20, 28)
+    whole = predict(model, images)
+    torch.testing.assert_close(whole, model(images).softmax(1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(predict(model, images, mode='slide', crop=(20, 28)), whole, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_larger_window_sees_zeros_below_and_to_the_right(model):
+    images = noise(2, 3, 20, 28)
+    expected = model(F.pad(images, (0, 4, 0, 12)))[..., :20, :28].softmax(1)
+    torch.testing.assert_close(predict(model, images, mode='slide', crop=32), expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_scales_and_flip_average_probabilities(model):
+    images = noise(2, 3, 24, 31)
+    size = (37, 50)
+    expected = []
+    for height, width in ((12, 16), (24, 31), (36, 47)):  # times 0.5, 1 and 1.5, rounded
+        view = F.interpolate(images, (height, width), mode='bilinear') if height != 24 else images
+        for mirrored in (False, True):
+            logits = model(view.flip(-1)).flip(-1) if mirrored else model(view)
+            expected.append(F.interpolate(logits, size, mode='bilinear').softmax(1))
+    found = predict(model, images, scales=(0.5, 1, 1.5), flip=True, size=size)
+    torch.testing.assert_close(found, sum(expected) / 6, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.sum(1), torch.ones(2, *size, dtype=torch.float64))
+
+
+def test_flip_changes_nothing_for_a_model_that_is_mirrored_with_its_image():
+    symmetric = nn.Conv2d(3, CLASSES, 3, padding=1).double()
+    with torch.no_grad():
+        symmetric.weight.add_(symmetric.weight.flip(-1))
+    images = noise(2, 3, 15, 18)
+    plain, flipped = (predict(symmetric, images, flip=flip) for flip in (False, True))
+    torch.testing.assert_close(flipped, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_flip_changes_something_for_any_other(model):
+    images = noise(1, 3, 15, 18)
+    assert (predict(model, images, flip=True) - predict(model, images)).abs().max() > 1e-3
+
+
+def test_scaled_images_have_sides_that_are_multiples():
+    seen = []
+
+    def model(x):
+        seen.append(tuple(x.shape[-2:]))
+        return x
+
+    predict(model, noise(1, 3, 40, 70), scales=(0.5, 1, 1.5), multiple=32)
+    assert seen == [(32, 64), (40, 70), (64, 128)]
+
+
+def test_windows_slide_at_every_scale_in_chunks_over_the_batch():
+    sizes, batches = set(), []
+
+    def model(x):
+        sizes.add(tuple(x.shape[-2:]))
+        batches.append(len(x))
+        return x
+
+    predict(model, noise(3, 3, 32, 32), mode='slide', crop=16, scales=(0.5, 1, 2), chunk=8)
+    assert sizes == {(16, 16)}
+    # 3 images of 1, 4 and 16 windows
+    assert batches == [3] + [8, 4] + [8] * 6
+
+
+def test_half_precision_is_averaged_in_float32(model):
+    half = model.to(torch.bfloat16)
+    images = noise(1, 3, 24, 24).bfloat16()
+    try:
+        found = predict(half, images, mode='slide', crop=16, stride=4, scales=(1, 1.5))
+    finally:
+        model.double()
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.sum(1), torch.ones(1, 24, 24))
+
+
+def test_nothing_is_kept_for_a_backward_pass(model):
+    assert not predict(model, noise(1, 3, 16, 16)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(mode='window'), "mode 'window': expected whole or slide"),
+        (dict(mode='slide'), 'needs a crop'),
+        (dict(mode='slide', crop=16, stride=17), 'stride 17'),
+        (dict(mode='slide', crop=(16, 8), stride=(8, 9)), 'pixels would be left out'),
+        (dict(mode='slide', crop=0), 'crop 0'),
+        (dict(mode='slide', crop=16, stride=0), 'stride 0'),
+        (dict(scales=()), 'one or more'),
+        (dict(scales=(1, 0)), 'above 0'),
+        (dict(mode='slide', crop=16, chunk=0), 'chunk 0'),
+    ],
+)
+def test_mistakes(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        predict(model, noise(1, 3, 16, 16), **options)
