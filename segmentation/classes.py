@@ -5,11 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cluster_zoo.data import DataError
+
 __all__ = ['ADE20K', 'CAMVID', 'CITYSCAPES', 'CITYSCAPES_IDS', 'IGNORE_INDEX', 'PASCAL_CONTEXT_59', 'Classes']
 __all__ += ['label_table', 'numbered_classes', 'pascal_colours']
 
 IGNORE_INDEX = 255  # in the masks that a dataset yields: a pixel that is neither learned from nor measured on
-MAX_CLASSES = IGNORE_INDEX  # the highest is one below it
 _LABELS = 1 << 16  # a mask has at most 16 bits a pixel
 
 
@@ -44,23 +45,24 @@ def numbered_classes(count: int) -> Classes:
     return Classes(tuple(map(str, range(count))), pascal_colours(count))
 
 
-def label_table(labels: Mapping[int, int]) -> np.ndarray:
+def label_table(labels: Mapping[int, int], count: int) -> np.ndarray:
     """A mapping from a mask's labels to classes, as an array to look them up in.
 
     Args:
         labels: Classes by label. 255 is ignored unless the mapping says otherwise.
+        count: Number of classes.
 
     Returns:
         [65536] int16: the class of each label, -1 for labels that the mapping does not name.
 
     Raises:
-        ValueError: A label is outside 0 to 65535, or a class outside 0 to 255 (255: to be ignored).
+        DataError: A label is not in 0 to 65535, or a class not in 0 to `count` - 1 (or 255, to ignore the label).
     """
     for label, number in labels.items():
-        if not 0 <= label < _LABELS or not 0 <= number <= IGNORE_INDEX:
-            raise ValueError(
-                f'{label}: {number} maps no label to a class: labels are 0 to {_LABELS - 1}, classes 0 to '
-                f'{MAX_CLASSES - 1}, or {IGNORE_INDEX} to ignore the label'
+        if not 0 <= label < _LABELS or not (0 <= number < count or number == IGNORE_INDEX):
+            raise DataError(
+                f'label {label} can not become class {number}: labels are 0 to {_LABELS - 1}, classes 0 to '
+                f'{count - 1}, or {IGNORE_INDEX} to ignore the label'
             )
     table = np.full(_LABELS, -1, np.int16)
     table[IGNORE_INDEX] = IGNORE_INDEX

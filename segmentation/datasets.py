@@ -5,7 +5,6 @@ with a dataset shows in one message before training starts. Images are taken as 
 photograph's EXIF data is not applied, because masks have none.
 """
 
-import io
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -30,13 +28,12 @@ from .classes import (
     CITYSCAPES,
     CITYSCAPES_IDS,
     IGNORE_INDEX,
-    MAX_CLASSES,
     PASCAL_CONTEXT_59,
     Classes,
     label_table,
     numbered_classes,
 )
-from .files import Archive, Folder, open_files
+from .files import Archive, Folder, open_files, read_image, read_labels
 
 __all__ = ['DATASETS', 'DataError', 'SegmentationDataset', 'create_dataset']
 
@@ -195,8 +192,8 @@ class SegmentationDataset(Dataset):
 
     def _read(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         sample = self.samples[index]
-        image = F.to_image(_open_image(self.files, sample.image, 'RGB'))
-        labels = _read_labels(self.files, sample.mask)
+        image = F.to_image(read_image(self.files, sample.image))
+        labels = read_labels(self.files, sample.mask)
         if image.shape[1:] != labels.shape:
             (height, width), (rows, columns) = image.shape[1:], labels.shape
             raise DataError(
@@ -264,7 +261,7 @@ def create_dataset(
         layout = _describe_folder(files, top, layout, splits, num_classes, remap, workers)
     if num_classes not in (None, len(layout.classes.names)):
         raise DataError(f'{name} in {root} has {len(layout.classes.names)} classes, not {num_classes}')
-    tables = {ending: label_table(labels) for ending, labels in layout.labels.items()}
+    tables = {ending: label_table(labels, len(layout.classes.names)) for ending, labels in layout.labels.items()}
     samples = []
     for part in split.split('+'):
         own = splits.get(part, part if part in splits.values() else None)
@@ -363,18 +360,11 @@ def _describe_folder(
     if not count:
         masks = [path for split in splits for path in files.below(_join(top, layout.masks.format(split=split)))]
         count = _count_classes(files, [path for path in masks if path.endswith('.png')], workers)
-    if not 0 < count <= MAX_CLASSES:
-        raise DataError(f'{files.root} would have {count} classes: 1 to {MAX_CLASSES} are possible')
-    labels = _same(count) if remap is None else dict(remap)
-    beyond = [f'{label}: {number}' for label, number in labels.items() if not _is_class(number, count)]
-    if beyond:
-        raise DataError(f'remap leads to no class of {count} (0 to {count - 1}, or {IGNORE_INDEX}): {_listed(beyond)}')
+    if not 0 < count <= IGNORE_INDEX:
+        raise DataError(f'{files.root} would have {count} classes: 1 to {IGNORE_INDEX} are possible')
     classes = numbered_classes(count)
+    labels = _same(count) if remap is None else remap
     return replace(layout, labels={'.png': labels}, classes=classes._replace(names=names or classes.names))
-
-
-def _is_class(number: int, count: int) -> bool:
-    return 0 <= number < count or number == IGNORE_INDEX
 
 
 def _class_names(files: Folder | Archive, path: str) -> tuple[str, ...]:
@@ -392,7 +382,7 @@ def _class_names(files: Folder | Archive, path: str) -> tuple[str, ...]:
 
 def _count_classes(files: Folder | Archive, masks: list[str], workers: int) -> int:
     def highest(path: str) -> int:
-        labels = _read_labels(files, path)
+        labels = read_labels(files, path)
         return int(labels[labels != IGNORE_INDEX].max(initial=-1))
 
     count = max(_in_threads(highest, masks, workers, 'Counting classes'), default=-1) + 1
@@ -402,31 +392,6 @@ def _count_classes(files: Folder | Archive, masks: list[str], workers: int) -> i
             f'say so (remap {{0: 0, {IGNORE_INDEX}: 1}})'
         )
     return count
-
-
-def _open_image(files: Folder | Archive, path: str, mode: str | None = None) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(files.read(path)))
-        return image.convert(mode) if mode else image
-    except Exception as error:  # what is no image fails anywhere in the decoders, with any error
-        raise DataError(f'{files.root / path} is not a readable image ({error})') from error
-
-
-def _read_labels(files: Folder | Archive, path: str) -> np.ndarray:
-    """The numbers that a mask holds: [H, W] of uint8 or uint16."""
-    image = _open_image(files, path)
-    # Pillow stretches grey of 2 and 4 bits to 0..255, which would make other labels of them.
-    depth = image.tile[0].args if image.tile else None
-    step = {'L;2': 85, 'L;4': 17}.get(depth, 1)
-    try:
-        image.load()
-    except Exception as error:  # as above
-        raise DataError(f'{files.root / path} is not a readable image ({error})') from error
-    if image.mode not in ('1', 'L', 'P', 'I;16', 'I;16B', 'I'):
-        raise DataError(
-            f'{files.root / path} is a picture in colour ({image.mode}): expected one number a pixel, grey or a palette'
-        )
-    return np.asarray(image).astype(np.uint16) // step
 
 
 def _in_threads(function: Callable, items: Iterable, workers: int, title: str) -> list:

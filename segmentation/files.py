@@ -1,12 +1,17 @@
-"""Where a dataset's files are read from: a folder, or an uncompressed tar that is read in place."""
+"""A dataset's files, in a folder or in an uncompressed tar that is read in place; decoding images and masks."""
 
+import io
 import os
 import tarfile
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 from cluster_zoo.data import DataError
 
-__all__ = ['Archive', 'Folder', 'open_files']
+__all__ = ['Archive', 'Folder', 'open_files', 'read_image', 'read_labels']
 
 
 class Folder:
@@ -19,11 +24,12 @@ class Folder:
         return (self.root / folder).is_dir()
 
     def folders(self, folder: str) -> list[str]:
-        """Names of the folders directly in one, sorted."""
-        return sorted(entry.name for entry in (self.root / folder).iterdir() if entry.is_dir())
+        """Names of the folders directly in one, sorted; hidden ones are left out, as everywhere here."""
+        names = (entry.name for entry in (self.root / folder).iterdir() if entry.is_dir())
+        return sorted(name for name in names if not name.startswith('.'))
 
     def below(self, folder: str) -> list[str]:
-        """Paths of all files in a folder and in the folders in it, sorted; hidden ones are left out."""
+        """Paths of all files in a folder and in the folders in it, sorted."""
         paths = (Path(parent, name) for parent, _, names in os.walk(self.root / folder) for name in names)
         return sorted(path.relative_to(self.root).as_posix() for path in paths if not path.name.startswith('.'))
 
@@ -72,16 +78,13 @@ class Archive:
         return folder in self._folders
 
     def folders(self, folder: str) -> list[str]:
-        parent = folder or '.'
-        return sorted(
-            PurePosixPath(path).name for path in self._folders if path and str(PurePosixPath(path).parent) == parent
-        )
+        paths = (PurePosixPath(path) for path in self._folders if path)
+        return sorted(path.name for path in paths if path.parent == PurePosixPath(folder) and path.name[0] != '.')
 
     def below(self, folder: str) -> list[str]:
-        start = f'{folder}/' if folder else ''
-        return sorted(
-            path for path in self._places if path.startswith(start) and not PurePosixPath(path).name.startswith('.')
-        )
+        inside = PurePosixPath(folder)
+        paths = (path for path in map(PurePosixPath, self._places) if path.is_relative_to(inside))
+        return sorted(str(path) for path in paths if path.name[0] != '.')
 
     def read(self, path: str) -> bytes:
         if path not in self._places:
@@ -102,3 +105,43 @@ def open_files(root: str | os.PathLike) -> Folder | Archive:
     if not path.exists():
         raise DataError(f'the data directory {root} does not exist')
     return Folder(path) if path.is_dir() else Archive(path)
+
+
+def read_image(files: Folder | Archive, path: str) -> Image.Image:
+    """Decodes an image, in RGB.
+
+    Raises:
+        DataError: It can not be read, or it has more than 8 bits a channel.
+    """
+    image, _ = _decode(files, path)
+    if image.mode in ('I', 'I;16', 'F'):  # which Pillow would cut off at 255
+        raise DataError(f'{files.root / path} has more than 8 bits a pixel ({image.mode}): convert it to 8')
+    return image.convert('RGB')
+
+
+def read_labels(files: Folder | Archive, path: str) -> np.ndarray:
+    """The numbers that a mask holds, of grey its values and of a palette its indices: [H, W] uint16.
+
+    Raises:
+        DataError: It can not be read, or it is a picture in colour.
+    """
+    image, stored = _decode(files, path)
+    if image.mode not in ('1', 'L', 'P', 'I', 'I;16'):
+        raise DataError(
+            f'{files.root / path} is a picture in colour ({image.mode}): expected one number a pixel, grey or a palette'
+        )
+    # Pillow stretches grey of 2 and 4 bits to 0..255, which would make other labels of them.
+    return np.asarray(image).astype(np.uint16) // {'L;2': 85, 'L;4': 17}.get(stored, 1)
+
+
+def _decode(files: Folder | Archive, path: str) -> tuple[Image.Image, Any]:
+    """An image, and how its pixels are stored in Pillow's words (known before it is decoded only)."""
+    try:
+        image = Image.open(io.BytesIO(files.read(path)))
+        stored = image.tile[0][3] if image.tile else None
+        image.load()
+    except UnidentifiedImageError:
+        raise DataError(f'{files.root / path} is not an image of a known format') from None
+    except Exception as error:  # what is damaged fails anywhere in the decoders, with any error
+        raise DataError(f'{files.root / path} is not a readable image ({error})') from error
+    return image, stored
