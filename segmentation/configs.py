@@ -26,6 +26,9 @@ __all__ = ['CONFIGS', 'SegmenterConfig', 'list_segmenters', 'markdown_table', 's
 class SegmenterConfig:
     """A published segmentation system.
 
+    All were trained with the cross-entropy of the pixels that have a label, crops in which no class covers more than
+    75 %, flips, photometric distortion, and batch norms that are synchronised over the processes.
+
     Attributes:
         name: Its name here.
         head: The decoder, as `create_segmenter` names it.
@@ -43,11 +46,11 @@ class SegmenterConfig:
         momentum: Momentum of SGD; AdamW has its usual betas, 0.9 and 0.999.
         weight_decay: Weight decay.
         decay_norms: Whether norms, positions (and Swin's tables of them) and class tokens decay like the rest.
-        schedule: 'poly', ``(1 - step / iterations) ** power`` from ``lr`` down to ``min_lr``, or 'cosine_restart',
+        schedule: 'poly', ``(1 - step / iterations) ** power`` from ``lr`` down to ``min_lr``, or 'cosine_restarts',
             half a cosine from ``lr`` times a weight to ``min_lr`` in each period.
         power: Exponent of 'poly'.
         min_lr: Learning rate that the schedule ends at.
-        periods: Lengths of the periods of 'cosine_restart', steps; they add up to ``iterations``.
+        periods: Lengths of the periods of 'cosine_restarts', steps; they add up to ``iterations``.
         restart_weights: Share of ``lr`` that each period starts with.
         warmup: Steps in which the rate rises linearly, from a millionth of it.
         head_lr_scale: Learning rate of what is not the backbone, over that of the backbone.
@@ -106,7 +109,9 @@ _FILE = 'https://drive.google.com/file/d/'
 _CLASSES = {'ade20k': 150, 'cityscapes': 19, 'pascal_context_59': 59}
 
 
-def _semantic_fpn(name: str, backbone: str, proposals: Any, paper: str, folder: str, miou: float | None = None):
+def _semantic_fpn(
+    name: str, backbone: str, proposals: Any, paper: str, folder: str, miou: float | None = None
+) -> SegmenterConfig:
     """Semantic FPN on ADE20K, which Context Cluster and FEC are trained with alike."""
     return SegmenterConfig(
         name=f'semantic_fpn_{name}',
@@ -128,7 +133,9 @@ def _semantic_fpn(name: str, backbone: str, proposals: Any, paper: str, folder: 
     )
 
 
-def _condnet(name: str, head: str, backbone: str, dataset: str, options: dict[str, Any], **kwargs: Any):
+def _condnet(
+    name: str, head: str, backbone: str, dataset: str, options: dict[str, Any], **kwargs: Any
+) -> SegmenterConfig:
     """A conditional classifier on DeepLabV3+ or UPerNet, with guidance and an auxiliary head."""
     return SegmenterConfig(
         name=f'condnet_{name}_{dataset}',
@@ -156,13 +163,13 @@ def _region_proxy(
     dataset: str = 'ade20k',
     crop: int = 512,
     restarts: bool = False,
-):
+) -> SegmenterConfig:
     """Region proxies on a plain or a hybrid ViT; the larger ones were trained with a rate that restarts."""
     iterations = 160_000 if dataset == 'ade20k' else 80_000
     schedule: dict[str, Any] = dict(schedule='poly')
     if restarts:
         periods = (iterations // 8, iterations // 4, iterations // 8 * 5)
-        schedule = dict(schedule='cosine_restart', periods=periods, restart_weights=(1.0, 0.5, 0.25))
+        schedule = dict(schedule='cosine_restarts', periods=periods, restart_weights=(1.0, 0.5, 0.25))
     return SegmenterConfig(
         name=f'region_proxy_{name}_{dataset}',
         head='region_proxy',

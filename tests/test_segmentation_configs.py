@@ -1,0 +1,215 @@
+"""segmentation.configs: the published systems are complete, consistent, buildable, and what the papers say."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+from cluster_zoo.options import OptionError
+from segmentation import classes, create_segmenter, list_segmenters, segmenter_config
+from segmentation.configs import CONFIGS, markdown_table
+from segmentation.datasets import DATASETS
+from segmentation.schedules import create_schedule
+
+# As in the papers and on their authors' pages: mIoU, the same with scales and flips, crop, iterations, rate, decay
+PUBLISHED = """
+semantic_fpn_coc_small_4          36.6   -      512   80000  1e-4  1e-4
+semantic_fpn_coc_small_25         36.4   -      512   80000  1e-4  1e-4
+semantic_fpn_coc_small_49         36.3   -      512   80000  1e-4  1e-4
+semantic_fpn_coc_medium_4         40.2   -      512   80000  1e-4  1e-4
+semantic_fpn_coc_medium_25        40.6   -      512   80000  1e-4  1e-4
+semantic_fpn_coc_medium_49        40.8   -      512   80000  1e-4  1e-4
+semantic_fpn_fec_small            -      -      512   80000  1e-4  1e-4
+semantic_fpn_fec_base             -      -      512   80000  1e-4  1e-4
+semantic_fpn_fec_large            -      -      512   80000  1e-4  1e-4
+condnet_r50_ade20k                43.68  44.30  512  160000  1e-2  5e-4
+condnet_r101_ade20k               45.64  47.12  512  160000  1e-2  5e-4
+condnet_r101_pascal_context_59    54.29  55.74  480   80000  1e-3  1e-4
+condnet_swin_base_ade20k          -      -      512  160000  6e-5  1e-2
+region_proxy_vit_ti16_ade20k      42.1   43.1   512  160000  6e-5  1e-2
+region_proxy_vit_s16_ade20k       47.6   48.5   512  160000  6e-5  1e-2
+region_proxy_r26_s32_ade20k       47.8   49.1   512  160000  6e-5  1e-2
+region_proxy_vit_b16_ade20k       49.8   50.5   512  160000  6e-5  1e-2
+region_proxy_r50_l32_ade20k       51.0   51.7   640  160000  6e-5  1e-2
+region_proxy_vit_l16_ade20k       52.9   53.4   640  160000  6e-5  1e-2
+region_proxy_vit_ti16_cityscapes  76.5   77.7   768   80000  6e-5  1e-2
+region_proxy_vit_s16_cityscapes   79.8   81.5   768   80000  6e-5  1e-2
+region_proxy_vit_b16_cityscapes   81.0   82.2   768   80000  6e-5  1e-2
+region_proxy_vit_l16_cityscapes   81.4   82.7   768   80000  6e-5  1e-2
+"""
+
+# Millions, as published. 323 is stated for r50_l32_ade20k, fewer than timm's vit_large_r50_s32_384 has without a head.
+PUBLISHED_PARAMETERS = {
+    'region_proxy_vit_ti16_ade20k': '5.8',
+    'region_proxy_vit_s16_ade20k': '22',
+    'region_proxy_r26_s32_ade20k': '36',
+    'region_proxy_vit_b16_ade20k': '87',
+    'region_proxy_vit_l16_ade20k': '306',
+    'region_proxy_vit_ti16_cityscapes': '6',
+    'region_proxy_vit_s16_cityscapes': '23',
+    'region_proxy_vit_b16_cityscapes': '88',
+    'region_proxy_vit_l16_cityscapes': '307',
+}
+
+
+def build(name, **options):
+    with torch.device('meta'):
+        return create_segmenter(name, **options)
+
+
+def count(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_published_figures():
+    rows = [line.split() for line in PUBLISHED.strip().splitlines()]
+    assert {row[0] for row in rows} == set(CONFIGS)
+    for name, *figures in rows:
+        config = segmenter_config(name)
+        expected = [None if figure == '-' else float(figure) for figure in figures]
+        stated = [config.miou, config.miou_ms, config.crop, config.iterations, config.lr, config.weight_decay]
+        assert stated == expected, name
+        assert config.batch_size == 16
+
+
+@pytest.mark.parametrize('config', CONFIGS.values(), ids=CONFIGS)
+def test_facts_agree_with_each_other(config):
+    assert CONFIGS[config.name] is config
+    assert config.name.endswith(config.dataset) or (config.dataset == 'ade20k' and config.head == 'semantic_fpn')
+    assert config.dataset in DATASETS
+    assert config.num_classes == len(getattr(classes, config.dataset.upper()).names)
+    # Weights to start from: the authors' own, or those of timm's that the tag names
+    tag = config.backbone.partition('.')[2]
+    assert timm.is_model(config.backbone) and (not tag or timm.is_model_pretrained(config.backbone))
+    assert config.optimizer in ('sgd', 'adamw')
+    assert (config.test_mode, config.test_stride > 0) in (('whole', False), ('slide', True))
+    assert config.test_stride <= config.crop <= max(config.scale) and config.scale[0] >= config.scale[1]
+    assert (config.guidance_weight > 0) == (config.options.get('classifier') == 'cond')
+    assert (config.auxiliary_weight > 0) == config.options.get('auxiliary', False)
+    assert config.options.get('img_size', config.crop) == config.crop
+    assert config.source is None or config.source.startswith('https://drive.google.com/')
+    assert json.loads(json.dumps(dataclasses.asdict(config)))['name'] == config.name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.lr = 1.0
+
+
+@pytest.mark.parametrize('config', CONFIGS.values(), ids=CONFIGS)
+def test_schedules_run(config):
+    """The rate after warm-up and at the end, by the formulas of the papers."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], config.lr)
+    schedule = create_schedule(
+        config.schedule,
+        optimizer,
+        config.iterations,
+        power=config.power,
+        min_lr=config.min_lr,
+        warmup=config.warmup,
+        periods=config.periods,
+        restart_weights=config.restart_weights,
+    )
+
+    def rate(step):
+        schedule.step_update(step)
+        return optimizer.param_groups[0]['lr']
+
+    end = config.iterations
+    if config.schedule == 'poly':
+        assert rate(end // 4) == pytest.approx(config.min_lr + (config.lr - config.min_lr) * 0.75**config.power)
+        assert rate(end - 1) == pytest.approx(config.min_lr, abs=1e-4 * config.lr)
+    else:  # three periods of an eighth, a quarter and the rest, each beginning with half the rate of the one before
+        starts = [rate(end // 8), rate(end // 8 + end // 4)]
+        assert starts == pytest.approx([config.lr / 2, config.lr / 4])
+        assert rate(end // 8 - 1) < 1e-6 * config.lr and rate(end - 1) < 1e-6 * config.lr
+    assert rate(0) == pytest.approx(config.lr * (1e-6 if config.warmup else 1))
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_system_can_be_built(name):
+    config = segmenter_config(name)
+    model = build(name)
+    assert model.num_classes == config.num_classes
+    assert (model.auxiliary is not None) == (config.auxiliary_weight > 0)
+    if name in PUBLISHED_PARAMETERS:
+        digits = 1 if '.' in PUBLISHED_PARAMETERS[name] else 0
+        assert f'{count(model) / 1e6:.{digits}f}' == PUBLISHED_PARAMETERS[name]
+
+
+@pytest.mark.parametrize('name', list_segmenters('semantic_fpn_*'))
+def test_size_of_semantic_fpn(name):
+    """Backbone without norm and classifier, a norm a stage; then the convolutions that section 6 lists, counted."""
+    model, config = build(name), segmenter_config(name)
+    with torch.device('meta'):
+        backbone = timm.create_model(config.backbone, num_classes=0)
+    widths = [stage['num_chs'] for stage in backbone.feature_info]
+    expected = count(backbone) - count(backbone.norm) + sum(2 * width for width in widths)
+    expected += sum(width * 256 + 256 for width in widths) + 4 * (256 * 256 * 9 + 256)
+    expected += 4 * 256 * 128 * 9 + 3 * 128 * 128 * 9 + 7 * 2 * 128  # 1 + 1 + 2 + 3 convolutions with batch norms
+    expected += 128 * 150 + 150
+    assert count(model) == expected
+
+
+def test_centers_of_dense_backbones():
+    """-4, -25 and -49 are centers of a region; FEC has more of them in its early stages."""
+    for name, expected in (
+        ('coc_medium_25', [5, 5, 5, 5]),
+        ('coc_small_49', [7, 7, 7, 7]),
+        ('fec_base', [10, 10, 5, 5]),
+    ):
+        model = build(f'semantic_fpn_{name}')
+        stages = model.backbone.model.stages
+        assert [{block.token_mixer.proposals for block in stage.blocks} for stage in stages] == [{g} for g in expected]
+
+
+@pytest.mark.parametrize('name', list_segmenters('condnet_*'))
+def test_what_condnet_adds(name):
+    """In place of one 1 x 1 convolution: one for the guidance, and a grouped one that makes weights and biases."""
+    K, C = segmenter_config(name).num_classes, 512
+    filters = K * (C * (C + 1)) + K * (C + 1)
+    assert count(build(name)) - count(build(name, classifier='plain')) == filters
+
+
+def test_condnet_resnets_keep_resolution():
+    """A stem of three convolutions, and strides 4, 8, 8, 8."""
+    for name in ('condnet_r50_ade20k', 'condnet_r101_pascal_context_59'):
+        backbone = build(name).backbone
+        assert backbone.strides == [4, 8, 8, 8]
+        assert len([layer for layer in backbone.model.conv1 if isinstance(layer, torch.nn.Conv2d)]) == 3
+
+
+def test_arguments_win():
+    model = create_segmenter('region_proxy_vit_ti16_cityscapes', num_classes=7, early=0, img_size=64).eval()
+    assert model.backbone.early == 0
+    assert model(torch.randn(1, 3, 48, 80)).shape == (1, 7, 48, 80)
+    assert segmenter_config('region_proxy_vit_ti16_cityscapes').options['early'] == 2
+
+
+def test_names():
+    assert set(list_segmenters()) == set(CONFIGS)
+    assert list_segmenters('*coc_small*') == [f'semantic_fpn_coc_small_{centers}' for centers in (4, 25, 49)]
+    assert list_segmenters('nothing') == []
+    with pytest.raises(OptionError, match=r"'condnet_r50_ade' is no .*did you mean condnet_r50_ade20k"):
+        segmenter_config('condnet_r50_ade')
+
+
+def test_table_on_the_command_line():
+    root = Path(__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, '-m', 'segmentation.configs', 'condnet_r50*'], cwd=root, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    row = run.stdout.splitlines()[-1].split(' | ')
+    assert row[:4] == ['| `condnet_r50_ade20k`', 'deeplabv3plus', '`resnet50c`', 'ade20k']
+    # What is used after training
+    assert row[4] == f'{count(build("condnet_r50_ade20k", auxiliary=False)) / 1e6:.2f}'
+    assert row[5] == '43.68'
+
+
+def test_table_has_blanks_for_what_is_not_published():
+    head, rule, row = markdown_table('semantic_fpn_fec_small').splitlines()
+    assert head.count('|') == rule.count('|') == row.count('|')
+    assert row.endswith(' |  |  |')
