@@ -1,4 +1,4 @@
-"""Dense heads on the registered backbones and timm's: Semantic FPN, UPerNet, DeepLabV3+, FCN, CondNet, RegionProxy, DNC.
+"""Dense heads on any backbone: Semantic FPN, UPerNet, DeepLabV3+, FCN, CondNet, RegionProxy and nearest centroids.
 
 >>> from segmentation import create_segmenter
 >>> model = create_segmenter('semantic_fpn', 'coc_small', num_classes=150)

@@ -10,11 +10,12 @@ from typing import Any
 
 import timm
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import GroupNorm1, LayerNorm2d
 from timm.models import is_model, list_models
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import ResNet
-from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -58,6 +59,18 @@ class Pyramid(nn.Module):
         """[B, C, H, W] -> four maps [B, channels[i], H / strides[i], W / strides[i]], finest first."""
         features = self.model.forward_intermediates(x, indices=LEVELS, intermediates_only=True)
         return [norm(feature) for norm, feature in zip(self.norms, features)]
+
+
+class PaddedSwinBlock(SwinTransformerBlock):
+    """A Swin block that fills a map up to whole windows before it shifts it, as its authors and the dense systems do.
+
+    timm shifts first. The results differ where a map is no multiple of its windows, as in most dense use.
+    """
+
+    def _attn(self, x: Tensor) -> Tensor:
+        H, W = x.shape[1:3]
+        h, w = self.window_size
+        return super()._attn(F.pad(x, (0, 0, 0, -W % w, 0, -H % h)))[:, :H, :W]
 
 
 class TokenGrids(nn.Module):
@@ -141,11 +154,15 @@ def create_backbone(
         return TokenGrids(model, early if early is not None else (-1 if hybrid else len(model.blocks) // 3))
     if early is not None:
         raise ValueError('early is an option of region_proxy alone.')
-    if len(model.feature_info) < LEVELS:
+    stages = model.feature_info[-LEVELS:]
+    if len(stages) < LEVELS or stages[0]['reduction'] == stages[-1]['reduction']:
         raise ValueError(_pairing(name, tokens))
     if isinstance(model, ContextCluster):
         return Pyramid(model, GroupNorm1, **dd)
     if isinstance(model, SwinTransformer):
+        for block in model.modules():
+            if isinstance(block, SwinTransformerBlock):
+                block.__class__ = PaddedSwinBlock  # the same parameters; timm's builder knows one class alone
         return Pyramid(model, LayerNorm2d, divisor=model.patch_embed.patch_size[0], **dd)
     if isinstance(model, ConvNeXt):
         return Pyramid(model, LayerNorm2d, divisor=32, **dd)
@@ -155,8 +172,8 @@ def create_backbone(
 def _pairing(name: str, tokens: bool) -> str:
     if tokens:
         return (
-            f'region_proxy reads the tokens of a vision transformer, and {name} is none: take vit_*, deit_* or a hybrid '
-            'such as vit_small_r26_s32_384, or one of the heads semantic_fpn, upernet, deeplabv3plus and fcn.'
+            f'region_proxy reads the tokens of a vision transformer, and {name} is none: take vit_*, deit_* or a '
+            'hybrid such as vit_small_r26_s32_384, or one of the heads semantic_fpn, upernet, deeplabv3plus and fcn.'
         )
     return (
         f'This head reads a pyramid of four stages, which {name} does not give: take coc_*, fec_*, resnet*, swin_*, '

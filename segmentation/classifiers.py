@@ -35,8 +35,7 @@ class PlainClassifier(nn.Module):
 class ConditionalClassifier(nn.Module):
     """A linear classifier that each image makes for itself, from its own mean features of every class.
 
-    CondNet: 'Conditional Classifier for Scene Segmentation', IEEE SPL 2021, https://arxiv.org/abs/2109.10322, section II.
-    The guidance logits, a first guess that says which pixels are averaged, have a loss of their own.
+    'CondNet: Conditional Classifier for Scene Segmentation', IEEE SPL 2021, https://arxiv.org/abs/2109.10322. The guidance logits, a first guess that says which pixels are averaged, have a loss of their own.
 
     Args:
         in_channels: Width C of the features.

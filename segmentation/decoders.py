@@ -78,7 +78,7 @@ class SemanticFPN(nn.Module):
             nn.Conv2d(pyramid_channels, pyramid_channels, 3, padding=1, **dd) for _ in in_channels
         )
         self.scale_heads = nn.ModuleList(
-            # A level at 1 / 2^i of the finest has i steps of convolution and upsampling; the finest a convolution alone.
+            # A level at 1 / 2^i of the finest has i steps of convolution and upsampling; the finest one convolution.
             nn.ModuleList(
                 ConvNormAct(pyramid_channels if step == 0 else channels, channels, 3, **dd) for step in range(max(i, 1))
             )

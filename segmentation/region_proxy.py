@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import ConvNormAct
 from torch import Tensor
 
 from .decoders import SeparableConvNormAct, init_weights

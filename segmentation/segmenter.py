@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
@@ -116,7 +115,7 @@ class Segmenter(nn.Module):
         """Patterns that group parameters by depth, for layer-wise learning rates: the backbone's, then all the rest."""
         groups = self.backbone.model.group_matcher(coarse=coarse)
         moved = {name: _inside(pattern) for name, pattern in groups.items()}
-        return moved | dict(dense=[(r'^(?:backbone\.norms|head|auxiliary)\.', (99999,))])
+        return moved | dict(dense=r'^(?:backbone\.norms|head|auxiliary)\.')
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay leaves alone, beside biases and other vectors."""
@@ -135,7 +134,7 @@ def _at_image(logits: Tensor, padded: tuple[int, int], size: tuple[int, int]) ->
 def _inside(pattern: str | list[tuple[str, Any]]) -> str | list[tuple[str, Any]]:
     """A pattern for the names of a module, as one for the same names inside the segmenter's backbone."""
     if isinstance(pattern, str):
-        return rf"^backbone\.model\.(?:{pattern.replace('^', '')})"
+        return rf'^backbone\.model\.(?:{pattern.replace("^", "")})'
     return [(_inside(one), order) for one, order in pattern]
 
 
@@ -231,7 +230,9 @@ def _decoder(
 ) -> Segmenter:
     dd = {'device': device, 'dtype': dtype}
     if classifier not in CLASSIFIERS:
-        raise ValueError(f'There is no classifier {classifier!r}{nearest(classifier, CLASSIFIERS)}: {list(CLASSIFIERS)}.')
+        raise ValueError(
+            f'There is no classifier {classifier!r}{nearest(classifier, CLASSIFIERS)}: {list(CLASSIFIERS)}.'
+        )
     of_centroids = _given(sub_centroids=sub_centroids, common_start=common_start)
     if of_centroids and classifier != 'dnc':
         raise ValueError(f"{', '.join(of_centroids)}: only the classifier 'dnc' has centroids.")

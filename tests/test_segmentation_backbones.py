@@ -1,0 +1,233 @@
+"""Backbones of dense heads against figures of the authors' code and against other implementations of the networks."""
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torchvision
+from parity_cases import figures, recipe, relative_error
+from timm.layers import LayerNorm2d
+
+import cluster_zoo  # noqa: F401  registers the models
+from cluster_zoo.weights import CheckpointError
+from segmentation import create_segmenter
+from segmentation.backbones import Pyramid, create_backbone
+from segmentation.published import segmenter as published
+
+
+def load_backbone(backbone, state_dict):
+    """A backbone's published weights, by the path that a whole checkpoint takes."""
+    names = {f'backbone.{name}': value for name, value in state_dict.items()}
+    converted = published(names | {'decode_head.conv_seg.weight': torch.empty(0)}, nn.Module())
+    assert all(name.startswith('backbone.') for name in converted)
+    backbone.double().load_state_dict({name.removeprefix('backbone.'): value for name, value in converted.items()})
+    return backbone.eval()
+
+
+@pytest.mark.parametrize(
+    'case, name, options',
+    [('coc_small_dense', 'coc_small', {}), ('fec_small_dense', 'fec_small', {})],
+)
+@torch.no_grad()
+def test_dense_figures_of_the_authors(case, name, options):
+    backbone = load_backbone(create_backbone(name, **options), recipe.state_dict(case))
+    (images,) = recipe.inputs(case)
+    expected, levels = figures(case), backbone(images)
+    assert len(expected) == 2 * len(levels)
+    for i, level in enumerate(levels, start=1):
+        assert relative_error(level[:, :, :2, :3], expected[f'level{i}_corner']) < 1e-9
+        assert relative_error(level.mean((2, 3)), expected[f'level{i}_mean']) < 1e-9
+
+
+class PlainVisionTransformer(nn.Module):
+    """A vision transformer as it reads, with PyTorch's own attention and the names of published dense checkpoints."""
+
+    def __init__(self, dim, depth, heads, side):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + side * side, dim))
+        self.patch_embed = nn.ModuleDict(dict(projection=nn.Conv2d(3, dim, 16, 16)))
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                dict(
+                    ln1=nn.LayerNorm(dim, eps=1e-6),
+                    attn=nn.ModuleDict(dict(attn=nn.MultiheadAttention(dim, heads, batch_first=True))),
+                    ln2=nn.LayerNorm(dim, eps=1e-6),
+                    ffn=nn.ModuleDict(
+                        dict(
+                            layers=nn.Sequential(
+                                nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU()), nn.Linear(4 * dim, dim)
+                            )
+                        )
+                    ),
+                )
+            )
+            for _ in range(depth)
+        )
+        self.ln1 = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x, early):
+        x = self.patch_embed['projection'](x)
+        B, C, h, w = x.shape
+        x = torch.cat([self.cls_token.expand(B, -1, -1), x.flatten(2).transpose(1, 2)], dim=1) + self.pos_embed
+        kept = x
+        for i, layer in enumerate(self.layers):
+            y = layer['ln1'](x)
+            x = x + layer['attn']['attn'](y, y, y)[0]
+            x = x + layer['ffn']['layers'](layer['ln2'](x))
+            if i == early:
+                kept = x
+        return [tokens[:, 1:].reshape(B, h, w, C).permute(0, 3, 1, 2) for tokens in (kept, self.ln1(x))]
+
+
+@pytest.mark.parametrize('early', [-1, 1, 4])
+@torch.no_grad()
+def test_vision_transformer_in_published_names(early):
+    torch.manual_seed(0)
+    plain = PlainVisionTransformer(192, 12, 3, side=4).double().eval()
+    backbone = create_backbone('vit_tiny_patch16_224', tokens=True, early=early, img_size=64)
+    load_backbone(backbone, plain.state_dict())
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for ours, theirs in zip(backbone(images), plain(images, early)):
+        assert relative_error(ours, theirs) < 1e-12
+
+
+@torch.no_grad()
+def test_resnet_with_deep_stem_and_stride_8():
+    torch.manual_seed(0)
+    plain = torchvision.models.resnet50(replace_stride_with_dilation=[False, True, True]).double().eval()
+    layers = []
+    for i, o, stride in ((3, 32, 2), (32, 32, 1), (32, 64, 1)):
+        layers += [nn.Conv2d(i, o, 3, stride, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU()]
+    stem = nn.Sequential(*layers).double().eval()
+    for module in (*plain.modules(), *stem.modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    state_dict = {f'stem.{name}': value for name, value in stem.state_dict().items()}
+    state_dict |= {k: v for k, v in plain.state_dict().items() if k.startswith('layer')}
+    backbone = load_backbone(create_backbone('resnet50c', output_stride=8), state_dict)
+    images = torch.randn(1, 3, 97, 65, dtype=torch.float64)
+    x = plain.maxpool(stem(images))
+    for level, stage in zip(backbone(images), (plain.layer1, plain.layer2, plain.layer3, plain.layer4)):
+        x = stage(x)
+        assert relative_error(level, x) < 1e-12
+
+
+def in_dense_names(state_dict):
+    """torchvision's Swin under the names of published dense checkpoints, which count merged points in another order."""
+    named = {}
+    for name, value in state_dict.items():
+        _, place, *rest = name.split('.')
+        rest = '.'.join(rest)
+        if name.startswith(('norm.', 'head.')) or rest.endswith('relative_position_index'):
+            continue
+        if place == '0':
+            named['patch_embed.' + rest.replace('0.', 'projection.', 1).replace('2.', 'norm.', 1)] = value
+        elif int(place) % 2:
+            rest = (
+                rest.replace('attn.', 'attn.w_msa.').replace('mlp.0', 'ffn.layers.0.0').replace('mlp.3', 'ffn.layers.1')
+            )
+            named[f'stages.{int(place) // 2}.blocks.{rest}'] = value
+        else:
+            # Theirs joins the four points by unfolding: find by unfolding numbered points where each one goes.
+            channels = value.shape[-1] // 4
+            numbers = torch.arange(4.0 * channels).reshape(1, channels, 2, 2)
+            unfolded = torch.nn.functional.unfold(numbers, 2).flatten()
+            joined = [numbers[0, :, i, j] for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))]
+            where = {int(number): index for index, number in enumerate(torch.cat(joined))}
+            order = [where[int(number)] for number in unfolded]
+            named[f'stages.{int(place) // 2 - 1}.downsample.{rest}'] = value[..., order]
+    return named
+
+
+@torch.no_grad()
+def test_swin_with_padded_windows():
+    torch.manual_seed(0)
+    plain = torchvision.models.swin_t().double().eval()
+    backbone = create_backbone('swin_tiny_patch4_window7_224')
+    norms = {f'norm{i}.{kind}': fill(c) for i, c in enumerate(backbone.channels) for kind, fill in KINDS.items()}
+    load_backbone(backbone, in_dense_names(plain.state_dict()) | norms)
+    images = torch.randn(1, 3, 256, 264, dtype=torch.float64)  # no stage is a multiple of its windows
+    x, stages = images, list(plain.features)
+    for level, i in zip(backbone(images), (1, 3, 5, 7)):
+        x = nn.Sequential(*stages[i - 1 : i + 1])(x)
+        expected = nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+        assert relative_error(level, expected.permute(0, 3, 1, 2)) < 1e-9
+
+
+KINDS = dict(weight=torch.ones, bias=torch.zeros)
+
+
+@pytest.mark.parametrize(
+    'name, norm',
+    [('resnet10t', nn.Identity), ('convnext_atto', LayerNorm2d), ('swin_tiny_patch4_window7_224', LayerNorm2d)],
+)
+def test_norms_are_where_the_published_systems_have_them(name, norm):
+    backbone = create_backbone(name)
+    assert [type(module) for module in backbone.norms] == [norm] * 4
+    assert backbone.strides == [4, 8, 16, 32]
+
+
+@torch.no_grad()
+def test_levels_are_those_of_timm():
+    torch.manual_seed(0)
+    backbone = create_backbone('mobilenetv3_small_050').eval()
+    reference = timm.create_model('mobilenetv3_small_050', features_only=True).eval()
+    own = reference.state_dict()
+    reference.load_state_dict({name: backbone.model.state_dict()[name] for name in own})
+    images = torch.randn(1, 3, 64, 96)
+    for level, expected in zip(backbone(images), reference(images)[-4:]):
+        torch.testing.assert_close(level, expected)
+
+
+def test_pretrained_classifier_of_other_classes(tmp_path):
+    classifier = timm.create_model('coc_tiny', num_classes=7)
+    torch.save(dict(state_dict=classifier.state_dict(), epoch=3), tmp_path / 'classifier.pth.tar')
+    backbone = create_backbone('coc_tiny', pretrained=tmp_path / 'classifier.pth.tar')
+    for name, value in backbone.model.state_dict().items():
+        assert torch.equal(value, classifier.state_dict()[name]), name
+
+
+def test_pretrained_classifier_of_another_model(tmp_path):
+    torch.save(timm.create_model('coc_tiny', num_classes=7).state_dict(), tmp_path / 'weights.pth')
+    with pytest.raises(CheckpointError, match='does not fit this FEC'):
+        create_backbone('fec_small', pretrained=tmp_path / 'weights.pth')
+
+
+@pytest.mark.parametrize(
+    'head, name, message',
+    [
+        ('semantic_fpn', 'vit_tiny_patch16_224', 'head region_proxy for a vision transformer'),
+        ('region_proxy', 'resnet18', 'region_proxy reads the tokens of a vision transformer, and resnet18 is none'),
+        ('region_proxy', 'coc_tiny', 'or one of the heads semantic_fpn'),
+        ('fcn', 'mixer_s32_224', 'reads a pyramid of four stages, which mixer_s32_224 does not give'),
+        ('fcn', 'coc_tinny', 'did you mean coc_tiny'),
+        ('fcn', 'resnet18 ', 'There is no model'),
+    ],
+)
+def test_wrong_pairings(head, name, message):
+    with pytest.raises(ValueError, match=message):
+        create_segmenter(head, name, 5)
+
+
+def test_wrong_options():
+    with pytest.raises(ValueError, match='coc_tiny does not take these options, proposal: '):
+        create_backbone('coc_tiny', proposal=3)
+    with pytest.raises(ValueError, match='0 to 11, or -1 for the stem; got 12'):
+        create_backbone('vit_tiny_patch16_224', tokens=True, early=12)
+    with pytest.raises(ValueError, match='early is an option of region_proxy alone'):
+        create_backbone('coc_tiny', early=1)
+
+
+def test_stem_is_the_early_layer_of_hybrids():
+    backbone = create_backbone('vit_small_r26_s32_384', tokens=True, device='meta')
+    assert (backbone.early, backbone.divisor) == (-1, 32)
+    assert create_backbone('vit_tiny_patch16_224', tokens=True, device='meta').early == 4
+
+
+def test_every_pyramid_parameter_is_used():
+    for name in ('coc_tiny', 'resnet10t', 'convnext_atto'):
+        backbone: Pyramid = create_backbone(name)
+        sum(level.square().sum() for level in backbone(torch.randn(2, 3, 32, 32))).backward()
+        assert not [name for name, parameter in backbone.named_parameters() if parameter.grad is None]

@@ -1,0 +1,193 @@
+"""Segmenters by name: sizes, options, checkpoints, timm's contract."""
+
+import copy
+
+import pytest
+import torch
+from timm.models._manipulate import group_with_matcher
+from timm.optim import create_optimizer_v2
+
+from cluster_zoo.features import centroid_heads
+from cluster_zoo.weights import CheckpointError
+from segmentation import create_segmenter
+
+TINY = dict(channels=16)
+PAIRINGS = [
+    ('semantic_fpn', 'resnet10t', dict(TINY, pyramid_channels=16)),
+    ('semantic_fpn', 'coc_tiny', dict(TINY, pyramid_channels=16, proposals=3, classifier='cond')),
+    ('semantic_fpn', 'fec_small', dict(TINY, pyramid_channels=16, classifier='dnc', sub_centroids=2)),
+    ('upernet', 'swin_tiny_patch4_window7_224', dict(TINY, classifier='cond', auxiliary=True)),
+    ('upernet', 'convnext_atto', dict(TINY, classifier='dnc')),
+    ('deeplabv3plus', 'resnet10t', dict(TINY, classifier='cond', auxiliary=True)),
+    ('deeplabv3plus', 'coc_tiny', dict(TINY)),
+    ('deeplabv3plus', 'resnet10t', dict(TINY, classifier='dnc', common_start=0.0)),
+    ('fcn', 'resnet10t', dict(TINY, output_stride=16)),
+    ('fcn', 'fec_small', dict(TINY, classifier='cond')),
+    ('fcn', 'mobilenetv3_small_050', dict(TINY, classifier='dnc')),
+    ('region_proxy', 'vit_tiny_patch16_224', {}),
+    ('region_proxy', 'deit_tiny_distilled_patch16_224', dict(early=-1)),
+]
+
+
+@pytest.mark.parametrize('head, backbone, options', PAIRINGS)
+def test_any_size_and_every_parameter_used(head, backbone, options):
+    torch.manual_seed(0)
+    model = create_segmenter(head, backbone, 5, **options)
+    outputs = model(torch.randn(2, 3, 75, 50), all_outputs=True)
+    expected = {'logits', *(['guidance'] * ('cond' in options.values())), *(['auxiliary'] * ('auxiliary' in options))}
+    assert set(outputs) == expected
+    assert outputs['logits'].shape == (2, 5, 75, 50)
+    sum(value.square().sum() for value in outputs.values()).backward()
+    unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert unused == []
+    assert len(centroid_heads(model)) == ('dnc' in options.values())
+    model.eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 33, 64)).shape == (1, 5, 33, 64)
+
+
+@torch.no_grad()
+def test_a_filled_up_image_is_the_filled_up_image():
+    torch.manual_seed(0)
+    model = create_segmenter('region_proxy', 'vit_tiny_patch16_224', 5, img_size=64).eval()
+    images = torch.randn(1, 3, 60, 41)
+    filled = torch.nn.functional.pad(images, (0, 7, 0, 4))
+    torch.testing.assert_close(model(images), model(filled)[..., :60, :41])
+
+
+def test_labels_for_outputs_of_another_size():
+    model = create_segmenter('region_proxy', 'vit_tiny_patch16_224', 5)
+    labels = torch.randint(5, (2, 20, 33))
+    resized = model.labels_at(labels, (8, 12))  # as of 32 x 48 pixels
+    for i in range(8):
+        for j in range(12):
+            y, x = 4 * i, 4 * j
+            expected = labels[:, y, x] if y < 20 and x < 33 else torch.tensor([255, 255])
+            assert torch.equal(resized[:, i, j], expected)
+    assert resized.dtype == labels.dtype
+
+
+def test_layer_decay_goes_from_the_stem_to_the_heads():
+    model = create_segmenter('deeplabv3plus', 'coc_tiny', 5, auxiliary=True, **TINY)
+    layers = group_with_matcher(model.named_parameters(), model.group_matcher(), reverse=True)
+    assert layers['backbone.model.stem.proj.weight'] == 0
+    assert layers['backbone.model.stages.0.blocks.0.mlp.fc1.weight'] == 1
+    last = max(layers.values())
+    for name, layer in layers.items():
+        assert (layer == last) == name.startswith(('backbone.norms.', 'head.', 'auxiliary.')), name
+    transformer = create_segmenter('region_proxy', 'vit_tiny_patch16_224', 5)
+    layers = group_with_matcher(transformer.named_parameters(), transformer.group_matcher(), reverse=True)
+    assert layers['backbone.model.pos_embed'] == layers['backbone.model.patch_embed.proj.weight'] == 0
+
+
+def test_positions_do_not_decay():
+    model = create_segmenter('region_proxy', 'vit_tiny_patch16_224', 5)
+    assert model.no_weight_decay() >= {'backbone.model.pos_embed', 'backbone.model.cls_token'}
+    optimizer = create_optimizer_v2(model, 'adamw', lr=1e-3, weight_decay=0.1)
+    undecayed = {id(p) for group in optimizer.param_groups if group['weight_decay'] == 0 for p in group['params']}
+    assert id(model.backbone.model.pos_embed) in undecayed
+
+
+@torch.no_grad()
+def test_checkpoint_of_ones_own(tmp_path):
+    model = create_segmenter('fcn', 'resnet10t', 5, **TINY).eval()
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'own.pth.tar')
+    again = create_segmenter('fcn', 'resnet10t', 5, checkpoint_path=tmp_path / 'own.pth.tar', **TINY).eval()
+    images = torch.randn(1, 3, 40, 40)
+    assert torch.equal(model(images), again(images))
+
+
+def in_published_names(model):
+    """State of a Semantic FPN on Context Cluster as the authors' framework would save it."""
+    published = {}
+    for name, value in model.state_dict().items():
+        for ours, theirs in (
+            ('backbone.model.stem.proj.', 'backbone.patch_embed.proj.'),
+            ('backbone.model.stages.', 'backbone.network.'),
+            ('backbone.norms.', 'backbone.norm'),
+            ('head.decoder.lateral_convs.', 'neck.lateral_convs.'),
+            ('head.decoder.fpn_convs.', 'neck.fpn_convs.'),
+            ('head.decoder.', 'decode_head.'),
+            ('head.classifier.conv.', 'decode_head.conv_seg.'),
+        ):
+            name = name.replace(ours, theirs)
+        parts = name.split('.')
+        if parts[1] == 'network' and parts[3] == 'blocks':
+            parts[2:4] = [str(2 * int(parts[2]))]
+        elif parts[1] == 'network':
+            parts[2:4] = [str(2 * int(parts[2]) - 1), 'proj']
+        elif parts[1].startswith('norm') and parts[0] == 'backbone':
+            parts[1:] = [f'norm{2 * int(parts[1].removeprefix("norm"))}', *parts[2:]]
+        elif parts[0] == 'neck':
+            parts.insert(3, 'conv')
+        elif parts[1] == 'scale_heads':
+            parts[3] = str(2 * int(parts[3]))
+        name = '.'.join(parts).replace('.ls1.gamma', '.layer_scale_1').replace('.ls2.gamma', '.layer_scale_2')
+        published[name] = value[:, :, 0, 0] if '.mlp.fc' in name and value.ndim == 4 else value
+    coordinates = published.pop('backbone.model.stem.coord.weight')
+    stem = 'backbone.patch_embed.proj.weight'
+    published[stem] = torch.cat([published[stem], coordinates], dim=1)
+    return published
+
+
+@torch.no_grad()
+def test_whole_published_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    options = dict(TINY, pyramid_channels=16, proposals=5)
+    model = create_segmenter('semantic_fpn', 'coc_tiny', 5, **options).eval()
+    for parameter in model.parameters():
+        parameter.normal_(std=0.1)
+    state_dict = in_published_names(model)
+    assert 'backbone.network.6.1.token_mixer.sim_alpha' in state_dict and 'backbone.norm6.weight' in state_dict
+    state_dict['auxiliary_head.conv_seg.weight'] = torch.zeros(5, 256, 1, 1)  # for training alone
+    torch.save(dict(state_dict=state_dict, meta=dict(CLASSES=['a'], iter=80000), optimizer={}), tmp_path / 'iter.pth')
+    again = create_segmenter('semantic_fpn', 'coc_tiny', 5, checkpoint_path=tmp_path / 'iter.pth', **options).eval()
+    images = torch.randn(1, 3, 64, 96)
+    assert torch.equal(model(images), again(images))
+
+
+def test_checkpoint_of_other_classes(tmp_path):
+    torch.save(create_segmenter('fcn', 'resnet10t', 7, **TINY).state_dict(), tmp_path / 'seven.pth')
+    with pytest.raises(CheckpointError, match=r'head\.classifier\.conv\.weight: \[7, 16, 1, 1\] in the file, \[5, 16'):
+        create_segmenter('fcn', 'resnet10t', 5, checkpoint_path=tmp_path / 'seven.pth', **TINY)
+
+
+@pytest.mark.parametrize(
+    'arguments, options, message',
+    [
+        (('semantic_fnp', 'coc_tiny', 5), {}, r'no head .semantic_fnp. \(did you mean semantic_fpn'),
+        (('fcn', 'coc_tiny'), {}, 'The head fcn needs a backbone and num_classes'),
+        (('fcn', 'coc_tiny', 0), {}, 'num_classes of at least 1, got 0'),
+        (('fcn', 'coc_tiny', 5), dict(classifier='cnd'), 'no classifier .cnd. .did you mean cond'),
+        (('fcn', 'coc_tiny', 5), dict(sub_centroids=2), 'sub_centroids: only the classifier .dnc. has centroids'),
+        (('fcn', 'coc_tiny', 5), dict(pyramid_channels=2), 'coc_tiny does not take these options, pyramid_channels'),
+        (('region_proxy', 'vit_tiny_patch16_224', 5), dict(classifier='cond'), 'a classifier of its own'),
+        (('region_proxy', 'vit_tiny_patch16_224', 5), dict(auxiliary=True), 'no auxiliary head'),
+    ],
+)
+def test_mistakes(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        create_segmenter(*arguments, **options)
+
+
+def test_meta_device_and_copies():
+    model = create_segmenter('upernet', 'swin_tiny_patch4_window7_224', 5, device='meta', **TINY)
+    assert {parameter.device.type for parameter in model.parameters()} == {'meta'}
+    model = create_segmenter('fcn', 'resnet10t', 5, classifier='dnc', **TINY)
+    images = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(copy.deepcopy(model).eval()(images), model.eval()(images))
+
+
+def test_checkpointed_gradients_are_the_gradients():
+    torch.manual_seed(0)
+    model = create_segmenter('fcn', 'coc_tiny', 5, **TINY).eval()
+    images = torch.randn(1, 3, 32, 32)
+    gradients = []
+    for enable in (False, True):
+        model.zero_grad()
+        model.set_grad_checkpointing(enable)
+        model(images).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for plain, checkpointed in zip(*gradients):
+        torch.testing.assert_close(plain, checkpointed)
