@@ -41,7 +41,7 @@ import cluster_zoo  # noqa: F401  registers the models
 from cluster_zoo import build, interrupt
 from cluster_zoo.data import DataError, unreadable_images
 from cluster_zoo.options import OptionError, available_workers
-from cluster_zoo.task import CentroidTaskMixin
+from cluster_zoo.task import CentroidTaskMixin, learned_share
 from cluster_zoo.train_options import train_parser
 from cluster_zoo.weights import CheckpointError
 
@@ -114,11 +114,6 @@ def gather_learned(run: Run) -> None:
     """Fetches what the centroids of each process remember, for the checkpoint that is saved next."""
     if isinstance(run.task, CentroidTaskMixin):
         run.learned = interrupt.gather(run.task.learning_state(), run.stop.group)
-
-
-def learned_share(learned: list[Any], rank: int, world_size: int) -> list[Any]:
-    """What a process goes on with: with fewer processes than before several memories, with more it may be none."""
-    return learned[rank::world_size] or [[head | dict(memory=None) for head in heads] for heads in learned[:1]]
 
 
 def resume(run: Run, path: str) -> None:

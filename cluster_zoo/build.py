@@ -155,7 +155,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     if args.initial_checkpoint:
         load_checkpoint(model, args.initial_checkpoint)
     _init_head(model, args)
-    _set_centroid_learning(model, args)
+    set_centroid_learning(model, args)
     _set_batch_norm(model, args)
     if args.grad_checkpointing:
         with blame('--grad-checkpointing'):
@@ -193,7 +193,8 @@ def _common_start(args: argparse.Namespace) -> dict[str, float]:
     return dict(common_start=args.common_start) if meant and args.common_start is not None else {}
 
 
-def _set_centroid_learning(model: nn.Module, args: argparse.Namespace) -> None:
+def set_centroid_learning(model: nn.Module, args: argparse.Namespace) -> None:
+    """Has the centroids of a model learn as the ``--centroid-*`` options say, which have to mean something to it."""
     values = {field.name: getattr(args, f'centroid_{field.name}', None) for field in fields(CentroidLearning)}
     values = {name: value for name, value in values.items() if value is not None}
     heads = centroid_heads(model)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .centroids import NearestCentroidHead
 from .features import centroid_heads
 
-__all__ = ['NearestCentroidTask', 'learns_centroids']
+__all__ = ['NearestCentroidTask', 'learned_share', 'learns_centroids']
 
 
 class CentroidTaskMixin(TrainingTask):
@@ -75,6 +75,14 @@ class CentroidTaskMixin(TrainingTask):
         """Go on from what `learning_state` gave, in one process or in several whose memories become this one's."""
         for head, of_head in zip(centroid_heads(self.get_trainable_module()), zip(*states)):
             head.load_learning_state(*of_head)
+
+
+def learned_share(learned: list[Any], rank: int, world_size: int) -> list[Any]:
+    """Of the `learning_state` of every process, what one goes on with, perhaps among another number of processes.
+
+    With fewer processes than before it gets several memories, with more it may be none.
+    """
+    return learned[rank::world_size] or [[head | dict(memory=None) for head in heads] for heads in learned[:1]]
 
 
 @functools.cache

@@ -50,9 +50,16 @@ def _add_train_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_centroid_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group('centroids (dnc_* models)').add_argument
+    group = parser.add_argument_group('centroids (dnc_* models)')
+    add = group.add_argument
     add('--sub-centroids', type=int, metavar='K', help='of each class (default: 4)')
     add('--common-start', type=float, metavar='F', help='how close those of a class start: 0 apart, as published (2)')
+    add_centroid_learning_options(group)
+
+
+def add_centroid_learning_options(group: argparse._ArgumentGroup) -> None:
+    """How centroids follow the features, see :class:`~cluster_zoo.centroids.CentroidLearning`."""
+    add = group.add_argument
     add('--centroid-momentum', type=float, metavar='M', help='weight of a centroid against its new direction (0.999)')
     add('--centroid-temperature', type=float, metavar='T', help='temperature of the even assignment (0.05)')
     add('--centroid-memory', type=int, metavar='N', help='features remembered, over all processes (64 a class)')

@@ -59,8 +59,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     add = group.add_argument
     add('data', nargs='?', metavar='DATA', help='folder of the dataset, or a .tar of it')
     add('-d', '--dataset', metavar='NAME', help='folder, camvid, ade20k, cityscapes or pascal_context_59')
-    add('--mean', type=float, nargs=3, metavar='M', help="normalisation mean, 0..1 scale (default: the backbone's)")
-    add('--std', type=float, nargs=3, metavar='S', help="normalisation standard deviation (default: the backbone's)")
+    add('--mean', type=float, nargs=3, metavar='M', help="normalisation mean, 0..1 scale (default: ImageNet's)")
+    add('--std', type=float, nargs=3, metavar='S', help="normalisation standard deviation (default: ImageNet's)")
     return group
 
 
