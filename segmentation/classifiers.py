@@ -35,7 +35,8 @@ class PlainClassifier(nn.Module):
 class ConditionalClassifier(nn.Module):
     """A linear classifier that each image makes for itself, from its own mean features of every class.
 
-    'CondNet: Conditional Classifier for Scene Segmentation', IEEE SPL 2021, https://arxiv.org/abs/2109.10322. The guidance logits, a first guess that says which pixels are averaged, have a loss of their own.
+    'CondNet: Conditional Classifier for Scene Segmentation', IEEE SPL 2021, https://arxiv.org/abs/2109.10322.
+    The guidance logits, a first guess that says which pixels are averaged, have a loss of their own.
 
     Args:
         in_channels: Width C of the features.
@@ -51,8 +52,9 @@ class ConditionalClassifier(nn.Module):
         self.filters = nn.Conv2d(
             num_classes * in_channels, num_classes * (in_channels + 1), 1, groups=num_classes, **dd
         )
-        nn.init.normal_(self.guidance.weight, std=0.01)
-        nn.init.zeros_(self.guidance.bias)
+        for conv in (self.guidance, self.filters):
+            nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
+            nn.init.zeros_(conv.bias)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Features [B, C, h, w] -> ``logits`` and ``guidance``, both [B, K, h, w]"""
