@@ -14,7 +14,8 @@ import pytest
 import cluster_zoo
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = {str(path.relative_to(ROOT)) for path in (ROOT / 'cluster_zoo').rglob('*') if path.is_file()}
+PACKAGES = ('cluster_zoo', 'segmentation')
+PACKAGE = {str(path.relative_to(ROOT)) for name in PACKAGES for path in (ROOT / name).rglob('*') if path.is_file()}
 PACKAGE = {name for name in PACKAGE if '__pycache__' not in name}
 
 
@@ -33,7 +34,7 @@ def built(tmp_path_factory):
     return output
 
 
-def test_wheel_holds_the_package_and_nothing_else(built):
+def test_wheel_holds_the_packages_and_nothing_else(built):
     with zipfile.ZipFile(next(built.glob('*.whl'))) as wheel:
         names = {name for name in wheel.namelist() if '.dist-info/' not in name}
         entry_points = wheel.read(f'cluster_zoo-{cluster_zoo.__version__}.dist-info/entry_points.txt').decode()
