@@ -131,9 +131,12 @@ def test_schedules_run(config):
 @pytest.mark.parametrize('name', CONFIGS)
 def test_every_system_can_be_built(name):
     config = segmenter_config(name)
-    model = build(name)
+    model = build(name).eval()
     assert model.num_classes == config.num_classes
-    assert (model.auxiliary is not None) == (config.auxiliary_weight > 0)
+    outputs = model(torch.empty(1, 3, 72, 100, device='meta'), all_outputs=True)
+    assert outputs['logits'].shape == (1, config.num_classes, 72, 100)
+    assert ('guidance' in outputs) == (config.guidance_weight > 0)
+    assert ('auxiliary' in outputs) == (config.auxiliary_weight > 0)
     if name in PUBLISHED_PARAMETERS:
         digits = 1 if '.' in PUBLISHED_PARAMETERS[name] else 0
         assert f'{count(model) / 1e6:.{digits}f}' == PUBLISHED_PARAMETERS[name]
