@@ -76,7 +76,7 @@ def _from_one(count: int) -> dict[int, int]:
     return {0: IGNORE_INDEX} | {label: label - 1 for label in range(1, count + 1)}
 
 
-_FOLDER = Layout('{split}/images', '{split}/masks', {}, numbered_classes(0))
+_FOLDER = Layout('{split}/images', '{split}/masks', {'.png': {}}, numbered_classes(0))  # the folder tells which
 _LAYOUTS = {
     'folder': _FOLDER,
     'camvid': replace(
@@ -119,7 +119,7 @@ DATASETS = tuple(_LAYOUTS)
 class _Sample(NamedTuple):
     image: str
     mask: str
-    table: np.ndarray  # from the mask's labels to classes; shared by the samples
+    ending: str  # of the mask's name: what its labels mean depends on it
 
 
 class SegmentationDataset(Dataset):
@@ -138,11 +138,13 @@ class SegmentationDataset(Dataset):
         self,
         files: Folder | Archive,
         samples: list[_Sample],
+        tables: dict[str, np.ndarray],
         classes: Classes,
         transform: Callable | None = None,
     ) -> None:
         self.files = files
         self.samples = samples
+        self.tables = tables  # from labels to classes, by the ending of the mask
         self.classes, self.colours = classes
         self.transform = transform
 
@@ -200,9 +202,10 @@ class SegmentationDataset(Dataset):
                 f'{self.files.root / sample.image} is {width} x {height} pixels but its mask '
                 f'{self.files.root / sample.mask} {columns} x {rows}'
             )
-        mask = sample.table[labels]
+        table = self.tables[sample.ending]
+        mask = table[labels]
         if mask.min() < 0:
-            known = _spans(np.flatnonzero(sample.table >= 0))
+            known = _spans(np.flatnonzero(table >= 0))
             unknown = _spans(np.unique(labels[mask < 0]))
             raise DataError(f'{self.files.root / sample.mask} has label {unknown}; known are {known}')
         return image, tv_tensors.Mask(torch.from_numpy(mask.astype(np.int64)))
@@ -257,18 +260,19 @@ def create_dataset(
     files = open_files(root)
     layout = _LAYOUTS[name]
     top, splits = _find_splits(files, name, layout)
-    if name == 'folder':
-        layout = _describe_folder(files, top, layout, splits, num_classes, remap, workers)
-    if num_classes not in (None, len(layout.classes.names)):
-        raise DataError(f'{name} in {root} has {len(layout.classes.names)} classes, not {num_classes}')
-    tables = {ending: label_table(labels, len(layout.classes.names)) for ending, labels in layout.labels.items()}
     samples = []
     for part in split.split('+'):
         own = splits.get(part, part if part in splits.values() else None)
         if own is None:
             raise DataError(f'{root} has no split {part!r}{nearest(part, splits)}: there is {", ".join(splits)}')
-        samples += _find_samples(files, top, layout, own, tables)
-    return SegmentationDataset(files, samples, layout.classes, transform)
+        samples += _find_samples(files, top, layout, own)
+    if name == 'folder':
+        layout = _describe_folder(files, top, layout, splits, num_classes, remap, workers)
+    count = len(layout.classes.names)
+    if num_classes not in (None, count):
+        raise DataError(f'{name} in {root} has {count} classes, not {num_classes}')
+    tables = {ending: label_table(labels, count) for ending, labels in layout.labels.items()}
+    return SegmentationDataset(files, samples, tables, layout.classes, transform)
 
 
 def _find_splits(files: Folder | Archive, name: str, layout: Layout) -> tuple[str, dict[str, str]]:
@@ -293,9 +297,7 @@ def _find_splits(files: Folder | Archive, name: str, layout: Layout) -> tuple[st
     )
 
 
-def _find_samples(
-    files: Folder | Archive, top: str, layout: Layout, split: str, tables: dict[str, np.ndarray]
-) -> list[_Sample]:
+def _find_samples(files: Folder | Archive, top: str, layout: Layout, split: str) -> list[_Sample]:
     images, masks = (_join(top, folder.format(split=split)) for folder in (layout.images, layout.masks))
     stems = _stems(files.below(images), images, layout.image_endings)
     if layout.listing is not None:
@@ -305,11 +307,13 @@ def _find_samples(
     there = set(files.below(masks))
     samples, lacking = [], []
     for stem, image in stems.items():
-        found = ((f'{masks}/{stem}{ending}', table) for ending, table in tables.items())
-        sample = next((_Sample(image, mask, table) for mask, table in found if mask in there), None)
-        samples.append(sample) if sample else lacking.append(image)
+        ending = next((ending for ending in layout.labels if f'{masks}/{stem}{ending}' in there), None)
+        if ending is None:
+            lacking.append(image)
+        else:
+            samples.append(_Sample(image, f'{masks}/{stem}{ending}', ending))
     if lacking:
-        endings = ' or '.join(f'NAME{ending}' for ending in tables)
+        endings = ' or '.join(f'NAME{ending}' for ending in layout.labels)
         raise DataError(
             f'{len(lacking)} of {len(stems)} images have no mask ({endings} in {files.root / masks}): '
             f'{_listed(lacking)}'
@@ -383,9 +387,9 @@ def _class_names(files: Folder | Archive, path: str) -> tuple[str, ...]:
 def _count_classes(files: Folder | Archive, masks: list[str], workers: int) -> int:
     def highest(path: str) -> int:
         labels = read_labels(files, path)
-        return int(labels[labels != IGNORE_INDEX].max(initial=-1))
+        return int(labels[labels != IGNORE_INDEX].max(initial=0))
 
-    count = max(_in_threads(highest, masks, workers, 'Counting classes'), default=-1) + 1
+    count = max(_in_threads(highest, masks, workers, 'Counting classes')) + 1
     if count < 2:
         raise DataError(
             f'the masks in {files.root} have no label but 0 and {IGNORE_INDEX}, which is ignored: if it is a class, '

@@ -78,13 +78,14 @@ class Archive:
         return folder in self._folders
 
     def folders(self, folder: str) -> list[str]:
-        paths = (PurePosixPath(path) for path in self._folders if path)
-        return sorted(path.name for path in paths if path.parent == PurePosixPath(folder) and path.name[0] != '.')
+        start = f'{folder}/' if folder else ''
+        inside = {path[len(start) :].partition('/')[0] for path in self._folders if path.startswith(start)}
+        return sorted(name for name in inside if name and name[0] != '.')
 
     def below(self, folder: str) -> list[str]:
-        inside = PurePosixPath(folder)
-        paths = (path for path in map(PurePosixPath, self._places) if path.is_relative_to(inside))
-        return sorted(str(path) for path in paths if path.name[0] != '.')
+        start = f'{folder}/' if folder else ''
+        paths = (path for path in self._places if path.startswith(start))
+        return sorted(path for path in paths if not path.rpartition('/')[2].startswith('.'))
 
     def read(self, path: str) -> bytes:
         if path not in self._places:

@@ -1,0 +1,621 @@
+"""segmentation.datasets, files and classes: five layouts as small trees, and everything that can be wrong with one."""
+
+import io
+import pickle
+import re
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.datasets import Cityscapes
+
+from cluster_zoo.data import DataError
+from segmentation import classes
+from segmentation.datasets import DATASETS, create_dataset
+
+CAMVID_TAR = Path(__file__).parents[2] / 'shared' / 'data' / 'camvid.tar'
+HEIGHT, WIDTH = 6, 10
+
+# Of each dataset: images and masks of its two splits, how their names end, labels in a mask and their classes.
+TREES = {
+    'folder': (('train/images', 'val/images'), ('train/masks', 'val/masks'), '.jpg', '.png', {0: 0, 2: 2, 255: 255}),
+    'camvid': (('train/images', 'val/images'), ('train/masks', 'val/masks'), '.jpg', '.png', {0: 0, 10: 10, 11: 255}),
+    'ade20k': (
+        ('images/training', 'images/validation'),
+        ('annotations/training', 'annotations/validation'),
+        '.jpg',
+        '.png',
+        {0: 255, 1: 0, 150: 149},
+    ),
+    'cityscapes': (
+        ('leftImg8bit/train/ulm', 'leftImg8bit/val/bonn'),
+        ('gtFine/train/ulm', 'gtFine/val/bonn'),
+        '_leftImg8bit.png',
+        '_gtFine_labelIds.png',
+        {0: 255, 7: 0, 16: 255, 33: 18},
+    ),
+    'pascal_context_59': (
+        ('JPEGImages', 'JPEGImages'),
+        ('SegmentationClassContext', 'SegmentationClassContext'),
+        '.jpg',
+        '.png',
+        {0: 255, 1: 0, 59: 58},
+    ),
+}
+COUNTS = {'folder': 3, 'camvid': 11, 'ade20k': 150, 'cityscapes': 19, 'pascal_context_59': 59}
+
+
+def _encoded(array, form, **options):
+    data = io.BytesIO()
+    Image.fromarray(array).save(data, form, **options)
+    return data.getvalue()
+
+
+def _image(seed=0, form='JPEG', size=(HEIGHT, WIDTH)):
+    return _encoded(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8), form)
+
+
+def _mask(labels, size=(HEIGHT, WIDTH), dtype=np.uint8):
+    """Every label in turn, along the rows."""
+    return _encoded(np.resize(np.array(labels, dtype), size), 'PNG')
+
+
+def _write(root, name):
+    """Two training images and one to validate with; returns what there is by name."""
+    images, masks, image_ending, mask_ending, labels = TREES[name]
+    written = {}
+    for split, stems in enumerate((('a', 'b'), ('c',))):
+        for seed, stem in enumerate(stems):
+            written[f'{images[split]}/{stem}{image_ending}'] = _image(seed, 'JPEG' if 'jpg' in image_ending else 'PNG')
+            written[f'{masks[split]}/{stem}{mask_ending}'] = _mask(list(labels))
+    if name == 'pascal_context_59':
+        written['ImageSets/SegmentationContext/train.txt'] = b'a\nb\n'
+        written['ImageSets/SegmentationContext/val.txt'] = b'c\n'
+    for path, data in written.items():
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_bytes(data)
+    return written
+
+
+def _tar(path, root, prefix=''):
+    with tarfile.open(path, 'w') as archive:
+        archive.add(root, prefix or '.')
+    return path
+
+
+@pytest.fixture(params=DATASETS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A maker of trees, one of each kind."""
+
+    def make(name):
+        _write(tmp_path / 'data', name)
+        return tmp_path / 'data'
+
+    return make
+
+
+@pytest.fixture
+def folder(tree):
+    """A tree of kind folder, with names for its three classes."""
+    root = tree('folder')
+    (root / 'classes.txt').write_text('road\nsky\n\ntree\n')
+    return root
+
+
+def _message(error):
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+
+def _refused(*args, check=False, **kwargs):
+    with pytest.raises(DataError) as error:
+        dataset = create_dataset(*args, **kwargs)
+        if check:
+            dataset.check(2)
+    return _message(error)
+
+
+# Layouts
+
+
+def _verify(name, root, train, val):
+    _, _, image_ending, _, labels = TREES[name]
+    dataset = create_dataset(name, root, 'train')
+    assert len(dataset) == 2
+    assert [dataset.name(index) for index in range(2)] == [f'{train}/{stem}{image_ending}' for stem in 'ab']
+    assert len(dataset.classes) == len(dataset.colours) == COUNTS[name]
+    for index, (image, mask) in enumerate(dataset):
+        assert (image.dtype, mask.dtype) == (torch.uint8, torch.int64)
+        decoded = np.asarray(Image.open(io.BytesIO(_image(index, 'JPEG' if 'jpg' in image_ending else 'PNG'))))
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), decoded)
+        assert np.array_equal(mask.numpy(), np.resize(list(labels.values()), (HEIGHT, WIDTH)))
+    dataset.check()
+    both = create_dataset(name, root, 'train+val')
+    assert [Path(both.name(index)).name[0] for index in range(3)] == ['a', 'b', 'c']
+    assert both.name(2) == f'{val}/c{image_ending}'
+
+
+def test_layouts(name, tree):
+    _verify(name, tree(name), *TREES[name][0])
+
+
+def test_layouts_in_a_tar(name, tree, tmp_path):
+    _verify(name, _tar(tmp_path / 'data.tar', tree(name)), *TREES[name][0])
+
+
+def test_root_may_be_the_folder_above(name, tree, tmp_path):
+    tree(name)
+    _verify(name, tmp_path, *(f'data/{folder}' for folder in TREES[name][0]))
+
+
+def test_tar_may_have_a_folder_on_top(name, tree, tmp_path):
+    archive = _tar(tmp_path / 'data.tar', tree(name), 'on_top')
+    _verify(name, archive, *(f'on_top/{folder}' for folder in TREES[name][0]))
+
+
+def test_the_dataset_is_found_beside_others_by_its_published_folder(tmp_path):
+    _write(tmp_path / 'VOCdevkit' / 'VOC2010', 'pascal_context_59')
+    (tmp_path / 'VOCdevkit' / 'VOC2012').mkdir()
+    _verify('pascal_context_59', tmp_path, *['VOCdevkit/VOC2010/JPEGImages'] * 2)
+    _verify('pascal_context_59', tmp_path / 'VOCdevkit', *['VOC2010/JPEGImages'] * 2)
+
+
+def test_splits_by_the_names_of_the_dataset(tree):
+    root = tree('ade20k')
+    assert len(create_dataset('ade20k', root, 'training')) == 2
+    assert len(create_dataset('ade20k', root, 'validation')) == 1
+
+
+def test_labels_beyond_the_last_class(name, tree):
+    root = tree(name)
+    _, masks, _, ending, labels = TREES[name]
+    beyond = max(label for label in labels if label != 255) + 1
+    (root / masks[0] / f'b{ending}').write_bytes(_mask([*labels, beyond, 200]))
+    options = dict(num_classes=3) if name == 'folder' else {}
+    dataset = create_dataset(name, root, 'train', **options)
+    dataset[0]
+    with pytest.raises(DataError) as error:
+        dataset[1]
+    unknown = f'{beyond}, 200'
+    assert _message(error) == (
+        f'{root / masks[0] / f"b{ending}"} has label {unknown}; known are {f"0-{beyond - 1}, 255"}'
+    )
+
+
+def test_cityscapes_takes_train_ids_where_there_are_any(tree):
+    root = tree('cityscapes')
+    (root / 'gtFine/train/ulm/b_gtFine_labelTrainIds.png').write_bytes(_mask([0, 18, 255]))
+    (root / 'gtFine/train/ulm/b_gtFine_color.png').write_bytes(_image(form='PNG'))
+    dataset = create_dataset('cityscapes', root, 'train')
+    assert dataset[0][1].unique().tolist() == [0, 18, 255]
+    assert dataset[1][1].flatten()[:3].tolist() == [0, 18, 255]
+
+
+def test_what_is_no_image_is_passed_over(folder):
+    for path in ('train/images/.DS_Store', 'train/images/._a.jpg', 'train/images/notes.txt', 'train/masks/z.png'):
+        (folder / path).write_bytes(b'?')
+    assert len(create_dataset('folder', folder, 'train')) == 2
+
+
+def test_the_transform_sees_image_and_mask(folder):
+    dataset = create_dataset('folder', folder, 'train', lambda image, mask: (image.shape, mask.shape))
+    assert dataset[0] == ((3, HEIGHT, WIDTH), (HEIGHT, WIDTH))
+
+
+# Classes of a folder
+
+
+def test_named_classes(folder):
+    dataset = create_dataset('folder', folder, 'train', num_classes=3)
+    assert dataset.classes == ('road', 'sky', 'tree')
+    assert 'has 3 classes, not 4' in _refused('folder', folder, 'train', num_classes=4)
+
+
+def test_numbered_classes(tree):
+    root = tree('folder')
+    assert create_dataset('folder', root, 'train', num_classes=7).classes == tuple('0123456')
+    # The highest label of every split counts, so that all splits have the same classes.
+    (root / 'val/masks/c.png').write_bytes(_mask([0, 5, 255]))
+    assert len(create_dataset('folder', root, 'train').classes) == 6
+
+
+def test_a_mask_of_0_and_255_is_no_mask_of_two_classes(tree):
+    root = tree('folder')
+    for path in root.glob('*/masks/*.png'):
+        path.write_bytes(_mask([0, 255]))
+    assert 'remap {0: 0, 255: 1}' in _refused('folder', root, 'train')
+    dataset = create_dataset('folder', root, 'train', remap={0: 0, 255: 1})
+    assert (dataset.classes, dataset[0][1].unique().tolist()) == (('0', '1'), [0, 1])
+
+
+def test_remap(folder):
+    dataset = create_dataset('folder', folder, 'train', remap={0: 2, 2: 255, 1: 1})
+    assert dataset[0][1].flatten()[:3].tolist() == [2, 255, 255]
+    dataset = create_dataset('folder', folder, 'train', remap={0: 1})
+    with pytest.raises(DataError, match='has label 2; known are 0, 255'):
+        dataset[0]
+
+
+def test_remap_of_16_bit_labels(tree):
+    root = tree('folder')
+    for path in root.glob('*/masks/*.png'):
+        path.write_bytes(_mask([1000, 65535, 7], dtype=np.uint16))
+    dataset = create_dataset('folder', root, 'train', remap={1000: 0, 65535: 1, 7: 255})
+    assert dataset[0][1].flatten()[:3].tolist() == [0, 1, 255]
+
+
+@pytest.mark.parametrize('remap', [{0: 3}, {0: -1}, {-1: 0}, {65536: 0}, {0: 256}])
+def test_remap_to_nowhere(folder, remap):
+    (label, number), *_ = remap.items()
+    assert f'label {label} can not become class {number}' in _refused('folder', folder, 'train', remap=remap)
+
+
+def test_remap_of_a_known_dataset(tree):
+    assert 'remap is for a dataset of kind folder' in _refused('ade20k', tree('ade20k'), 'train', remap={0: 0})
+
+
+@pytest.mark.parametrize('text', ['road\nsky\nroad\n', '\n \n'])
+def test_class_names_that_name_nothing(folder, text):
+    (folder / 'classes.txt').write_text(text)
+    assert 'one name a line, each once' in _refused('folder', folder, 'train')
+
+
+def test_class_names_that_are_no_text(folder):
+    (folder / 'classes.txt').write_bytes(b'\xff\xfe\x00')
+    assert 'which names the classes, can not be read' in _refused('folder', folder, 'train')
+
+
+def test_too_many_classes(tree):
+    root = tree('folder')
+    (root / 'val/masks/c.png').write_bytes(_mask([0, 400], dtype=np.uint16))
+    assert 'would have 401 classes: 1 to 255 are possible' in _refused('folder', root, 'train')
+    assert '1 to 255' in _refused('folder', root, 'train', num_classes=256)
+    assert len(create_dataset('folder', root, 'train', num_classes=255).classes) == 255
+
+
+# Kinds of masks
+
+
+def _stored_grey(depth, rows):
+    """A PNG of grey with so many bits a pixel, as the standard describes it."""
+    lines = b''
+    for row in rows:
+        bits = ''.join(f'{value:0{depth}b}' for value in row)
+        bits += '0' * (-len(bits) % 8)
+        lines += b'\0' + bytes(int(bits[start : start + 8], 2) for start in range(0, len(bits), 8))
+    header = struct.pack('>IIBBBBB', len(rows[0]), len(rows), depth, 0, 0, 0, 0)
+    chunks = ((b'IHDR', header), (b'IDAT', zlib.compress(lines)), (b'IEND', b''))
+    return b'\x89PNG\r\n\x1a\n' + b''.join(
+        struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize('depth', [1, 2, 4, 8, 16])
+def test_grey_of_any_depth(folder, depth):
+    rows = [[(row + column) % min(3, 2**depth) for column in range(WIDTH)] for row in range(HEIGHT)]
+    (folder / 'train/masks/a.png').write_bytes(_stored_grey(depth, rows))
+    assert create_dataset('folder', folder, 'train')[0][1].tolist() == rows
+
+
+def test_palette_masks_count_by_index(folder):
+    labels = np.resize(np.array([0, 1, 2, 255], np.uint8), (HEIGHT, WIDTH))
+    palette = Image.frombytes('P', (WIDTH, HEIGHT), labels.tobytes())
+    palette.putpalette([200, 0, 0, 0, 200, 0] + [7] * 762)
+    palette.save(folder / 'train/masks/a.png')
+    assert np.array_equal(create_dataset('folder', folder, 'train')[0][1].numpy(), labels)
+
+
+def test_16_bit_labels_beyond_the_last_class(folder):
+    (folder / 'train/masks/a.png').write_bytes(_mask([0, 256], dtype=np.uint16))  # 0 in its lower byte
+    with pytest.raises(DataError, match=r'a\.png has label 256; known are 0-2, 255'):
+        create_dataset('folder', folder, 'train')[0]
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA'])
+def test_masks_in_colour(folder, mode):
+    Image.new(mode, (WIDTH, HEIGHT)).save(folder / 'train/masks/a.png')
+    with pytest.raises(DataError, match=rf'a\.png is a picture in colour \({mode}\)'):
+        create_dataset('folder', folder, 'train')[0]
+
+
+# Kinds of images
+
+
+def test_grey_images(folder):
+    (folder / 'train/images/a.jpg').write_bytes(_encoded(np.full((HEIGHT, WIDTH), 90, np.uint8), 'JPEG'))
+    image, _ = create_dataset('folder', folder, 'train')[0]
+    assert image.shape == (3, HEIGHT, WIDTH)
+    assert image.unique().tolist() == [90]
+
+
+def test_16_bit_images(folder):
+    (folder / 'train/images/a.jpg').write_bytes(_mask([40000], dtype=np.uint16))
+    with pytest.raises(DataError, match=r'a\.jpg has more than 8 bits'):
+        create_dataset('folder', folder, 'train')[0]
+
+
+def test_orientation_of_a_photograph_is_not_applied(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    (folder / 'train/images/a.jpg').write_bytes(_encoded(pixels, 'JPEG', exif=exif))
+    assert create_dataset('folder', folder, 'train')[0][0].shape == (3, HEIGHT, WIDTH)
+
+
+# What is wrong with it
+
+
+def test_no_such_dataset(folder):
+    message = _refused('ade20', folder, 'train')
+    assert message.startswith("no dataset 'ade20' (did you mean ade20k?): there is folder, camvid, ")
+
+
+def test_no_such_root(tmp_path):
+    assert _refused('folder', tmp_path / 'nowhere', 'train').endswith('nowhere does not exist')
+
+
+def test_wrong_root(name, tmp_path):
+    for inside in ('music', 'photographs'):
+        (tmp_path / inside).mkdir()
+    message = _refused(name, tmp_path, 'train')
+    assert f'is no dataset of kind {name}' in message
+    assert message.endswith('found music, photographs')
+    assert str(Path(TREES[name][0][0].removesuffix('/ulm'))) in message
+
+
+def test_another_dataset(tree):
+    assert 'is no dataset of kind cityscapes' in _refused('cityscapes', tree('ade20k'), 'train')
+
+
+def test_no_such_split(name, tree):
+    root = tree(name)
+    message = _refused(name, root, 'trian')
+    assert "has no split 'trian' (did you mean train?): there is train, val" in message
+    assert "has no split ''" in _refused(name, root, 'train+')
+
+
+def test_camvid_without_a_test_split(tree):
+    assert "has no split 'test': there is train, val" in _refused('camvid', tree('camvid'), 'test')
+
+
+def test_empty_split(name, tree):
+    root = tree(name)
+    images, _, ending, _, _ = TREES[name]
+    (root / 'ImageSets/SegmentationContext').mkdir(parents=True, exist_ok=True)
+    (root / 'ImageSets/SegmentationContext/train.txt').write_text('')
+    for stem in 'ab':
+        (root / images[0] / f'{stem}{ending}').unlink()
+    assert 'has no images (*.' in _refused(name, root, 'train').replace('*_leftImg8bit', '*')
+
+
+def test_missing_mask(name, tree):
+    root = tree(name)
+    images, masks, image_ending, mask_ending, _ = TREES[name]
+    (root / masks[0] / f'b{mask_ending}').unlink()
+    message = _refused(name, root, 'train')
+    assert message.startswith('1 of 2 images have no mask (')
+    assert f'NAME{mask_ending}' in message
+    assert message.endswith(f'{images[0]}/b{image_ending}')
+
+
+def test_no_masks_at_all(tree):
+    root = tree('folder')
+    for path in root.glob('*/masks/*.png'):
+        path.unlink()
+    assert _refused('folder', root, 'train').startswith('2 of 2 images have no mask (NAME.png in ')
+
+
+def test_many_missing_masks(folder):
+    for index in range(9):
+        (folder / f'train/images/more_{index}.png').write_bytes(_image(form='PNG'))
+    message = _refused('folder', folder, 'train')
+    assert message.startswith('9 of 11 images')
+    assert message.endswith('more_4.png, and 4 more')
+
+
+def test_two_images_of_one_mask(folder):
+    (folder / 'train/images/a.png').write_bytes(_image(form='PNG'))
+    assert 'train/images/a.png would have the same mask' in _refused('folder', folder, 'train')
+
+
+def test_pascal_context_lists_what_is_not_there(tree):
+    root = tree('pascal_context_59')
+    (root / 'ImageSets/SegmentationContext/train.txt').write_text('a\nx\nb\n')
+    message = _refused('pascal_context_59', root, 'train')
+    assert message.startswith('1 of 3 images in ')
+    assert message.endswith('are missing: x')
+    (root / 'ImageSets/SegmentationContext/val.txt').unlink()
+    assert 'which lists the images, can not be read' in _refused('pascal_context_59', root, 'val')
+
+
+def _damage(root, path, change):
+    data = (root / path).read_bytes()
+    (root / path).write_bytes(change(data))
+
+
+def _flipped(data):
+    middle = data.index(b'IDAT') + 8
+    return data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1 :]
+
+
+DAMAGE = {
+    'cut PNG': ('train/masks/b.png', lambda data: data[:-25]),
+    'flipped PNG': ('train/masks/b.png', _flipped),
+    'empty PNG': ('train/masks/b.png', lambda data: b''),
+    'text for a PNG': ('train/masks/b.png', lambda data: b'not found' * 20),
+    'cut JPEG': ('train/images/b.jpg', lambda data: data[: -len(data) // 4]),
+    'header of a JPEG': ('train/images/b.jpg', lambda data: data[:30]),
+    'empty JPEG': ('train/images/b.jpg', lambda data: b''),
+}
+
+
+@pytest.mark.parametrize('kind', DAMAGE)
+@pytest.mark.parametrize('packed', [False, True])
+def test_damaged_files(folder, tmp_path, kind, packed):
+    path, change = DAMAGE[kind]
+    _damage(folder, path, change)
+    root = _tar(tmp_path / 'data.tar', folder) if packed else folder
+    message = _refused('folder', root, 'train', check=True)
+    assert message.startswith(f'1 of 2 images with their masks can not be used: {root / path} is not ')
+    assert '0x' not in message  # no addresses of Python's objects
+    assert create_dataset('folder', root, 'val').check() is None
+
+
+def test_sizes_that_differ(folder):
+    (folder / 'train/masks/a.png').write_bytes(_mask([0, 1, 2], (WIDTH, HEIGHT)))
+    message = _refused('folder', folder, 'train', check=True)
+    image, mask = folder / 'train/images/a.jpg', folder / 'train/masks/a.png'
+    assert f'{image} is 10 x 6 pixels but its mask {mask} 6 x 10' in message
+
+
+def test_check_names_all_that_is_wrong(folder):
+    _damage(folder, 'train/images/a.jpg', lambda data: data[:50])
+    (folder / 'train/masks/b.png').write_bytes(_mask([9]))
+    message = _refused('folder', folder, 'train', check=True)
+    assert message.startswith('2 of 2')
+    assert message.index('a.jpg is not') < message.index('b.png has label 9')
+
+
+def test_check_names_few_of_many(folder):
+    for index in range(9):
+        (folder / f'train/images/more_{index}.png').write_bytes(b'')
+        (folder / f'train/masks/more_{index}.png').write_bytes(_mask([0]))
+    message = _refused('folder', folder, 'train', check=True)
+    assert message.startswith('9 of 11')
+    assert 'more_4.png' in message and 'more_5.png' not in message and 'and 4 more' in message
+
+
+def test_check_does_not_transform(folder):
+    def transform(image, mask):
+        raise AssertionError
+
+    create_dataset('folder', folder, 'train', transform).check()
+
+
+def test_an_error_in_a_worker_keeps_its_message(folder):
+    _damage(folder, 'train/masks/b.png', lambda data: b'')
+    loader = DataLoader(create_dataset('folder', folder, 'train'), batch_size=None, num_workers=1)
+    with pytest.raises(DataError) as error:
+        list(loader)
+    assert _message(error).startswith(str(folder / 'train/masks/b.png'))
+
+
+# Tars
+
+
+def test_workers_and_copies_read_the_same_tar(folder, tmp_path):
+    dataset = create_dataset('folder', _tar(tmp_path / 'data.tar', folder), 'train+val')
+    expected = [dataset[index] for index in range(3)]
+    copy = pickle.loads(pickle.dumps(dataset))
+    for loaded in (DataLoader(dataset, batch_size=None, num_workers=2), copy):
+        for (image, mask), (expected_image, expected_mask) in zip(loaded, expected, strict=True):
+            assert torch.equal(image, expected_image)
+            assert torch.equal(mask, expected_mask)
+
+
+@pytest.mark.parametrize('compression', ['gz', 'bz2', 'xz'])
+def test_compressed_tar(folder, tmp_path, compression):
+    with tarfile.open(tmp_path / 'data.tar', f'w:{compression}') as archive:
+        archive.add(folder, '.')
+    assert 'data.tar is not a complete, uncompressed tar' in _refused('folder', tmp_path / 'data.tar', 'train')
+
+
+@pytest.mark.parametrize('share', [0.5, 0.9])
+def test_tar_cut_short(folder, tmp_path, share):
+    root = _tar(tmp_path / 'data.tar', folder)
+    end = root.read_bytes().rstrip(b'\0')
+    root.write_bytes(end[: int(len(end) * share)])
+    assert 'data.tar is not a complete' in _refused('folder', root, 'train')
+
+
+def test_a_file_that_is_no_tar(folder):
+    assert 'a.jpg is not a complete' in _refused('folder', folder / 'train/images/a.jpg', 'train')
+
+
+@pytest.mark.parametrize(
+    ('path', 'kind'),
+    [
+        ('../outside.png', tarfile.REGTYPE),
+        ('train/../../outside.png', tarfile.REGTYPE),
+        ('/etc/outside.png', tarfile.REGTYPE),
+        ('train/masks/z.png', tarfile.SYMTYPE),
+        ('train/masks/z.png', tarfile.LNKTYPE),
+        ('train/masks/z.png', tarfile.FIFOTYPE),
+    ],
+)
+def test_tars_that_lead_elsewhere(folder, tmp_path, path, kind):
+    root = _tar(tmp_path / 'data.tar', folder)
+    with tarfile.open(root, 'a') as archive:
+        member = tarfile.TarInfo(path)
+        member.type, member.linkname = kind, 'train/masks/a.png'
+        archive.addfile(member)
+    message = _refused('folder', root, 'train')
+    assert message == f'{root} is not safe to read: {path} is a link, or leads out of the archive'
+
+
+# Classes
+
+
+@pytest.mark.parametrize('known', ['ADE20K', 'CAMVID', 'CITYSCAPES', 'PASCAL_CONTEXT_59'])
+def test_names_and_colours(known):
+    names, colours = getattr(classes, known)
+    assert len(names) == len(set(names)) == len(colours)
+    assert all(re.fullmatch(r'[a-z]+( [a-z]+)*', name) for name in names)
+    assert colours.dtype == np.uint8
+    assert len({tuple(colour) for colour in colours.tolist()} - {(0, 0, 0)}) == len(names)
+
+
+def test_cityscapes_is_as_published():
+    evaluated = sorted((known for known in Cityscapes.classes if 0 <= known.train_id < 255), key=lambda k: k.train_id)
+    assert classes.CITYSCAPES.names == tuple(known.name for known in evaluated)
+    assert classes.CITYSCAPES.colours.tolist() == [list(known.color) for known in evaluated]
+    published = {known.id: known.train_id for known in Cityscapes.classes if known.id >= 0}
+    assert published == classes.CITYSCAPES_IDS
+
+
+def test_order_of_the_classes():
+    assert [classes.ADE20K.names[number] for number in (0, 6, 12, 20, 76, 149)] == [
+        'wall', 'road', 'person', 'car', 'boat', 'flag'
+    ]  # fmt: skip
+    assert classes.PASCAL_CONTEXT_59.names == tuple(sorted(classes.PASCAL_CONTEXT_59.names))
+
+
+def test_pascal_colours():
+    # Those of the first classes of PASCAL VOC: aeroplane, bicycle, bird, boat, bottle, bus, car, cat; and its border.
+    expected = [(128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128), (128, 128, 128)]
+    colours = [tuple(colour) for colour in classes.pascal_colours(255).tolist()]
+    assert colours[:8] == [*expected, (64, 0, 0)]
+    assert colours[254] == (224, 224, 192)
+    assert len(set(colours)) == 255
+
+
+# The real thing
+
+
+@pytest.mark.skipif(not CAMVID_TAR.is_file(), reason=f'CamVid is not at {CAMVID_TAR}')
+def test_camvid():
+    for split, count in (('train', 367), ('val', 101), ('test', 233), ('train+val', 468)):
+        assert len(create_dataset('camvid', CAMVID_TAR, split)) == count
+    dataset = create_dataset('camvid', CAMVID_TAR, 'val')
+    rows = {}
+    for index in range(0, 101, 20):
+        image, mask = dataset[index]
+        assert image.shape == (3, 360, 480)
+        assert mask.shape == (360, 480)
+        for number in mask.unique().tolist():
+            rows.setdefault(number, []).append(float((mask == number).nonzero()[:, 0].float().mean()))
+    heights = {dataset.classes[number]: sum(found) / len(found) for number, found in rows.items() if number != 255}
+    # From top to bottom, as on any street.
+    assert heights['sky'] < heights['building'] < heights['car'] < heights['pavement'] < heights['road']
+    assert dataset.name(0).startswith('camvid/val/images/')

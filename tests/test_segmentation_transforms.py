@@ -1,0 +1,337 @@
+"""segmentation.transforms: each step against plain loops, and image and mask that stay together."""
+
+import colorsys
+
+import numpy as np
+import pytest
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from segmentation.transforms import (
+    CategoryLimitedCrop,
+    EvaluationResize,
+    PadTo,
+    PhotometricDistortion,
+    RandomScale,
+    adjust_brightness,
+    adjust_contrast,
+    adjust_saturation,
+    eval_transform,
+    keep_ratio_size,
+    train_transform,
+)
+
+PLAIN = dict(mean=(0, 0, 0), std=(1, 1, 1))
+
+
+def _pair(height, width, classes=5, seed=0):
+    """A mask of noise, and an image whose first channel is the mask, its others row and column."""
+    mask = torch.randint(classes, (height, width), generator=torch.Generator().manual_seed(seed))
+    rows, columns = torch.arange(height)[:, None].expand(height, width), torch.arange(width).expand(height, width)
+    image = torch.stack([mask, rows, columns]).to(torch.uint8)
+    return tv_tensors.Image(image), tv_tensors.Mask(mask)
+
+
+def _image(height=8, width=8, seed=0):
+    return tv_tensors.Image(torch.rand(3, height, width, generator=torch.Generator().manual_seed(seed)))
+
+
+# Resizing
+
+
+@pytest.mark.parametrize(
+    ('size', 'scale', 'expected'),
+    [
+        ((480, 640), (2048, 512), (512, 683)),  # the short side decides
+        ((640, 480), (2048, 512), (683, 512)),
+        ((200, 2000), (2048, 512), (205, 2048)),  # the long side decides: 1.024
+        ((1024, 2048), (2048, 1024), (1024, 2048)),
+        ((360, 480), (240.0, 180.0), (180, 240)),
+        ((1, 4000), (400, 100), (1, 400)),  # no side vanishes
+    ],
+)
+def test_keep_ratio_size(size, scale, expected):
+    assert keep_ratio_size(size, scale) == expected
+    assert keep_ratio_size(size, scale[::-1]) == expected
+
+
+def test_random_scale_draws_from_all_of_its_range():
+    torch.manual_seed(0)
+    scale = RandomScale((200, 50), (0.5, 2.0))
+    heights = []
+    for _ in range(300):
+        image, mask = scale(*_pair(20, 30))
+        assert image.shape[1:] == mask.shape
+        assert abs(mask.shape[1] - 1.5 * mask.shape[0]) <= 1.25  # half a pixel from each side's rounding
+        heights.append(mask.shape[0])
+    assert (min(heights), max(heights)) == pytest.approx((25, 100), abs=1)
+    assert sum(heights) / 300 == pytest.approx(62.5, abs=4 * 75 / 12**0.5 / 300**0.5)  # uniform
+
+
+def test_random_scale_of_the_own_size():
+    torch.manual_seed(0)
+    image, mask = RandomScale(None, (1, 1))(*_pair(21, 34))
+    assert torch.equal(image[0], mask)
+    assert mask.shape == (21, 34)
+    assert RandomScale(None, (3, 3))(*_pair(5, 4))[1].shape == (15, 12)
+
+
+def test_masks_are_resized_to_the_nearest_label():
+    torch.manual_seed(0)
+    mask = tv_tensors.Mask(torch.tensor([[0, 254], [255, 7]]))
+    image = tv_tensors.Image(torch.zeros(3, 2, 2, dtype=torch.uint8))
+    resized = RandomScale(None, (3, 3))(image, mask)[1]
+    assert resized.dtype == torch.int64
+    assert torch.equal(resized, mask.repeat_interleave(3, 0).repeat_interleave(3, 1))
+
+
+def _bilinear(image, height, width):
+    """Bilinear resizing as plain loops: pixel centers at halves, two neighbours an axis, none beyond the edge."""
+
+    def neighbours(place, size, length):
+        source = max((place + 0.5) * length / size - 0.5, 0)
+        low = min(int(source), length - 1)
+        return low, min(low + 1, length - 1), source - low
+
+    resized = np.zeros((3, height, width))
+    for row in range(height):
+        top, bottom, down = neighbours(row, height, image.shape[1])
+        for column in range(width):
+            left, right, along = neighbours(column, width, image.shape[2])
+            upper = image[:, top, left] * (1 - along) + image[:, top, right] * along
+            lower = image[:, bottom, left] * (1 - along) + image[:, bottom, right] * along
+            resized[:, row, column] = upper * (1 - down) + lower * down
+    return resized
+
+
+@pytest.mark.parametrize(('scale', 'size'), [((24, 18), (18, 22)), ((8, 4), (4, 5))])
+def test_images_are_resized_bilinearly_without_antialiasing(scale, size):
+    pixels = torch.randint(256, (3, 9, 11), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    resized = EvaluationResize(scale)(tv_tensors.Image(pixels))
+    assert resized.shape[1:] == size
+    error = np.abs(resized.double().numpy() - _bilinear(pixels.double().numpy(), *size))
+    assert error.max() <= 1 and error.mean() < 0.4  # whole values, rounded once an axis
+
+
+# Cropping
+
+
+def test_crop_takes_image_and_mask_at_one_place():
+    torch.manual_seed(0)
+    places = set()
+    for _ in range(200):
+        image, mask = CategoryLimitedCrop((4, 6))(*_pair(7, 8))
+        assert mask.shape == (4, 6)
+        assert torch.equal(image[0], mask)
+        places.add((int(image[1, 0, 0]), int(image[2, 0, 0])))
+    assert places == {(top, left) for top in range(4) for left in range(3)}  # all of them
+
+
+@pytest.mark.parametrize('size', [(4, 20), (20, 6), (9, 9)])
+def test_crop_of_a_small_image(size):
+    image, mask = CategoryLimitedCrop(size)(*_pair(7, 8))
+    assert mask.shape == (min(size[0], 7), min(size[1], 8))
+    assert torch.equal(image[0], mask)
+
+
+def _share(mask):
+    counts = {}
+    for label in mask.flatten().tolist():
+        if label != 255:
+            counts[label] = counts.get(label, 0) + 1
+    return max(counts.values()) / sum(counts.values()) if counts else None
+
+
+def test_crop_avoids_what_is_nearly_all_of_one_class():
+    """The left half has one class, the right half four: a crop has to reach into the right one."""
+    torch.manual_seed(0)
+    image, mask = _pair(16, 32, classes=4)
+    mask[:, :16] = 0
+    limited, free = ([], [])
+    for _ in range(300):
+        limited.append(_share(CategoryLimitedCrop((8, 8), 0.75)(image, mask)[1]))
+        free.append(_share(CategoryLimitedCrop((8, 8), 1)(image, mask)[1]))
+    too_much = sum(share > 0.75 for share in free) / 300
+    assert 0.3 < too_much < 0.7
+    # Ten tries that all fail have a probability of too_much ** 10, below 0.03.
+    assert sum(share > 0.75 for share in limited) / 300 < 0.04
+
+
+def test_crop_of_one_class_is_taken_after_ten_tries(monkeypatch):
+    image, mask = _pair(16, 16, classes=1)
+    torch.manual_seed(5)
+    cropped, _ = CategoryLimitedCrop((4, 4))(image, mask)
+    torch.manual_seed(5)
+    places = [(int(torch.randint(13, ())), int(torch.randint(13, ()))) for _ in range(10)]
+    assert (int(cropped[1, 0, 0]), int(cropped[2, 0, 0])) == places[-1]
+
+
+def test_share_is_of_the_labelled_pixels():
+    crop = CategoryLimitedCrop((2, 4), 0.75)
+    assert crop._is_mixed(torch.tensor([[1, 1, 1, 2], [255] * 4]))  # exactly 3 of 4
+    assert not crop._is_mixed(torch.tensor([[1, 1, 1, 1], [2, 255, 255, 255]]))  # 4 of 5
+    assert not crop._is_mixed(torch.full((2, 4), 255))
+
+
+# Distortion
+
+
+def test_brightness_and_contrast_against_plain_loops():
+    image = _image()
+    for amount in (-0.3, 0.125, 0.9):
+        expected = [min(max(value + amount, 0), 1) for value in image.flatten().tolist()]
+        assert adjust_brightness(image, amount).flatten().tolist() == pytest.approx(expected, abs=1e-6)
+    for factor in (0.5, 1.5):
+        expected = [min(value * factor, 1) for value in image.flatten().tolist()]
+        assert adjust_contrast(image, factor).flatten().tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize('factor', [0.5, 0.9, 1.0, 1.5])
+def test_saturation_is_that_of_hsv(factor):
+    image = _image(12, 12)
+    image[:, 0, :6] = torch.tensor([0.0, 1.0, 0.5, 0.2, 0.2, 0.9])  # grey, black, white
+    image[:, 1, 0] = torch.tensor([1.0, 0.0, 0.0])  # nothing left to saturate
+    result = adjust_saturation(image, factor)
+    for pixel, changed in zip(image.flatten(1).T.tolist(), result.flatten(1).T.tolist()):
+        hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
+        assert changed == pytest.approx(colorsys.hsv_to_rgb(hue, min(saturation * factor, 1), value), abs=1e-5)
+
+
+def test_hue_turns_the_colour_circle():
+    image = _image(4, 4)
+    distortion = PhotometricDistortion()
+    result = distortion.transform(image, dict(steps=[(F.adjust_hue, 0.1)]))
+    for pixel, changed in zip(image.flatten(1).T.tolist(), result.flatten(1).T.tolist()):
+        hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
+        assert changed == pytest.approx(colorsys.hsv_to_rgb((hue + 0.1) % 1, saturation, value), abs=1e-5)
+
+
+def test_distortion_draws_what_the_papers_draw():
+    torch.manual_seed(0)
+    drawn = [PhotometricDistortion().make_params([])['steps'] for _ in range(1000)]
+    bounds = {
+        adjust_brightness: (-32 / 255, 32 / 255),
+        adjust_contrast: (0.5, 1.5),
+        adjust_saturation: (0.5, 1.5),
+        F.adjust_hue: (-0.1, 0.1),
+    }
+    for step, (low, high) in bounds.items():
+        amounts = [amount for steps in drawn for taken, amount in steps if taken is step]
+        assert 430 < len(amounts) < 570  # half of 1000, 4 standard deviations
+        assert low <= min(amounts) < low + 0.03 * (high - low)
+        assert high - 0.03 * (high - low) < max(amounts) <= high
+    orders = [[step for step, _ in steps] for steps in drawn if len(steps) == 4]
+    brightness, contrast, saturation, hue = bounds
+    early, late = [brightness, contrast, saturation, hue], [brightness, saturation, hue, contrast]
+    assert {tuple(order) for order in orders} == {tuple(early), tuple(late)}
+
+
+def test_distortion_leaves_masks_alone_and_keeps_the_range():
+    torch.manual_seed(0)
+    changed = 0
+    for seed in range(20):
+        image, mask = _image(seed=seed), tv_tensors.Mask(torch.arange(64).reshape(8, 8))
+        result, same = PhotometricDistortion()(image, mask)
+        assert type(result) is tv_tensors.Image
+        assert torch.equal(same, mask)
+        assert result.min() >= 0 and result.max() <= 1
+        changed += not torch.equal(result, image)
+    assert changed > 10
+
+
+# All of it
+
+
+def test_padding_at_the_right_and_at_the_bottom():
+    image, mask = PadTo((5, 7))(_image(3, 4), tv_tensors.Mask(torch.ones(3, 4, dtype=torch.int64)))
+    assert image.shape == (3, 5, 7)
+    assert image[:, 3:].abs().max() == image[:, :, 4:].abs().max() == 0
+    assert torch.equal(image[:, :3, :4], _image(3, 4))
+    assert (mask == 255).sum() == 35 - 12
+    assert mask[:3, :4].eq(1).all()
+    image, mask = _pair(9, 8)
+    assert PadTo((5, 7))(image, mask)[1].shape == (9, 8)
+
+
+def test_train_transform_keeps_image_and_mask_together():
+    torch.manual_seed(0)
+    transform = train_transform((6, 8), scale=None, ratio=(1, 1), distort=False, **PLAIN)
+    mirrored = 0
+    for _ in range(100):
+        image, mask = transform(*_pair(5, 12))
+        assert (image.dtype, mask.dtype) == (torch.float32, torch.int64)
+        assert image.shape[1:] == mask.shape == (6, 8)
+        seen = mask != 255
+        assert seen[:5].all() and not seen[5:].any()  # one row of padding
+        assert torch.equal((image[0] * 255).round().long()[seen], mask[seen].as_subclass(torch.Tensor))
+        mirrored += bool(image[2, 0, 0] > image[2, 0, 1])
+    assert 30 < mirrored < 70
+
+
+def test_padding_is_the_mean():
+    image = tv_tensors.Image(torch.full((3, 4, 4), 200, dtype=torch.uint8))
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    result, _ = train_transform(8, None, (1, 1), distort=False)(image, tv_tensors.Mask(torch.zeros(4, 4).long()))
+    expected = [(200 / 255 - m) / s for m, s in zip(mean, std)]
+    assert result[:, :4, :4].flatten(1).mean(1).tolist() == pytest.approx(expected, abs=1e-5)
+    assert result[:, 4:].abs().max() == 0
+
+
+def test_train_transform_is_a_function_of_the_generator():
+    transform = train_transform(16, scale=(40, 20))
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(transform(*_pair(18, 30)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+    assert not torch.equal(results[0][0], results[2][0])
+
+
+@pytest.mark.parametrize(
+    ('scale', 'multiple', 'expected'),
+    [
+        (None, None, (30, 45)),
+        (None, 32, (32, 64)),
+        ((2048, 512), None, (512, 768)),
+        ((2048, 500), 32, (512, 768)),  # 500 x 750, rounded up
+        ((600, 500), 32, (416, 608)),  # 400 x 600, rounded up
+    ],
+)
+def test_eval_transform_resizes_the_image_alone(scale, multiple, expected):
+    image, mask = _pair(30, 45)
+    result, same = eval_transform(scale, multiple)(image, mask)
+    assert (tuple(result.shape[1:]), result.dtype) == (expected, torch.float32)
+    assert torch.equal(same, mask)
+    assert torch.equal(eval_transform(scale, multiple)(image), result)  # an image alone
+
+
+def test_eval_transform_normalises():
+    image = tv_tensors.Image(torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1).expand(3, 2, 2))
+    result = eval_transform(mean=(0.5, 0.1, 0.2), std=(0.5, 0.2, 0.4))(image)
+    assert result[:, 0, 0].tolist() == pytest.approx([-1, 0.5, 2])
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(crop=0), 'crop'),
+        (dict(crop=(4, 4, 4)), 'crop'),
+        (dict(crop=4, ratio=(2, 1)), 'no range of sizes'),
+        (dict(crop=4, ratio=(0, 1)), 'no range of sizes'),
+        (dict(crop=4, scale=(0, 5)), 'no range of sizes'),
+        (dict(crop=4, max_category=0), 'max_category'),
+        (dict(crop=4, max_category=75), 'max_category'),
+    ],
+)
+def test_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        train_transform(**options)
+
+
+def test_refused_for_evaluation():
+    with pytest.raises(ValueError, match='no size'):
+        eval_transform(scale=(0, 4))
+    with pytest.raises(ValueError, match='no size'):
+        eval_transform(multiple=-32)
