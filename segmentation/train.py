@@ -34,9 +34,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from timm import utils
-from timm.layers import convert_sync_batchnorm
 from timm.models import clean_state_dict
-from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -44,21 +42,19 @@ from tqdm import tqdm
 
 from cluster_zoo import build, interrupt
 from cluster_zoo.data import DataError
-from cluster_zoo.features import centroid_heads
-from cluster_zoo.options import OptionError, available_workers, nearest
+from cluster_zoo.options import OptionError, available_workers
 from cluster_zoo.task import learned_share
 from cluster_zoo.weights import CheckpointError
-from segmentation import Segmenter, create_segmenter, inference
-from segmentation.datasets import SegmentationDataset, create_dataset
+from segmentation import inference
+from segmentation.build import build_datasets, build_model, build_optimizer
+from segmentation.datasets import SegmentationDataset
 from segmentation.evaluation import evaluate
 from segmentation.metrics import table
-from segmentation.options import model_options, test_protocol
+from segmentation.options import test_protocol
 from segmentation.overlays import OverlayWriter
 from segmentation.sampling import IterationSampler, SeededDataset
-from segmentation.schedules import create_schedule, parameter_groups
 from segmentation.task import SegmentationTask
 from segmentation.train_options import train_parser
-from segmentation.transforms import eval_transform, train_transform
 
 _logger = logging.getLogger('train')
 
@@ -91,7 +87,7 @@ class Run:
         state = self.task.get_checkpoint_state(ema=ema, unwrap_fn=unwrap_fn)
         if not ema:
             progress = dict(iteration=self.iteration, loss_sum=float(self.loss_sum), losses=self.losses)
-            state |= dict(arch=name(self.args), args=options(self.args), progress=progress, learned=self.learned)
+            state |= dict(arch=model_name(self.args), args=options(self.args), progress=progress, learned=self.learned)
         return state
 
     def mean_loss(self) -> float:
@@ -233,11 +229,12 @@ def fit(run: Run) -> int:
         run.loss_sum, run.losses = run.loss_sum + loss, run.losses + 1
         report.update(loss, lr)
         if run.iteration % args.val_interval == 0 or run.iteration == args.iterations:
+            report.close()
             figures = validate(run)
             summarise(run, figures, lr)
             run.loss_sum, run.losses = 0.0, 0
             save(run, figures['mIoU'])
-            report.restart()
+            report = Report(run)
         elif args.recovery_interval and run.iteration % args.recovery_interval == 0:
             save(run, recovery=True)
     report.close()
@@ -285,7 +282,9 @@ class Report:
         run, args = self.run, self.run.args
         self.loss_sum = self.loss_sum + loss
         due = run.iteration % args.log_interval == 0 or run.iteration == args.iterations
-        if not utils.is_primary(args) or not (due or (self.bar and time.time() - self.bar.last_print_t > 0.5)):
+        if not utils.is_primary(args) or not (
+            due or (self.bar is not None and time.time() - self.bar.last_print_t > 0.5)
+        ):
             return  # reading the loss waits for the device, so only when it is shown
         done, elapsed = run.iteration - self.first, time.monotonic() - self.start
         mean = float(self.loss_sum) / done
@@ -314,7 +313,7 @@ def options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in process}
 
 
-def name(args: argparse.Namespace) -> str:
+def model_name(args: argparse.Namespace) -> str:
     """The model, in a word."""
     return args.segmenter or f'{args.head}_{args.backbone}'
 
@@ -338,87 +337,6 @@ def set_up(args: argparse.Namespace) -> None:
     utils.random_seed(args.seed)  # the same in all processes, whose models begin alike
 
 
-def build_datasets(args: argparse.Namespace) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """Training and validation split. Sets ``args.num_classes``."""
-    normalisation = {name: getattr(args, name) for name in ('mean', 'std') if getattr(args, name) is not None}
-    with build.blame('training data'):
-        transform = train_transform(
-            tuple(args.crop) if len(args.crop) == 2 else args.crop[0],
-            tuple(args.scale),
-            tuple(args.ratio),
-            args.max_category,
-            args.flip,
-            not args.no_distort,
-            **normalisation,
-        )
-    common = dict(num_classes=args.num_classes, workers=max(args.workers, 1))
-    train = create_dataset(args.dataset, args.data, args.train_split, transform, **common)
-    with build.blame('validation data'):
-        transform = eval_transform(args.test_scale, args.test_multiple, **normalisation)
-    val = create_dataset(args.dataset, args.data, args.val_split, transform, **common)
-    args.num_classes = len(train.classes)
-    if not args.no_check_data:
-        check_data(args, train, val)
-    return train, val
-
-
-def check_data(args: argparse.Namespace, *datasets: SegmentationDataset) -> None:
-    """Opens every image and mask, in the first process, and fails in all of them."""
-    fault = [None]
-    if utils.is_primary(args):
-        try:
-            for dataset in datasets:
-                dataset.check(max(args.workers, 1))
-        except DataError as error:
-            fault = [str(error)]
-    if args.distributed:
-        dist.broadcast_object_list(fault)
-    if fault[0] is not None:
-        raise DataError(fault[0])
-
-
-def build_model(args: argparse.Namespace) -> Segmenter:
-    """The segmenter to train, with the weights that it starts from, on the device."""
-    arguments = model_options(args)
-    with build.blame('model'):
-        model = create_segmenter(
-            pretrained_backbone=args.pretrained_backbone, checkpoint_path=args.checkpoint, **arguments
-        )
-    typed = [name for name in args.given if name.startswith('centroid_')]
-    if typed and not centroid_heads(model):
-        raise OptionError(f'--{typed[0].replace("_", "-")}: only --classifier dnc has centroids')
-    build.set_centroid_learning(model, args)
-    if args.grad_checkpointing:
-        with build.blame('--grad-checkpointing'):
-            model.set_grad_checkpointing()
-    layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    model.to(device=args.device, memory_format=layout)
-    return convert_sync_batchnorm(model) if args.sync_bn and args.distributed else model
-
-
-def build_optimizer(args: argparse.Namespace, model: Segmenter) -> tuple[torch.optim.Optimizer, Scheduler]:
-    """The optimizer, with a learning rate for each group of parameters, and its schedule."""
-    known = list_optimizers()
-    if args.opt.lower().removeprefix('lookahead_') not in known:
-        raise OptionError(f'--opt: there is no optimizer {args.opt!r}{nearest(args.opt.lower(), known)}')
-    groups = parameter_groups(model, args.weight_decay, not args.no_norm_decay, args.layer_decay, args.head_lr_scale)
-    with build.blame(f'--opt {args.opt}'):
-        optimizer = create_optimizer_v2(groups, args.opt, args.lr, args.weight_decay, args.momentum, **args.opt_kwargs)
-    with build.blame(f'--schedule {args.schedule}'):
-        scheduler = create_schedule(
-            args.schedule,
-            optimizer,
-            args.iterations,
-            power=args.power,
-            min_lr=args.min_lr,
-            warmup=args.warmup,
-            warmup_ratio=args.warmup_ratio,
-            periods=args.periods,
-            restart_weights=args.restart_weights,
-        )
-    return optimizer, scheduler
-
-
 def start(args: argparse.Namespace) -> Run:
     """Builds every part of a run, and puts it where `--resume` says."""
     set_up(args)
@@ -433,7 +351,7 @@ def start(args: argparse.Namespace) -> Run:
     autocast, scaler = build.build_precision(args)
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-    folder = [args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{name(args)}']
+    folder = [args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{model_name(args)}']
     if args.distributed:
         dist.broadcast_object_list(folder)  # the clocks of the processes differ
     output_dir = Path(args.output or './output/segmentation', *folder)
@@ -442,8 +360,8 @@ def start(args: argparse.Namespace) -> Run:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     crops = args.batch_size * args.grad_accum_steps * args.world_size
     _logger.info(
-        f'{name(args)}: {parameters / 1e6:.2f} M parameters, {args.num_classes} classes; {len(train_data)} training '
-        f'and {len(val_data)} validation images; {args.iterations} iterations of {crops} crops on '
+        f'{model_name(args)}: {parameters / 1e6:.2f} M parameters, {args.num_classes} classes; {len(train_data)} '
+        f'training and {len(val_data)} validation images; {args.iterations} iterations of {crops} crops on '
         f'{args.world_size} x {args.device}; output in {output_dir}'
     )
     return run
