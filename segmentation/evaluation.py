@@ -72,7 +72,7 @@ def evaluate(
     start, counted, first = time.monotonic(), len(indices), True
     try:
         for chosen, images, labels in _batches(zip(indices, loader), batch_size):
-            images, labels = (x.to(device, non_blocking=True) for x in (images, labels))
+            images, labels = images.to(device), labels.to(device)
             with autocast():
                 probabilities = predict(
                     model, images, size=labels.shape[-2:], **{'chunk': batch_size, **(protocol or {})}

@@ -136,8 +136,14 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def test_protocol(args: argparse.Namespace) -> dict[str, Any]:
-    """Options of `predict`, apart from scales and flip, by the shared test options."""
+    """Options of `predict`, apart from scales and flip, by the shared test options.
+
+    Raises:
+        OptionError: A window has more than two sides, or windows were asked for and whole images too.
+    """
     protocol = dict(mode=args.test_mode or 'whole', multiple=args.test_multiple)
+    if protocol['mode'] == 'whole' and {'test_crop', 'test_stride'} & set(args.given):
+        raise OptionError('crop and stride of the test are those of its windows: add mode slide')
     for name in ('crop', 'stride'):
         if (sides := getattr(args, f'test_{name}')) is not None:
             if len(sides) > 2:

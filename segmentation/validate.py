@@ -6,14 +6,13 @@
     torchrun --nproc-per-node=4 segmentation/validate.py DATA --checkpoint FILE --mode slide --crop 512 --stride 342
 
 A checkpoint of segmentation/train.py knows its model, its dataset and how it is tested; options win over it. Read from
-the bottom up: `main`, then `measure`, which builds what it needs.
+the bottom up: `main`, `measure`, and `prepare`, which builds what is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import math
 import os
 import signal
@@ -40,8 +39,6 @@ from segmentation.evaluation import evaluate
 from segmentation.metrics import table
 from segmentation.overlays import OverlayWriter
 from segmentation.transforms import eval_transform
-
-_logger = logging.getLogger('validate')
 
 
 def parser() -> Parser:
@@ -101,13 +98,14 @@ def settle(args: argparse.Namespace) -> None:
 
 
 def set_up(args: argparse.Namespace) -> None:
-    """Device, processes and log."""
+    """Device and processes."""
     args.device = args.device or build.default_device()
     with build.blame(f'--device {args.device}'):
         torch.zeros(1, device=args.device)
+    if args.device.startswith('cuda'):
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
     utils.init_distributed_device(args)
-    logging.basicConfig(format='%(message)s')
-    _logger.setLevel(logging.INFO if utils.is_primary(args) else logging.ERROR)
     if 'workers' not in args.given:
         args.workers = available_workers(args.workers)
     if args.batch_size < 1 or args.workers < 0 or args.num_overlays < 0:
@@ -146,41 +144,50 @@ def build_model(args: argparse.Namespace, dataset: SegmentationDataset) -> Segme
     return model.to(device=args.device, memory_format=memory_format)
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Builds what the options say, and goes over the split once.
+def build_overlays(args: argparse.Namespace, dataset: SegmentationDataset) -> OverlayWriter | None:
+    """What draws predictions, if `--overlays` names a folder for them."""
+    if not args.overlays:
+        return None
+    with build.blame(f'--overlays {args.overlays}'):
+        return OverlayWriter(dataset, args.overlays, args.num_overlays)
 
-    Returns:
-        The figures of `evaluate`, parameters in millions, and the most memory of an accelerator in MB.
-    """
+
+def prepare(args: argparse.Namespace) -> dict[str, Any]:
+    """Builds what the options say, as arguments of `evaluate`."""
+    set_up(args)
     settle(args)
     protocol = options.test_protocol(args) | dict(scales=args.scales, flip=args.flip)
     with build.blame('test'):
         inference.check(protocol['mode'], protocol.get('crop'), protocol.get('stride'), args.scales)
     dataset = build_dataset(args)
-    model = build_model(args, dataset)
-    overlays = None
-    if args.overlays:
-        overlays = OverlayWriter(dataset, args.overlays, args.num_overlays)
-    autocast, _ = build.build_precision(args)
-    accelerated = torch.device(args.device).type != 'cpu'
+    return dict(
+        model=build_model(args, dataset),
+        dataset=dataset,
+        device=args.device,
+        autocast=build.build_precision(args)[0],
+        protocol=protocol,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        rank=args.rank,
+        world_size=args.world_size,
+        overlays=build_overlays(args, dataset),
+    )
+
+
+def measure(prepared: dict[str, Any]) -> dict[str, Any]:
+    """Goes over the split once.
+
+    Returns:
+        The figures of `evaluate`, parameters in millions, and the most memory of an accelerator in MB.
+    """
+    accelerated = torch.device(prepared['device']).type != 'cpu'
     if accelerated:
         torch.accelerator.reset_peak_memory_stats()
     try:
-        figures = evaluate(
-            model,
-            dataset,
-            args.device,
-            autocast,
-            protocol,
-            args.batch_size,
-            args.workers,
-            args.rank,
-            args.world_size,
-            overlays,
-        )
+        figures = evaluate(**prepared)
     except torch.OutOfMemoryError as error:
-        raise OptionError(f'out of memory with batches of {args.batch_size}: lower --batch-size') from error
-    figures['parameters'] = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+        raise OptionError(f'out of memory with batches of {prepared["batch_size"]}: lower --batch-size') from error
+    figures['parameters'] = sum(parameter.numel() for parameter in prepared['model'].parameters()) / 1e6
     if accelerated:
         figures['memory'] = torch.accelerator.max_memory_allocated() / 2**20
     return figures
@@ -222,15 +229,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 after a mistake of the user's.
     """
+    prepared = None
     try:
         args = parser().resolve(argv)
-        set_up(args)
-        figures = measure(args)
+        prepared = prepare(args)
+        figures = measure(prepared)
         if utils.is_primary(args):
             report(args, figures)
     except (OptionError, DataError, CheckpointError) as error:
-        # All processes make the same mistake.
-        if os.environ.get('LOCAL_RANK', '0') == '0':
+        # Before the first image, all processes make the same mistake.
+        if prepared is not None or os.environ.get('LOCAL_RANK', '0') == '0':
             print(f'error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,0 +1,345 @@
+"""segmentation/validate.py and the loop that it shares with training, on a few small images."""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from PIL import Image
+from processes import run_processes
+
+from segmentation import create_segmenter, validate
+from segmentation.evaluation import evaluate
+from segmentation.inference import predict
+
+ROOT = Path(__file__).parents[1]
+CLASSES = ('sky', 'road', 'tree', 'car')
+# Width and height: two sizes, in turns that fill no batch of two at once
+SIZES = [(40, 33), (36, 48), (40, 33), (36, 48), (40, 33), (40, 33), (36, 48)]
+MODEL = dict(head='fcn', backbone='test_resnet', num_classes=4, channels=8, output_stride=8)
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """Seven noisy images of three of the classes, with ignored pixels."""
+    root = tmp_path_factory.mktemp('streets')
+    rng = np.random.default_rng(0)
+    for kind in ('images', 'masks'):
+        (root / 'val' / kind).mkdir(parents=True)
+    for index, (width, height) in enumerate(SIZES):
+        mask = rng.choice([0, 1, 2, 255], (height // 3, width // 3), p=[0.3, 0.3, 0.3, 0.1]).astype(np.uint8)
+        mask = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+        pixels = rng.integers(0, 150, (height, width, 3))
+        for channel in range(3):
+            pixels[..., channel] += 100 * (mask == channel)
+        Image.fromarray(pixels.astype(np.uint8)).save(root / 'val' / 'images' / f'{index}.png')
+        Image.fromarray(mask).save(root / 'val' / 'masks' / f'{index}.png')
+    (root / 'classes.txt').write_text('\n'.join(CLASSES))
+    return root
+
+
+@pytest.fixture(scope='module')
+def model():
+    """An untrained segmenter whose classes are all predicted somewhere."""
+    torch.manual_seed(0)
+    model = create_segmenter(**MODEL)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+    model.eval()
+    with torch.no_grad():
+        logits = model(torch.randn(2, 3, 40, 40))
+        [*model.head.classifier.parameters()][-1].sub_(logits.mean((0, 2, 3)))
+    return model
+
+
+@pytest.fixture(scope='module')
+def checkpoint(model, tmp_path_factory):
+    """What segmentation/train.py leaves: weights, and its options."""
+    path = tmp_path_factory.mktemp('weights') / 'last.pth.tar'
+    args = dict(dataset='folder', model_kwargs=dict(output_stride=8), lr=0.1, data='/nowhere', test_mode='whole')
+    args |= {name: value for name, value in MODEL.items() if name != 'output_stride'}
+    torch.save({'state_dict': model.state_dict(), 'args': args}, path)
+    return path
+
+
+@pytest.fixture
+def run(data, checkpoint, tmp_path, capsys):
+    """Runs the script in this process; returns its results, or its exit status and its message."""
+
+    def _run(*flags, data=data, checkpoint=checkpoint):
+        results = tmp_path / 'results.json'
+        line = [data, '--device', 'cpu', '-j', 0, '--results-file', results, *flags]
+        line += ['--checkpoint', checkpoint] if checkpoint else []
+        status = validate.main([str(word) for word in line if word != ''])
+        out, error = capsys.readouterr()
+        return (json.loads(results.read_text()), out) if status == 0 else (status, error)
+
+    return _run
+
+
+def samples(data, sizes=None):
+    """Images [1, 3, H, W], normalised here, in other sizes if there are some for theirs, and masks [H, W]."""
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
+    for path in sorted((data / 'val' / 'images').iterdir()):
+        pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None].float()
+        if sizes:
+            pixels = nn.functional.interpolate(pixels, sizes[tuple(pixels.shape[2:])], mode='bilinear').round()
+        mask = torch.from_numpy(np.array(Image.open(data / 'val' / 'masks' / path.name))).long()
+        yield (pixels - mean) / std, mask
+
+
+def figures(pairs):
+    """mIoU, accuracy of pixels, mean accuracy of classes and each class's IoU, by their definitions."""
+    predictions, labels = (torch.cat([x.flatten() for x in side]) for side in zip(*pairs))
+    predictions, labels = predictions[labels != 255], labels[labels != 255]
+    iou, acc = {}, []
+    for k, name in enumerate(CLASSES):
+        both, either = (predictions == k) & (labels == k), (predictions == k) | (labels == k)
+        if either.any():
+            iou[name] = 100 * both.sum().item() / either.sum().item()
+        if (labels == k).any():
+            acc.append(100 * both.sum().item() / (labels == k).sum().item())
+    mean = [sum(values) / len(values) for values in (iou.values(), acc)]
+    return mean[0], 100 * (predictions == labels).double().mean().item(), mean[1], iou
+
+
+@torch.no_grad()
+def expected(data, model, sizes=None, **protocol):
+    pairs = []
+    for image, mask in samples(data, sizes):
+        pairs.append((predict(model, image, size=mask.shape, **protocol).argmax(1)[0], mask))
+    return figures(pairs)
+
+
+def check(found, wanted, within=0.05):
+    # A pixel whose two best classes are as good as equal may fall either way.
+    assert (found['mIoU'], found['aAcc'], found['mAcc']) == pytest.approx(wanted[:3], abs=within)
+    assert {k: v for k, v in found['IoU'].items() if v is not None} == pytest.approx(wanted[3], abs=within)
+
+
+def test_a_checkpoint_alone_is_enough(run, data, model):
+    found, out = run()
+    wanted = expected(data, model)
+    check(found, wanted)
+    assert set(wanted[3]) == set(CLASSES) and 5 < wanted[0] < 95  # the car is predicted and never there
+    assert found['Acc']['car'] is None
+    assert found['images'] == 7 and found['images_per_second'] > 0
+    assert found['parameters'] == round(sum(p.numel() for p in model.parameters()) / 1e6, 4)
+    options = found['options']
+    assert (options['head'], options['dataset'], options['data']) == ('fcn', 'folder', str(data))
+    assert f'mIoU {found["mIoU"]:.2f}' in out and all(name in out for name in CLASSES)
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 16])
+def test_batches_do_not_matter(run, data, model, batch_size):
+    check(run('-b', batch_size)[0], expected(data, model))
+
+
+def test_loader_processes_do_not_matter(run, data, model):
+    check(run('-j', 2)[0], expected(data, model))
+
+
+def test_windows_scales_and_flip(run, data, model):
+    found, _ = run('--mode', 'slide', '--crop', 32, '--stride', 20, 24, '--scales', 0.75, 1, 1.5, '--flip', '-b', 3)
+    wanted = expected(data, model, mode='slide', crop=32, stride=(20, 24), scales=(0.75, 1, 1.5), flip=True)
+    check(found, wanted)
+    assert abs(wanted[1] - expected(data, model)[1]) > 0.2
+    assert found['options']['test_stride'] == [20, 24]
+
+
+def test_images_are_resized_and_masks_are_not(run, data, model):
+    """40 x 33 and 36 x 48 fit into 64 x 50 as 61 x 50 and 48 x 64; in multiples of 8 that is 64 x 56 and 48 x 64."""
+    found, _ = run('--scale', 64, 50, '--multiple', 8)
+    wanted = expected(data, model, {(33, 40): (56, 64), (48, 36): (64, 48)})
+    check(found, wanted, within=0.2)  # bytes are resized with weights of few bits: some differ by one
+    assert abs(wanted[1] - expected(data, model)[1]) > 1
+
+
+def test_flags_win_over_the_checkpoint(run, data, model, checkpoint, tmp_path):
+    saved = torch.load(checkpoint, weights_only=True)
+    saved['args'] |= dict(test_mode='slide', test_crop=[24], test_stride=[24])
+    path = tmp_path / 'windows.pth.tar'
+    torch.save(saved | dict(args=argparse.Namespace(**saved['args'])), path)
+    check(run(checkpoint=path)[0], expected(data, model, mode='slide', crop=24))
+    check(run('--stride', 12, checkpoint=path)[0], expected(data, model, mode='slide', crop=24, stride=12))
+    check(run('--mode', 'whole', checkpoint=path)[0], expected(data, model))
+
+
+def test_weights_alone_need_a_model(run, data, model, tmp_path):
+    path = tmp_path / 'weights.pth'
+    torch.save(model.state_dict(), path)
+    status, error = run(checkpoint=path)
+    assert status == 2 and '--head and --backbone' in error
+    flags = ['--head', 'fcn', '--backbone', 'test_resnet', '--channels', 8, '--model-kwargs', 'output_stride=8']
+    check(run(*flags, checkpoint=path)[0], expected(data, model))
+
+
+def test_the_auxiliary_head_is_not_measured(run, data, tmp_path):
+    model = create_segmenter(**MODEL, auxiliary=True).eval()
+    path = tmp_path / 'auxiliary.pth.tar'
+    args = dict(MODEL, auxiliary=True, model_kwargs=dict(output_stride=8))
+    torch.save({'state_dict': model.state_dict(), 'args': args}, path)
+    found, _ = run(checkpoint=path)
+    used = [p for name, p in model.named_parameters() if not name.startswith('auxiliary')]
+    assert found['parameters'] == round(sum(p.numel() for p in used) / 1e6, 4)
+    check(found, expected(data, model))
+
+
+def test_overlays(run, tmp_path):
+    run('--overlays', tmp_path / 'drawn', '--num-overlays', 2)
+    drawn = sorted((tmp_path / 'drawn').iterdir())
+    assert [path.name for path in drawn] == ['0001-1.png', '0005-5.png']
+    assert all(Image.open(path).width > 3 * 36 for path in drawn)
+
+
+def test_mixed_precision(run, data, model):
+    found, _ = run('--amp')
+    assert found['aAcc'] == pytest.approx(expected(data, model)[1], abs=3)
+
+
+def _validate(rank, world, port, argv):
+    where = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), **where)
+    assert validate.main(argv) == 0
+
+
+def test_two_processes_give_the_figures_of_one(run, data, checkpoint, tmp_path):
+    """Seven images over two processes: none is counted twice."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    results, drawn = tmp_path / 'two.json', tmp_path / 'drawn'
+    argv = [data, '--checkpoint', checkpoint, '--device', 'cpu', '-j', 0, '-b', 1, '--results-file', results]
+    argv += ['--overlays', drawn, '--num-overlays', 7]
+    run_processes(_validate, 2, port, [str(word) for word in argv])
+    found, wanted = json.loads(results.read_text()), run('-b', 1)[0]
+    for name in ('mIoU', 'aAcc', 'mAcc', 'IoU', 'Acc', 'images'):
+        assert found[name] == wanted[name]
+    assert len(list(drawn.iterdir())) == 7
+
+
+@pytest.mark.parametrize(
+    ('flags', 'changes', 'message'),
+    [
+        ((), dict(checkpoint='/nowhere.pth'), "No checkpoint at '/nowhere.pth'"),
+        ((), dict(checkpoint=''), 'no --checkpoint'),
+        ((), dict(data=''), 'no data'),
+        ((), dict(data='/nowhere'), '/nowhere does not exist'),
+        (('--dataset', 'camvit'), {}, "'camvit' (did you mean camvid?)"),
+        (('--split', 'text'), {}, "'text'"),
+        (('--head', 'semantic_fnp', '--backbone', 'test_resnet'), {}, 'did you mean semantic_fpn'),
+        (('--head', 'fcn', '--backbone', 'test_resnet', '--channels', 9), {}, 'does not fit'),
+        (('--segmenter', 'semantic_fpn_coc_smal_25'), {}, 'semantic_fpn_coc_small_25'),
+        (('--num-classes', 3), {}, '4 classes, not 3'),
+        (('--mode', 'slide'), {}, 'needs a crop'),
+        (('--crop', 32), {}, 'add mode slide'),
+        (('--mode', 'slide', '--crop', 16, '--stride', 17), {}, 'stride'),
+        (('--scales', 0), {}, 'above 0'),
+        (('--scale', 0, 4), {}, 'is no size'),
+        (('-b', 0), {}, '--batch-size must be at least 1'),
+        (('--device', 'abacus'), {}, '--device abacus'),
+    ],
+)
+def test_mistakes_are_one_line(run, flags, changes, message):
+    status, error = run(*flags, **changes)
+    assert status == 2
+    assert message in error
+    assert error.startswith('error: ') and error.count('\n') == 1
+
+
+def test_a_model_of_other_classes(run, tmp_path):
+    """A dataset that says how many classes it has, and a model of four."""
+    for kind in ('images', 'masks'):
+        (tmp_path / 'val' / kind).mkdir(parents=True)
+        Image.new('RGB' if kind == 'images' else 'L', (8, 8)).save(tmp_path / 'val' / kind / '0.png')
+    (tmp_path / 'classes.txt').write_text('sky\nroad\n')
+    status, error = run(data=tmp_path)
+    assert status == 2 and error.count('\n') == 1
+    assert '2 classes' in error and '4' in error
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_a_broken_image_is_named(run, data, tmp_path, workers):
+    for kind in ('images', 'masks'):
+        (tmp_path / 'val' / kind).mkdir(parents=True)
+    (tmp_path / 'classes.txt').write_text('\n'.join(CLASSES))
+    (tmp_path / 'val' / 'images' / 'torn.png').write_bytes((data / 'val' / 'images' / '0.png').read_bytes()[:300])
+    Image.new('L', (40, 33)).save(tmp_path / 'val' / 'masks' / 'torn.png')
+    status, error = run('-j', workers, data=tmp_path)
+    assert status == 2 and 'torn.png' in error and error.count('\n') == 1
+
+
+def test_started_as_a_file_from_elsewhere(tmp_path, data):
+    """Its own folder has modules of common names, which nothing else may find."""
+    command = [sys.executable, ROOT / 'segmentation' / 'validate.py', data, '--checkpoint', 'missing.pth']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, '')
+    assert done.stderr.startswith("error: No checkpoint at 'missing.pth'")
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+class Squares(torch.utils.data.Dataset):
+    """Images whose sizes follow a list, and which show their own labels."""
+
+    classes, ignore_index = ('a', 'b', 'c'), 255
+
+    def __init__(self, sides):
+        self.sides = sides
+
+    def __len__(self):
+        return len(self.sides)
+
+    def __getitem__(self, index):
+        mask = torch.randint(0, 3, (self.sides[index],) * 2, generator=torch.Generator().manual_seed(index))
+        return nn.functional.one_hot(mask, 3).permute(2, 0, 1).float(), mask
+
+
+class Echo(nn.Module):
+    """Sees what its image shows, and remembers the batches."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def forward(self, x):
+        assert not self.training
+        self.batches.append((len(x), x.shape[-1]))
+        return x
+
+
+def test_images_of_equal_size_go_together():
+    model = Echo()
+    found = evaluate(model, Squares([8, 6, 8, 6, 6, 8, 8]), 'cpu', batch_size=2)
+    assert (found['mIoU'], found['aAcc'], found['mAcc'], found['images']) == (100, 100, 100, 7)
+    assert model.batches == [(2, 8), (2, 6), (2, 8), (1, 6)]
+    assert model.training  # as it was before
+
+
+def test_few_images_wait_for_others_of_their_size():
+    model, seen = Echo(), []
+    evaluate(model, Squares([*range(2, 18), 3, 9]), 'cpu', batch_size=4, overlays=lambda i, _: seen.append(i))
+    assert sum(count for count, _ in model.batches) == 18
+    assert sorted(seen) == list(range(18))
+    # The sixteenth image waits for no other: one goes, then with every further image another.
+    assert model.batches[0] == (1, 2) and (2, 9) in model.batches
+
+
+def test_an_error_leaves_the_model_training():
+    class Broken(Echo):
+        def forward(self, x):
+            raise RuntimeError('broken')
+
+    model = Broken()
+    with pytest.raises(RuntimeError, match='broken'):
+        evaluate(model, Squares([4]), 'cpu')
+    assert model.training
