@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Dense heads on CamVid, from scratch, one budget and one recipe for all rows. DATA is the folder or tar of CamVid.
+#
+#   bash benchmarks/camvid.sh cpu DATA [ROW ...]    1,500 iterations of 8 crops, seed 42; about half an hour a row on a core
+#   bash benchmarks/camvid.sh gpu DATA [ROW ...]    20,000 iterations of 16 crops, three seeds
+#
+# Runs land in output/segmentation/camvid-KIND-ROW-SEED; a run that was stopped goes on, one that is done is kept. Then
+#
+#   python benchmarks/camvid.py KIND DATA           the table, on the test images
+set -euo pipefail
+[[ ${1:-} =~ ^(cpu|gpu)$ && -e ${2:-} ]] || { sed -n '2,11p' "$0" >&2; exit 2; }
+kind=$1 data=$(realpath "$2")
+shift 2
+cd "$(dirname "$0")/.."
+
+fpn=(--head semantic_fpn --channels 64 --model-kwargs pyramid_channels=128)
+declare -A rows=(
+    [semantic_fpn-resnet18]="${fpn[*]} --backbone resnet18"
+    [semantic_fpn-coc_tiny]="${fpn[*]} --backbone coc_tiny"
+    [semantic_fpn-fec_small]="${fpn[*]} --backbone fec_small"
+    [semantic_fpn-coc_tiny-cond]="${fpn[*]} --backbone coc_tiny --classifier cond"
+    [semantic_fpn-coc_tiny-dnc]="${fpn[*]} --backbone coc_tiny --classifier dnc"
+    [region_proxy-vit_tiny]='--head region_proxy --backbone vit_tiny_patch16_224 --model-kwargs img_size=256'
+)
+order=(semantic_fpn-{resnet18,coc_tiny,fec_small,coc_tiny-cond,coc_tiny-dnc} region_proxy-vit_tiny)
+recipe=(
+    --dataset camvid --crop 256 --scale 480 360 --ratio 0.5 2 --test-multiple 32
+    --lr 1e-3 --weight-decay 0.05 --no-norm-decay --clip-grad 5 --power 0.9 --channels-last
+    --amp --amp-dtype bfloat16 --resume auto
+)
+case $kind in
+    cpu) export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two rows at a time keep two cores busier than two threads
+         recipe+=(-b 8 --iterations 1500 --warmup 100 --val-interval 500 --workers 0); seeds=${SEEDS:-42} ;;
+    gpu) recipe+=(-b 16 --iterations 20000 --warmup 500 --val-interval 2000 --workers 8); seeds=${SEEDS:-42 43 44} ;;
+esac
+
+for seed in $seeds; do
+    for row in "${@:-${order[@]}}"; do
+        [[ -v rows[$row] ]] || { echo "unknown row '$row': ${order[*]}" >&2; exit 2; }
+        run=camvid-$kind-$row-$seed
+        [[ -e output/segmentation/$run/done ]] && continue
+        # The rows hold several words each.
+        # shellcheck disable=SC2086
+        python3 segmentation/train.py "$data" "${recipe[@]}" ${rows[$row]} --seed "$seed" --experiment "$run"
+        touch "output/segmentation/$run/done"
+    done
+done
