@@ -8,6 +8,7 @@ of a region exchange what they hold through a few centers. Between stages a stri
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +151,17 @@ class ContextCluster(nn.Module):
         proposals: Centers per axis of a region, one for all stages or one each.
         regions: Regions per axis, one for all stages or one each.
         weighted_mean: See `ClusterMixer`.
-        downsample_layers: What stands between stages, called with input and output channels; strided 3 x 3 convolutions
-            if None.
+        output_stride: Stride of the last stage, 8 or 16 instead of 32: the last convolutions between stages keep all
+            points, and those after them are dilated. The weights are the same.
+        downsample_layers: What stands between stages and halves the sides, called with input and output channels; 3 x 3
+            convolutions if None. Layers of one's own leave no choice of the output stride.
         init_values: Initial scale of the residual branches.
         drop_rate: Dropout before the classifier.
         drop_path_rate: Stochastic depth, rising linearly over all blocks from 0 to this.
 
     Raises:
-        ValueError: ``proposals`` or ``regions`` is not positive, or not one or one a stage.
+        ValueError: ``proposals`` or ``regions`` is not positive, or not one or one a stage; there is no such
+            ``output_stride``.
     """
 
     def __init__(
@@ -173,6 +177,7 @@ class ContextCluster(nn.Module):
         proposals: int | tuple[int, ...] = 2,
         regions: int | tuple[int, ...] = (8, 4, 2, 1),
         weighted_mean: bool = True,
+        output_stride: int | None = None,
         downsample_layers: Sequence[Callable[..., nn.Module]] | None = None,
         init_values: float = 1e-5,
         drop_rate: float = 0.0,
@@ -187,8 +192,18 @@ class ContextCluster(nn.Module):
         self.drop_rate = drop_rate
         proposals = one_each('proposals', proposals, len(depths))
         regions = one_each('regions', regions, len(depths))
+        full_strides = [4 * 2**i for i in range(len(depths))]
+        possible = full_strides[1:] if downsample_layers is None else full_strides[-1:]
+        if output_stride is not None and output_stride not in possible:
+            raise ValueError(f'output_stride of {type(self).__name__} is one of {possible}, got {output_stride}.')
+        strides = [min(stride, output_stride or stride) for stride in full_strides]
         if downsample_layers is None:
-            downsample_layers = [partial(nn.Conv2d, kernel_size=3, stride=2, padding=1)] * (len(depths) - 1)
+            # Where the grid is denser than at full strides, dilation lets a convolution reach as far in the image.
+            dilations = [full // stride for full, stride in zip(full_strides, strides)]
+            downsample_layers = [
+                partial(nn.Conv2d, kernel_size=3, stride=after // before, padding=dilation, dilation=dilation)
+                for (before, after), dilation in zip(pairwise(strides), dilations)
+            ]
         drop_path_rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
         self.stem = PointStem(in_chans, dims[0], **dd)
@@ -208,7 +223,10 @@ class ContextCluster(nn.Module):
             downsample = downsample_layers[i - 1](dims[i - 1], dims[i], **dd) if i > 0 else nn.Identity()
             stages.append(ContextClusterStage(downsample, blocks))
         self.stages = nn.Sequential(*stages)
-        self.feature_info = [dict(num_chs=dim, reduction=4 * 2**i, module=f'stages.{i}') for i, dim in enumerate(dims)]
+        self.feature_info = [
+            dict(num_chs=dim, reduction=stride, module=f'stages.{i}')
+            for i, (dim, stride) in enumerate(zip(dims, strides))
+        ]
         self.num_features = dims[-1]
         self.norm = GroupNorm1(self.num_features, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, **dd)

@@ -3,13 +3,12 @@
 `create_segmenter` builds one by its name, `train.py` and `validate.py` take the rest as their defaults. As markdown,
 with the parameters counted:
 
-    python -m segmentation.configs
-    python -m segmentation.configs '*coc*'
+    python -m segmentation
+    python -m segmentation '*coc*'
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -306,7 +305,3 @@ def markdown_table(filter: str = '') -> str:
             f'{" | ".join(figures)} |'
         )
     return '\n'.join(rows)
-
-
-if __name__ == '__main__':
-    print(markdown_table(*sys.argv[1:2]))

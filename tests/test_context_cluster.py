@@ -154,3 +154,29 @@ def test_drop_path_rises_over_the_blocks():
     model = timm.create_model('coc_tiny', drop_path_rate=0.13)
     rates = [getattr(b.drop_path1, 'drop_prob', 0.0) for stage in model.stages for b in stage.blocks]
     assert rates == pytest.approx([0.01 * i for i in range(14)], abs=1e-7)
+
+
+@pytest.mark.parametrize('stride', [8, 16])
+def test_output_stride(stride):
+    """The same weights on a denser grid: what convolutions alone compute agrees where both grids have points."""
+    torch.manual_seed(0)
+    full = timm.create_model('coc_tiny', depths=(0, 0, 0, 0), features_only=True).double().eval()
+    dense = timm.create_model('coc_tiny', depths=(0, 0, 0, 0), features_only=True, output_stride=stride).double().eval()
+    dense.load_state_dict(full.state_dict())
+    assert dense.feature_info.reduction() == [min(reduction, stride) for reduction in (4, 8, 16, 32)]
+    image = torch.randn(1, 3, 96, 160, dtype=torch.float64)
+    for expected, actual, reduction in zip(full(image), dense(image), (4, 8, 16, 32)):
+        step = max(reduction // stride, 1)
+        torch.testing.assert_close(actual[..., ::step, ::step], expected)
+
+
+def test_output_stride_with_blocks():
+    model = timm.create_model('coc_tiny', num_classes=3, output_stride=8)
+    model.load_state_dict(timm.create_model('coc_tiny', num_classes=3).state_dict())
+    assert model.forward_features(torch.randn(1, 3, 64, 96)).shape == (1, 320, 8, 12)
+    model(torch.randn(1, 3, 33, 47)).sum().backward()
+    for wrong in (4, 12, 64):
+        with pytest.raises(ValueError, match=r'one of \[8, 16, 32\]'):
+            timm.create_model('coc_tiny', output_stride=wrong)
+    with pytest.raises(ValueError, match=r'one of \[32\]'):
+        timm.create_model('fec_small', output_stride=16)

@@ -202,9 +202,9 @@ def test_names():
 def test_table_on_the_command_line():
     root = Path(__file__).parents[1]
     run = subprocess.run(
-        [sys.executable, '-m', 'segmentation.configs', 'condnet_r50*'], cwd=root, capture_output=True, text=True
+        [sys.executable, '-m', 'segmentation', 'condnet_r50*'], cwd=root, capture_output=True, text=True
     )
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 0 and run.stderr == '', run.stderr
     row = run.stdout.splitlines()[-1].split(' | ')
     assert row[:4] == ['| `condnet_r50_ade20k`', 'deeplabv3plus', '`resnet50c`', 'ade20k']
     # What is used after training

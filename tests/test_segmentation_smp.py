@@ -87,8 +87,15 @@ def test_saved_and_loaded(tmp_path):
         assert torch.equal(model(images), loaded(images))
 
 
-@pytest.mark.parametrize('encoder', ENCODERS)
-def test_output_stride_of_deeplab(encoder):
-    """DeepLabV3+ asks for a last stride of 8 or 16; these models have 32."""
-    with pytest.raises(TypeError, match='output_stride'):
-        build(smp.DeepLabV3Plus, encoder)
+@pytest.mark.parametrize('stride', [8, 16])
+def test_deeplab(stride):
+    model = build(smp.DeepLabV3Plus, 'coc_small', encoder_output_stride=stride).eval()
+    images = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        assert model.encoder(images)[-1].shape[-2:] == (64 // stride, 96 // stride)
+        assert model(images).shape == (1, 5, 64, 96)
+
+
+def test_deeplab_needs_a_stride_that_fec_has_not():
+    with pytest.raises(ValueError, match=r'output_stride of FEC is one of \[32\], got 16'):
+        build(smp.DeepLabV3Plus, 'fec_small')
