@@ -164,6 +164,16 @@ def test_tar_may_have_a_folder_on_top(name, tree, tmp_path):
     _verify(name, archive, *(f'on_top/{folder}' for folder in TREES[name][0]))
 
 
+def test_hidden_folders_are_not_looked_at(tree, tmp_path):
+    tree('camvid')
+    (tmp_path / '.cache').mkdir()
+    archive = _tar(tmp_path / 'data.tar', tmp_path / 'data', 'on_top')
+    with tarfile.open(archive, 'a') as more:
+        more.add(tmp_path / '.cache', '.cache')
+    assert create_dataset('camvid', tmp_path, 'val').name(0) == 'data/val/images/c.jpg'
+    assert create_dataset('camvid', archive, 'val').name(0) == 'on_top/val/images/c.jpg'
+
+
 def test_the_dataset_is_found_beside_others_by_its_published_folder(tmp_path):
     _write(tmp_path / 'VOCdevkit' / 'VOC2010', 'pascal_context_59')
     (tmp_path / 'VOCdevkit' / 'VOC2012').mkdir()
