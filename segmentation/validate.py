@@ -178,25 +178,25 @@ def measure(prepared: dict[str, Any]) -> dict[str, Any]:
     """Goes over the split once.
 
     Returns:
-        The figures of `evaluate`, parameters in millions, and the most memory of an accelerator in MB.
+        The figures of `evaluate`, ``parameters`` in millions, and on a GPU the most ``memory`` that was in use, in MiB.
     """
-    accelerated = torch.device(prepared['device']).type != 'cpu'
-    if accelerated:
-        torch.accelerator.reset_peak_memory_stats()
+    device = torch.device(prepared['device'])
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
     try:
         figures = evaluate(**prepared)
     except torch.OutOfMemoryError as error:
         raise OptionError(f'out of memory with batches of {prepared["batch_size"]}: lower --batch-size') from error
     figures['parameters'] = sum(parameter.numel() for parameter in prepared['model'].parameters()) / 1e6
-    if accelerated:
-        figures['memory'] = torch.accelerator.max_memory_allocated() / 2**20
+    if device.type == 'cuda':
+        figures['memory'] = torch.cuda.max_memory_allocated(device) / 2**20
     return figures
 
 
 def report(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     """Prints the figures, and writes them with the options to `--results-file`."""
     print(table(figures))
-    memory = f', {figures["memory"]:.0f} MB' if 'memory' in figures else ''
+    memory = f', {figures["memory"]:.0f} MiB' if 'memory' in figures else ''
     print(
         f'{figures["images"]} images, {figures["images_per_second"]:.2f} images/s, '
         f'{figures["parameters"]:.2f} M parameters{memory}'
@@ -205,7 +205,9 @@ def report(args: argparse.Namespace, figures: dict[str, Any]) -> None:
         process = ('given', 'distributed', 'world_size', 'rank', 'local_rank')
         given = {name: value for name, value in vars(args).items() if name not in process}
         with build.blame(f'--results-file {args.results_file}'):
-            Path(args.results_file).write_text(json.dumps(_rounded(figures) | dict(options=given), indent=4) + '\n')
+            path = Path(args.results_file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(_rounded(figures) | dict(options=given), indent=4) + '\n')
 
 
 def _rounded(figures: dict[str, Any]) -> dict[str, Any]:

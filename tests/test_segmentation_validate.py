@@ -75,7 +75,7 @@ def run(data, checkpoint, tmp_path, capsys):
     """Runs the script in this process; returns its results, or its exit status and its message."""
 
     def _run(*flags, data=data, checkpoint=checkpoint):
-        results = tmp_path / 'results.json'
+        results = tmp_path / 'results' / 'one.json'
         line = [data, '--device', 'cpu', '-j', 0, '--results-file', results, *flags]
         line += ['--checkpoint', checkpoint] if checkpoint else []
         status = validate.main([str(word) for word in line if word != ''])
