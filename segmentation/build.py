@@ -69,9 +69,8 @@ def build_model(args: argparse.Namespace) -> Segmenter:
     """The segmenter to train, with the weights that it starts from, on the device."""
     arguments = model_options(args)
     with blame('model'):
-        model = create_segmenter(
-            pretrained_backbone=args.pretrained_backbone, checkpoint_path=args.checkpoint, **arguments
-        )
+        pretrained = args.pretrained_backbone == 'timm' or args.pretrained_backbone
+        model = create_segmenter(pretrained_backbone=pretrained, checkpoint_path=args.checkpoint, **arguments)
     typed = [name for name in args.given if name.startswith('centroid_')]
     if typed and not centroid_heads(model):
         raise OptionError(f'--{typed[0].replace("_", "-")}: only --classifier dnc has centroids')

@@ -150,6 +150,7 @@ def training_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
         sampler=sampler,
         num_workers=args.workers,
         pin_memory=torch.device(args.device).type == 'cuda',
+        generator=torch.Generator(),  # to draw from, wherever a run starts, instead of the one that dropout draws from
     )
     layout = dict(memory_format=torch.channels_last) if args.channels_last else {}
     for images, labels in loader:

@@ -101,10 +101,10 @@ def _add_start_options(parser: argparse.ArgumentParser) -> None:
     add(
         '--pretrained-backbone',
         nargs='?',
-        const=True,
-        default=False,
+        const='timm',
+        default='',
         metavar='FILE',
-        help="start from a classifier's weights: those that timm finds, or of a file",
+        help="start from a classifier's weights: those that timm has for the backbone's name, or of a file",
     )
     add('--checkpoint', default='', metavar='FILE', help='start from the weights of a segmenter')
     add('--sync-bn', action='store_true', help='synchronise batch-norm over processes (on GPUs)')
