@@ -26,8 +26,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Te
 def dice_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255, smooth: float = 1e-5) -> Tensor:
     """One minus how well probabilities p and labels t overlap, the mean over classes and images (CondNet, section III).
 
-    For each class of each image, ``1 - (2 sum(p t) + smooth) / (sum(p^2) + sum(t^2) + smooth)`` over its pixels, in
-    float32 at least. A pixel without a label belongs to no class: its t is 0 for all of them.
+    For each class of each image, ``1 - (2 sum(p t valid) + smooth) / (sum(p^2) + sum(t^2) + smooth)`` over its pixels,
+    in float32 at least. A pixel without a label is not valid. As published, it still counts in both sums below the
+    line, with t of the last class: the authors' framework clamps labels to 0 .. K - 1.
 
     Args:
         logits: Guidance logits [B, K, h, w]; p is their softmax.
@@ -40,7 +41,7 @@ def dice_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255, smooth: f
     """
     p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)
     valid = (labels != ignore_index).unsqueeze(1)
-    t = torch.zeros_like(p).scatter_(1, torch.where(valid, labels.unsqueeze(1), 0), valid.to(p))
-    overlap = (p * t).sum(dim=(2, 3))
+    t = torch.zeros_like(p).scatter_(1, labels.unsqueeze(1).clamp(0, p.shape[1] - 1), 1.0)
+    overlap = (p * t * valid).sum(dim=(2, 3))
     total = p.square().sum(dim=(2, 3)) + t.sum(dim=(2, 3))  # t is 0 or 1, so its own square
     return (1 - (2 * overlap + smooth) / (total + smooth)).mean()
