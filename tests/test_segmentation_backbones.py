@@ -42,10 +42,12 @@ def test_dense_figures_of_the_authors(case, name, options):
 class PlainVisionTransformer(nn.Module):
     """A vision transformer as it reads, with PyTorch's own attention and the names of published dense checkpoints."""
 
-    def __init__(self, dim, depth, heads, side):
+    def __init__(self, dim, depth, heads, side, distilled):
         super().__init__()
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.randn(1, 1 + side * side, dim))
+        if distilled:
+            self.dist_token = nn.Parameter(torch.randn(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.randn(1, 1 + distilled + side * side, dim))
         self.patch_embed = nn.ModuleDict(dict(projection=nn.Conv2d(3, dim, 16, 16)))
         self.layers = nn.ModuleList(
             nn.ModuleDict(
@@ -69,7 +71,9 @@ class PlainVisionTransformer(nn.Module):
     def forward(self, x, early):
         x = self.patch_embed['projection'](x)
         B, C, h, w = x.shape
-        x = torch.cat([self.cls_token.expand(B, -1, -1), x.flatten(2).transpose(1, 2)], dim=1) + self.pos_embed
+        prefix = [self.cls_token, *([self.dist_token] if hasattr(self, 'dist_token') else [])]
+        x = torch.cat([*(token.expand(B, -1, -1) for token in prefix), x.flatten(2).transpose(1, 2)], dim=1)
+        x = x + self.pos_embed
         kept = x
         for i, layer in enumerate(self.layers):
             y = layer['ln1'](x)
@@ -77,15 +81,18 @@ class PlainVisionTransformer(nn.Module):
             x = x + layer['ffn']['layers'](layer['ln2'](x))
             if i == early:
                 kept = x
-        return [tokens[:, 1:].reshape(B, h, w, C).permute(0, 3, 1, 2) for tokens in (kept, self.ln1(x))]
+        return [tokens[:, len(prefix) :].reshape(B, h, w, C).permute(0, 3, 1, 2) for tokens in (kept, self.ln1(x))]
 
 
-@pytest.mark.parametrize('early', [-1, 1, 4])
+@pytest.mark.parametrize(
+    'name, early',
+    [('vit_tiny_patch16_224', -1), ('vit_tiny_patch16_224', 4), ('deit_tiny_distilled_patch16_224', 1)],
+)
 @torch.no_grad()
-def test_vision_transformer_in_published_names(early):
+def test_vision_transformer_in_published_names(name, early):
     torch.manual_seed(0)
-    plain = PlainVisionTransformer(192, 12, 3, side=4).double().eval()
-    backbone = create_backbone('vit_tiny_patch16_224', tokens=True, early=early, img_size=64)
+    plain = PlainVisionTransformer(192, 12, 3, side=4, distilled='distilled' in name).double().eval()
+    backbone = create_backbone(name, tokens=True, early=early, img_size=64)
     load_backbone(backbone, plain.state_dict())
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     for ours, theirs in zip(backbone(images), plain(images, early)):
