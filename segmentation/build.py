@@ -69,7 +69,7 @@ def build_model(args: argparse.Namespace) -> Segmenter:
     """The segmenter to train, with the weights that it starts from, on the device."""
     arguments = model_options(args)
     with blame('model'):
-        pretrained = args.pretrained_backbone == 'timm' or args.pretrained_backbone
+        pretrained = True if args.pretrained_backbone == 'timm' else args.pretrained_backbone or False
         model = create_segmenter(pretrained_backbone=pretrained, checkpoint_path=args.checkpoint, **arguments)
     typed = [name for name in args.given if name.startswith('centroid_')]
     if typed and not centroid_heads(model):
