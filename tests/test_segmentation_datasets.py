@@ -1,11 +1,8 @@
-"""segmentation.datasets, files and classes: five layouts as small trees, and everything that can be wrong with one."""
+"""segmentation.datasets: five layouts as small trees, and everything that can be wrong with one."""
 
 import io
 import pickle
-import re
-import struct
 import tarfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +10,8 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from torchvision.datasets import Cityscapes
 
 from cluster_zoo.data import DataError
-from segmentation import classes
 from segmentation.datasets import DATASETS, create_dataset
 
 CAMVID_TAR = Path(__file__).parents[2] / 'shared' / 'data' / 'camvid.tar'
@@ -294,73 +289,10 @@ def test_too_many_classes(tree):
     assert len(create_dataset('folder', root, 'train', num_classes=255).classes) == 255
 
 
-# Kinds of masks
-
-
-def _stored_grey(depth, rows):
-    """A PNG of grey with so many bits a pixel, as the standard describes it."""
-    lines = b''
-    for row in rows:
-        bits = ''.join(f'{value:0{depth}b}' for value in row)
-        bits += '0' * (-len(bits) % 8)
-        lines += b'\0' + bytes(int(bits[start : start + 8], 2) for start in range(0, len(bits), 8))
-    header = struct.pack('>IIBBBBB', len(rows[0]), len(rows), depth, 0, 0, 0, 0)
-    chunks = ((b'IHDR', header), (b'IDAT', zlib.compress(lines)), (b'IEND', b''))
-    return b'\x89PNG\r\n\x1a\n' + b''.join(
-        struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data)) for kind, data in chunks
-    )
-
-
-@pytest.mark.parametrize('depth', [1, 2, 4, 8, 16])
-def test_grey_of_any_depth(folder, depth):
-    rows = [[(row + column) % min(3, 2**depth) for column in range(WIDTH)] for row in range(HEIGHT)]
-    (folder / 'train/masks/a.png').write_bytes(_stored_grey(depth, rows))
-    assert create_dataset('folder', folder, 'train')[0][1].tolist() == rows
-
-
-def test_palette_masks_count_by_index(folder):
-    labels = np.resize(np.array([0, 1, 2, 255], np.uint8), (HEIGHT, WIDTH))
-    palette = Image.frombytes('P', (WIDTH, HEIGHT), labels.tobytes())
-    palette.putpalette([200, 0, 0, 0, 200, 0] + [7] * 762)
-    palette.save(folder / 'train/masks/a.png')
-    assert np.array_equal(create_dataset('folder', folder, 'train')[0][1].numpy(), labels)
-
-
 def test_16_bit_labels_beyond_the_last_class(folder):
     (folder / 'train/masks/a.png').write_bytes(_mask([0, 256], dtype=np.uint16))  # 0 in its lower byte
     with pytest.raises(DataError, match=r'a\.png has label 256; known are 0-2, 255'):
         create_dataset('folder', folder, 'train')[0]
-
-
-@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA'])
-def test_masks_in_colour(folder, mode):
-    Image.new(mode, (WIDTH, HEIGHT)).save(folder / 'train/masks/a.png')
-    with pytest.raises(DataError, match=rf'a\.png is a picture in colour \({mode}\)'):
-        create_dataset('folder', folder, 'train')[0]
-
-
-# Kinds of images
-
-
-def test_grey_images(folder):
-    (folder / 'train/images/a.jpg').write_bytes(_encoded(np.full((HEIGHT, WIDTH), 90, np.uint8), 'JPEG'))
-    image, _ = create_dataset('folder', folder, 'train')[0]
-    assert image.shape == (3, HEIGHT, WIDTH)
-    assert image.unique().tolist() == [90]
-
-
-def test_16_bit_images(folder):
-    (folder / 'train/images/a.jpg').write_bytes(_mask([40000], dtype=np.uint16))
-    with pytest.raises(DataError, match=r'a\.jpg has more than 8 bits'):
-        create_dataset('folder', folder, 'train')[0]
-
-
-def test_orientation_of_a_photograph_is_not_applied(folder):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
-    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    (folder / 'train/images/a.jpg').write_bytes(_encoded(pixels, 'JPEG', exif=exif))
-    assert create_dataset('folder', folder, 'train')[0][0].shape == (3, HEIGHT, WIDTH)
 
 
 # What is wrong with it
@@ -513,14 +445,6 @@ def test_check_does_not_transform(folder):
     create_dataset('folder', folder, 'train', transform).check()
 
 
-def test_an_error_in_a_worker_keeps_its_message(folder):
-    _damage(folder, 'train/masks/b.png', lambda data: b'')
-    loader = DataLoader(create_dataset('folder', folder, 'train'), batch_size=None, num_workers=1)
-    with pytest.raises(DataError) as error:
-        list(loader)
-    assert _message(error).startswith(str(folder / 'train/masks/b.png'))
-
-
 # Tars
 
 
@@ -532,82 +456,6 @@ def test_workers_and_copies_read_the_same_tar(folder, tmp_path):
         for (image, mask), (expected_image, expected_mask) in zip(loaded, expected, strict=True):
             assert torch.equal(image, expected_image)
             assert torch.equal(mask, expected_mask)
-
-
-@pytest.mark.parametrize('compression', ['gz', 'bz2', 'xz'])
-def test_compressed_tar(folder, tmp_path, compression):
-    with tarfile.open(tmp_path / 'data.tar', f'w:{compression}') as archive:
-        archive.add(folder, '.')
-    assert 'data.tar is not a complete, uncompressed tar' in _refused('folder', tmp_path / 'data.tar', 'train')
-
-
-@pytest.mark.parametrize('share', [0.5, 0.9])
-def test_tar_cut_short(folder, tmp_path, share):
-    root = _tar(tmp_path / 'data.tar', folder)
-    end = root.read_bytes().rstrip(b'\0')
-    root.write_bytes(end[: int(len(end) * share)])
-    assert 'data.tar is not a complete' in _refused('folder', root, 'train')
-
-
-def test_a_file_that_is_no_tar(folder):
-    assert 'a.jpg is not a complete' in _refused('folder', folder / 'train/images/a.jpg', 'train')
-
-
-@pytest.mark.parametrize(
-    ('path', 'kind'),
-    [
-        ('../outside.png', tarfile.REGTYPE),
-        ('train/../../outside.png', tarfile.REGTYPE),
-        ('/etc/outside.png', tarfile.REGTYPE),
-        ('train/masks/z.png', tarfile.SYMTYPE),
-        ('train/masks/z.png', tarfile.LNKTYPE),
-        ('train/masks/z.png', tarfile.FIFOTYPE),
-    ],
-)
-def test_tars_that_lead_elsewhere(folder, tmp_path, path, kind):
-    root = _tar(tmp_path / 'data.tar', folder)
-    with tarfile.open(root, 'a') as archive:
-        member = tarfile.TarInfo(path)
-        member.type, member.linkname = kind, 'train/masks/a.png'
-        archive.addfile(member)
-    message = _refused('folder', root, 'train')
-    assert message == f'{root} is not safe to read: {path} is a link, or leads out of the archive'
-
-
-# Classes
-
-
-@pytest.mark.parametrize('known', ['ADE20K', 'CAMVID', 'CITYSCAPES', 'PASCAL_CONTEXT_59'])
-def test_names_and_colours(known):
-    names, colours = getattr(classes, known)
-    assert len(names) == len(set(names)) == len(colours)
-    assert all(re.fullmatch(r'[a-z]+( [a-z]+)*', name) for name in names)
-    assert colours.dtype == np.uint8
-    assert len({tuple(colour) for colour in colours.tolist()} - {(0, 0, 0)}) == len(names)
-
-
-def test_cityscapes_is_as_published():
-    evaluated = sorted((known for known in Cityscapes.classes if 0 <= known.train_id < 255), key=lambda k: k.train_id)
-    assert classes.CITYSCAPES.names == tuple(known.name for known in evaluated)
-    assert classes.CITYSCAPES.colours.tolist() == [list(known.color) for known in evaluated]
-    published = {known.id: known.train_id for known in Cityscapes.classes if known.id >= 0}
-    assert published == classes.CITYSCAPES_IDS
-
-
-def test_order_of_the_classes():
-    assert [classes.ADE20K.names[number] for number in (0, 6, 12, 20, 76, 149)] == [
-        'wall', 'road', 'person', 'car', 'boat', 'flag'
-    ]  # fmt: skip
-    assert classes.PASCAL_CONTEXT_59.names == tuple(sorted(classes.PASCAL_CONTEXT_59.names))
-
-
-def test_pascal_colours():
-    # Those of the first classes of PASCAL VOC: aeroplane, bicycle, bird, boat, bottle, bus, car, cat; and its border.
-    expected = [(128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128), (128, 128, 128)]
-    colours = [tuple(colour) for colour in classes.pascal_colours(255).tolist()]
-    assert colours[:8] == [*expected, (64, 0, 0)]
-    assert colours[254] == (224, 224, 192)
-    assert len(set(colours)) == 255
 
 
 # The real thing

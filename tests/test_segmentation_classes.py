@@ -1,0 +1,56 @@
+"""segmentation.classes: names, colours and the tables from labels to classes."""
+
+import re
+
+import numpy as np
+import pytest
+from torchvision.datasets import Cityscapes
+
+from cluster_zoo.data import DataError
+from segmentation import classes
+
+
+@pytest.mark.parametrize('known', ['ADE20K', 'CAMVID', 'CITYSCAPES', 'PASCAL_CONTEXT_59'])
+def test_names_and_colours(known):
+    names, colours = getattr(classes, known)
+    assert len(names) == len(set(names)) == len(colours)
+    assert all(re.fullmatch(r'[a-z]+( [a-z]+)*', name) for name in names)
+    assert colours.dtype == np.uint8
+    assert len({tuple(colour) for colour in colours.tolist()} - {(0, 0, 0)}) == len(names)
+
+
+def test_cityscapes_is_as_published():
+    evaluated = sorted((known for known in Cityscapes.classes if 0 <= known.train_id < 255), key=lambda k: k.train_id)
+    assert classes.CITYSCAPES.names == tuple(known.name for known in evaluated)
+    assert classes.CITYSCAPES.colours.tolist() == [list(known.color) for known in evaluated]
+    published = {known.id: known.train_id for known in Cityscapes.classes if known.id >= 0}
+    assert published == classes.CITYSCAPES_IDS
+
+
+def test_order_of_the_classes():
+    assert [classes.ADE20K.names[number] for number in (0, 6, 12, 20, 76, 149)] == [
+        'wall', 'road', 'person', 'car', 'boat', 'flag'
+    ]  # fmt: skip
+    assert classes.PASCAL_CONTEXT_59.names == tuple(sorted(classes.PASCAL_CONTEXT_59.names))
+
+
+def test_pascal_colours():
+    # Those of the first classes of PASCAL VOC: aeroplane, bicycle, bird, boat, bottle, bus, car, cat; and its border.
+    expected = [(128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128), (128, 128, 128)]
+    colours = [tuple(colour) for colour in classes.pascal_colours(255).tolist()]
+    assert colours[:8] == [*expected, (64, 0, 0)]
+    assert colours[254] == (224, 224, 192)
+    assert len(set(colours)) == 255
+
+
+def test_label_table():
+    table = classes.label_table({0: 255, 3: 1, 65535: 0}, 2)
+    assert {label: int(table[label]) for label in np.flatnonzero(table >= 0)} == {0: 255, 3: 1, 255: 255, 65535: 0}
+    assert classes.label_table({255: 1}, 2)[255] == 1  # where a mask means something by it
+
+
+@pytest.mark.parametrize('labels', [{0: 2}, {0: -1}, {-1: 0}, {65536: 0}, {0: 256}])
+def test_label_table_to_nowhere(labels):
+    (label, number), *_ = labels.items()
+    with pytest.raises(DataError, match=f'label {label} can not become class {number}'):
+        classes.label_table(labels, 2)

@@ -1,0 +1,189 @@
+"""segmentation.files: folders and tars alike, what a tar may not hold, and how masks and images are decoded."""
+
+import io
+import os
+import struct
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cluster_zoo.data import DataError
+from segmentation.files import open_files, read_image, read_labels
+
+FILES = {'train/a.txt': b'one', 'train/deep/er/b.txt': b'', 'train/.hidden': b'?', 'trainer/c.txt': os.urandom(40_000)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for path, data in FILES.items():
+        (tmp_path / 'data' / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'data' / path).write_bytes(data)
+    (tmp_path / 'data' / '.cache').mkdir()
+    return tmp_path / 'data'
+
+
+def _tar(folder, compression=''):
+    with tarfile.open(folder.parent / 'data.tar', f'w:{compression}') as archive:
+        archive.add(folder, '.')
+    return folder.parent / 'data.tar'
+
+
+def _refused(root):
+    with pytest.raises(DataError) as error:
+        open_files(root)
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+
+# Files
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_a_tar_is_read_like_a_folder(folder, packed):
+    files = open_files(_tar(folder) if packed else folder)
+    assert files.folders('') == ['train', 'trainer']
+    assert files.folders('train') == ['deep']
+    assert files.below('train') == ['train/a.txt', 'train/deep/er/b.txt']
+    assert files.below('') == ['train/a.txt', 'train/deep/er/b.txt', 'trainer/c.txt']
+    assert files.exists('') and files.exists('train/deep') and not files.exists('train/a.txt')
+    for path in files.below(''):
+        assert files.read(path) == FILES[path]
+    with pytest.raises(FileNotFoundError):
+        files.read('train/nothing.txt')
+
+
+def test_a_tar_without_entries_for_its_folders(tmp_path):
+    with tarfile.open(tmp_path / 'data.tar', 'w') as archive:
+        archive.addfile(tarfile.TarInfo('a/b/c.txt'))
+    files = open_files(tmp_path / 'data.tar')
+    assert (files.folders(''), files.folders('a'), files.exists('a/b')) == (['a'], ['b'], True)
+
+
+def test_nothing_there(tmp_path):
+    assert _refused(tmp_path / 'nowhere').endswith('nowhere does not exist')
+
+
+@pytest.mark.parametrize('compression', ['gz', 'bz2', 'xz'])
+def test_compressed_tar(folder, compression):
+    assert 'data.tar is not a complete, uncompressed tar' in _refused(_tar(folder, compression))
+
+
+@pytest.mark.parametrize('share', [0.3, 0.9])
+def test_tar_cut_short(folder, share):
+    root = _tar(folder)
+    end = root.read_bytes().rstrip(b'\0')
+    root.write_bytes(end[: int(len(end) * share)])
+    assert 'data.tar is not a complete' in _refused(root)
+
+
+def test_a_file_that_is_no_tar(folder):
+    assert 'a.txt is not a complete' in _refused(folder / 'train' / 'a.txt')
+
+
+@pytest.mark.parametrize(
+    ('path', 'kind'),
+    [
+        ('../outside.png', tarfile.REGTYPE),
+        ('train/../../outside.png', tarfile.REGTYPE),
+        ('/etc/outside.png', tarfile.REGTYPE),
+        ('train/masks/z.png', tarfile.SYMTYPE),
+        ('train/masks/z.png', tarfile.LNKTYPE),
+        ('train/masks/z.png', tarfile.FIFOTYPE),
+    ],
+)
+def test_tars_that_lead_elsewhere(folder, path, kind):
+    root = _tar(folder)
+    with tarfile.open(root, 'a') as archive:
+        member = tarfile.TarInfo(path)
+        member.type, member.linkname = kind, 'train/a.txt'
+        archive.addfile(member)
+    assert _refused(root) == f'{root} is not safe to read: {path} is a link, or leads out of the archive'
+
+
+# Masks
+
+LABELS = np.resize(np.array([0, 1, 2, 255], np.uint8), (6, 10))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A function that saves a picture and opens its folder."""
+
+    def save(picture, **options):
+        picture.save(tmp_path / 'x', **options)
+        return open_files(tmp_path)
+
+    return save
+
+
+def _stored_grey(depth, rows):
+    """A PNG of grey with so many bits a pixel, as the standard describes it."""
+    lines = b''
+    for row in rows:
+        bits = ''.join(f'{value:0{depth}b}' for value in row)
+        bits += '0' * (-len(bits) % 8)
+        lines += b'\0' + bytes(int(bits[start : start + 8], 2) for start in range(0, len(bits), 8))
+    header = struct.pack('>IIBBBBB', len(rows[0]), len(rows), depth, 0, 0, 0, 0)
+    chunks = ((b'IHDR', header), (b'IDAT', zlib.compress(lines)), (b'IEND', b''))
+    return b'\x89PNG\r\n\x1a\n' + b''.join(
+        struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize('depth', [1, 2, 4, 8, 16])
+def test_grey_of_any_depth(tmp_path, depth):
+    rows = [[37 * (row + column) % 2**depth for column in range(10)] for row in range(6)]
+    (tmp_path / 'x').write_bytes(_stored_grey(depth, rows))
+    assert read_labels(open_files(tmp_path), 'x').tolist() == rows
+
+
+@pytest.mark.parametrize('bits', [1, 2, 4, 8])
+def test_palettes_count_by_index(saved, bits):
+    labels = LABELS & 2**bits - 1
+    picture = Image.frombytes('P', (10, 6), labels.tobytes())
+    picture.putpalette([200, 0, 0, 0, 200, 0] + [7] * 762)
+    assert np.array_equal(read_labels(saved(picture, format='PNG', bits=bits), 'x'), labels)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA'])
+def test_masks_in_colour(saved, mode):
+    files = saved(Image.new(mode, (10, 6)), format='PNG')
+    with pytest.raises(DataError, match=rf'x is a picture in colour \({mode}\)'):
+        read_labels(files, 'x')
+
+
+# Images
+
+
+@pytest.mark.parametrize('mode', ['L', 'CMYK', 'RGB'])
+def test_images_become_rgb(saved, mode):
+    colour = dict(L=90, CMYK=(0, 0, 0, 165), RGB=(90, 90, 90))[mode]
+    image = read_image(saved(Image.new(mode, (10, 6), colour), format='JPEG', quality=100), 'x')
+    assert (image.mode, image.size) == ('RGB', (10, 6))
+    assert np.abs(np.asarray(image).astype(int) - 90).max() <= 1
+
+
+def test_16_bit_images(saved):
+    files = saved(Image.fromarray(np.full((6, 10), 40000, np.uint16)), format='PNG')
+    with pytest.raises(DataError, match='x has more than 8 bits'):
+        read_image(files, 'x')
+
+
+def test_orientation_of_a_photograph_is_not_applied(saved):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    assert read_image(saved(Image.new('RGB', (10, 6)), format='JPEG', exif=exif), 'x').size == (10, 6)
+
+
+def test_what_is_no_image(tmp_path):
+    (tmp_path / 'x').write_bytes(b'<html>Not found</html>')
+    data = io.BytesIO()
+    Image.fromarray(LABELS).save(data, 'PNG')
+    (tmp_path / 'y').write_bytes(data.getvalue()[:-20])
+    for path, reason in (('x', 'is not an image of a known format'), ('y', 'is not a readable image')):
+        with pytest.raises(DataError, match=f'{path} {reason}') as error:
+            read_labels(open_files(tmp_path), path)
+        assert '0x' not in str(error.value)  # no addresses of Python's objects
