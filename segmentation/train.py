@@ -99,6 +99,9 @@ class Run:
 def save(run: Run, metric: float | None = None, recovery: bool = False) -> None:
     """A checkpoint. All processes take part, because each has centroid memories of its own."""
     run.learned = interrupt.gather(run.task.learning_state(), run.stop.group)
+    if run.args.distributed:
+        # One number, from which all processes go on, now and from the checkpoint
+        run.loss_sum = utils.reduce_tensor(torch.as_tensor(run.loss_sum, device=run.args.device), run.args.world_size)
     if run.saver is not None and recovery:
         run.saver.save_recovery(run.iteration)
     elif run.saver is not None:
