@@ -20,7 +20,7 @@ from cluster_zoo.features import centroid_heads
 from cluster_zoo.options import OptionError, nearest
 
 from .datasets import SegmentationDataset, create_dataset
-from .options import model_options
+from .options import label_remap, model_options
 from .schedules import create_schedule, parameter_groups
 from .segmenter import Segmenter, create_segmenter
 from .transforms import eval_transform, train_transform
@@ -39,7 +39,7 @@ def build_datasets(args: argparse.Namespace) -> tuple[SegmentationDataset, Segme
             not args.no_distort,
             **normalisation,
         )
-    common = dict(num_classes=args.num_classes, workers=max(args.workers, 1))
+    common = dict(num_classes=args.num_classes, remap=label_remap(args), workers=max(args.workers, 1))
     train = create_dataset(args.dataset, args.data, args.train_split, transform, **common)
     with blame('validation data'):
         transform = eval_transform(args.test_scale, args.test_multiple, **normalisation)

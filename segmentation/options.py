@@ -30,7 +30,7 @@ MODEL_OPTIONS = (
     'model_kwargs',
     'num_classes',
 )
-DATA_OPTIONS = ('data', 'dataset', 'mean', 'std')
+DATA_OPTIONS = ('data', 'dataset', 'remap', 'mean', 'std')
 TEST_OPTIONS = ('test_mode', 'test_crop', 'test_stride', 'test_scale', 'test_multiple')
 
 
@@ -59,6 +59,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     add = group.add_argument
     add('data', nargs='?', metavar='DATA', help='folder of the dataset, or a .tar of it')
     add('-d', '--dataset', metavar='NAME', help='folder, camvid, ade20k, cityscapes or pascal_context_59')
+    add(
+        '--remap',
+        nargs='+',
+        action=ParseKwargs,
+        metavar='LABEL=CLASS',
+        help='what the labels of a folder stand for, such as 0=255 1=0 2=1; 255 is ignored',
+    )
     add('--mean', type=float, nargs=3, metavar='M', help="normalisation mean, 0..1 scale (default: ImageNet's)")
     add('--std', type=float, nargs=3, metavar='S', help="normalisation standard deviation (default: ImageNet's)")
     return group
@@ -133,6 +140,20 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = dict(head=args.segmenter or args.head, backbone=args.backbone, num_classes=args.num_classes)
     return options | given | (args.model_kwargs or {})
+
+
+def label_remap(args: argparse.Namespace) -> dict[int, int] | None:
+    """The class of each label as `create_dataset` takes them, None without ``--remap``.
+
+    Raises:
+        OptionError: A label or a class is no number.
+    """
+    if args.remap is None:
+        return None
+    try:
+        return {int(label): int(number) for label, number in args.remap.items()}
+    except (TypeError, ValueError):
+        raise OptionError(f'--remap {args.remap}: expected LABEL=CLASS, both numbers') from None
 
 
 def test_protocol(args: argparse.Namespace) -> dict[str, Any]:

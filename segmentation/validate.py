@@ -123,6 +123,7 @@ def build_dataset(args: argparse.Namespace) -> SegmentationDataset:
         args.split,
         transform,
         num_classes=args.num_classes,
+        remap=options.label_remap(args),
         workers=max(1, args.workers),
     )
 

@@ -163,6 +163,19 @@ def test_images_are_resized_and_masks_are_not(run, data, model):
     assert abs(wanted[1] - expected(data, model)[1]) > 1
 
 
+@torch.no_grad()
+def test_labels_can_stand_for_other_classes(run, data, model):
+    found, _ = run('--remap', '0=1', '1=0', '2=255')
+    pairs = []
+    for image, mask in samples(data):
+        mask = torch.where(mask < 2, 1 - mask, 255)
+        pairs.append((predict(model, image, size=mask.shape).argmax(1)[0], mask))
+    check(found, figures(pairs))
+    for wrong in ('0=sky', 'sky=0'):
+        status, error = run('--remap', wrong)
+        assert status == 2 and 'expected LABEL=CLASS, both numbers' in error
+
+
 def test_flags_win_over_the_checkpoint(run, data, model, checkpoint, tmp_path):
     saved = torch.load(checkpoint, weights_only=True)
     saved['args'] |= dict(test_mode='slide', test_crop=[24], test_stride=[24])
