@@ -109,7 +109,7 @@ class Segmenter(nn.Module):
         H, W = labels.shape[-2:]
         divisor = self.backbone.divisor
         labels = F.pad(labels, (0, -W % divisor, 0, -H % divisor), value=ignore_index)
-        return F.interpolate(labels.unsqueeze(1).double(), size=size, mode='nearest').squeeze(1).to(labels.dtype)
+        return F.interpolate(labels.unsqueeze(1).float(), size=size, mode='nearest').squeeze(1).to(labels.dtype)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that group parameters by depth, for layer-wise learning rates: the backbone's, then all the rest."""
