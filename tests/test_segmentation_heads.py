@@ -173,3 +173,11 @@ def test_half_precision_stays_close(classifier):
     with torch.autocast('cpu', torch.bfloat16):
         half = module(x)['logits']
     assert relative_error(half.float(), full) < 0.05
+
+
+def test_conditional_classifier_of_a_large_map_in_float16():
+    module = ConditionalClassifier(2, 1)
+    x = torch.full((1, 2, 96, 96), 16.0)  # whose sum float16 does not hold
+    with torch.autocast('cpu', torch.float16):
+        half = module(x)['logits']
+    assert relative_error(half.float(), module(x)['logits']) < 0.05
