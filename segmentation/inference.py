@@ -38,7 +38,7 @@ def predict(
         model: From images [B, C, H, W] to logits [B, K, H, W], in evaluation mode.
         images: Normalised images [B, C, H, W].
         mode: ``'whole'``, or ``'slide'``: the logits of windows are averaged where they overlap. The last window of a
-            row or column moves back inside; an image that is smaller than a window is padded with zeros for it.
+            row or column moves back inside; of an image that is smaller, a window is as small, as published.
         crop: Height and width of a window, or its side; only for ``'slide'``, which needs it.
         stride: From one window to the next, down and across (default: `crop`, windows side by side).
         scales: Sizes at which to look, relative to the images.
@@ -98,23 +98,21 @@ def slide(
     chunk: int,
 ) -> Tensor:
     """Logits [B, K, H, W] of images [B, C, H, W], averaged over the windows that cover a pixel; see `predict`."""
-    count, _, height, width = images.shape
-    crop, stride = to_2tuple(crop), to_2tuple(stride)
-    padded = F.pad(images, (0, max(0, crop[1] - width), 0, max(0, crop[0] - height)))
-    rows, columns = (starts(*sides) for sides in zip(padded.shape[-2:], crop, stride))
+    count, size = len(images), images.shape[-2:]
+    crop, stride = tuple(map(min, to_2tuple(crop), size)), to_2tuple(stride)
+    rows, columns = (starts(*sides) for sides in zip(size, crop, stride))
     windows = list(product(range(count), rows, columns))
     total = None
     for first in range(0, len(windows), chunk):
         part = windows[first : first + chunk]
-        logits = model(torch.stack([padded[i, :, y : y + crop[0], x : x + crop[1]] for i, y, x in part]))
+        logits = model(torch.stack([images[i, :, y : y + crop[0], x : x + crop[1]] for i, y, x in part]))
         if total is None:
             dtype = torch.promote_types(logits.dtype, torch.float32)
-            total = logits.new_zeros(count, logits.shape[1], *padded.shape[-2:], dtype=dtype)
+            total = logits.new_zeros(count, logits.shape[1], *size, dtype=dtype)
         for (i, y, x), values in zip(part, logits):
             total[i, :, y : y + crop[0], x : x + crop[1]] += values
     # As many windows cover a pixel as cover its row, times as many as cover its column.
-    total.div_(covered(rows, crop[0], total)[:, None]).div_(covered(columns, crop[1], total))
-    return total[..., :height, :width]
+    return total.div_(covered(rows, crop[0], total)[:, None]).div_(covered(columns, crop[1], total))
 
 
 def starts(whole: int, side: int, step: int) -> list[int]:

@@ -168,6 +168,6 @@ def test_protocol(args: argparse.Namespace) -> dict[str, Any]:
     for name in ('crop', 'stride'):
         if (sides := getattr(args, f'test_{name}')) is not None:
             if len(sides) > 2:
-                raise OptionError(f'--{name} {sides}: expected one number, or height and width')
+                raise OptionError(f'{name} {sides} of the test: expected one number, or height and width')
             protocol[name] = sides[0] if len(sides) == 1 else tuple(sides)
     return protocol

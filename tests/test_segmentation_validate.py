@@ -254,6 +254,7 @@ def test_two_processes_give_the_figures_of_one(run, data, checkpoint, tmp_path):
         (('--num-classes', 3), {}, '4 classes, not 3'),
         (('--mode', 'slide'), {}, 'needs a crop'),
         (('--crop', 32), {}, 'add mode slide'),
+        (('--mode', 'slide', '--crop', 1, 2, 3), {}, 'crop [1, 2, 3] of the test: expected one number'),
         (('--mode', 'slide', '--crop', 16, '--stride', 17), {}, 'stride'),
         (('--scales', 0), {}, 'above 0'),
         (('--scale', 0, 4), {}, 'is no size'),
