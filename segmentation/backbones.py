@@ -12,7 +12,7 @@ import timm
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import GroupNorm1, LayerNorm2d
-from timm.models import is_model, list_models
+from timm.models import checkpoint, is_model, list_models
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import ResNet
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
@@ -102,7 +102,7 @@ class TokenGrids(nn.Module):
         x = model.norm_pre(model._pos_embed(x))
         early = x
         for i, block in enumerate(model.blocks):
-            x = block(x)
+            x = checkpoint(block, x) if model.grad_checkpointing else block(x)
             if i == self.early:
                 early = x
         tokens = (early, model.norm(x))
@@ -136,15 +136,17 @@ def create_backbone(
         raise ValueError(f'There is no model {name!r}{nearest(name.split(".")[0], list_models())}.')
     dd = {'device': device, 'dtype': dtype}
     family = timm.models.model_entrypoint(name).__module__ if ':' not in name else ''
+    needed = {}
     if family.endswith('.swin_transformer'):
         # Shifted windows at every size, as in the published systems: at timm's fixed size the last stage has no shift.
-        options = dict(strict_img_size=False, always_partition=True) | options
+        needed = dict(strict_img_size=False, always_partition=True)
     elif 'vision_transformer' in family or family.endswith('.deit'):
-        options = dict(dynamic_img_size=True) | options
+        needed = dict(dynamic_img_size=True)
     try:
-        model = timm.create_model(name, pretrained=pretrained is True, num_classes=0, **options, **dd)
-    except TypeError as error:
-        raise ValueError(f'{name} does not take these options, {", ".join(options) or "none"}: {error}') from error
+        model = timm.create_model(name, pretrained=pretrained is True, num_classes=0, **needed | options, **dd)
+    except (AssertionError, TypeError) as error:  # of an unknown option, and what timm has against a value
+        given = ', '.join(f'{key}={value}' for key, value in options.items()) or 'none'
+        raise ValueError(f'{name} does not take these options, {given}: {error}'.removesuffix(': ')) from error
     if isinstance(model, VisionTransformer) != tokens or not hasattr(model, 'prune_intermediate_layers'):
         raise ValueError(_pairing(name, tokens))
     if not isinstance(pretrained, bool):

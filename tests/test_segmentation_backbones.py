@@ -219,8 +219,12 @@ def test_wrong_pairings(head, name, message):
 
 
 def test_wrong_options():
-    with pytest.raises(ValueError, match='coc_tiny does not take these options, proposal: '):
+    with pytest.raises(ValueError, match='coc_tiny does not take these options, proposal=3: '):
         create_backbone('coc_tiny', proposal=3)
+    with pytest.raises(ValueError, match=r'resnet18 does not take these options, output_stride=7$'):
+        create_backbone('resnet18', output_stride=7)
+    with pytest.raises(ValueError, match='vit_tiny_patch16_224 does not take these options, channels=8: '):
+        create_backbone('vit_tiny_patch16_224', tokens=True, channels=8)
     with pytest.raises(ValueError, match='0 to 11, or -1 for the stem; got 12'):
         create_backbone('vit_tiny_patch16_224', tokens=True, early=12)
     with pytest.raises(ValueError, match='early is an option of region_proxy alone'):
