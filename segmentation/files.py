@@ -115,7 +115,7 @@ def read_image(files: Folder | Archive, path: str) -> Image.Image:
         DataError: It can not be read, or it has more than 8 bits a channel.
     """
     image, _ = _decode(files, path)
-    if image.mode in ('I', 'I;16', 'F'):  # which Pillow would cut off at 255
+    if image.mode == 'F' or image.mode.startswith('I'):  # which Pillow would cut off at 255
         raise DataError(f'{files.root / path} has more than 8 bits a pixel ({image.mode}): convert it to 8')
     return image.convert('RGB')
 

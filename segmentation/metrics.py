@@ -57,7 +57,7 @@ class SegmentationMetrics:
             accuracy of the classes that occur), and ``IoU`` and ``Acc`` of each class by its name. A figure without
             pixels to compute it from is nan, and left out of the means.
         """
-        counts = self.confusion.compute().double().cpu()
+        counts = self.confusion.compute().double().cpu().reshape(len(self.classes), -1)  # one class has no axes
         hits, true, predicted = counts.diag(), counts.sum(1), counts.sum(0)
         iou, acc = 100 * hits / (true + predicted - hits), 100 * hits / true
         return dict(

@@ -166,8 +166,9 @@ def test_images_become_rgb(saved, mode):
     assert np.abs(np.asarray(image).astype(int) - 90).max() <= 1
 
 
-def test_16_bit_images(saved):
-    files = saved(Image.fromarray(np.full((6, 10), 40000, np.uint16)), format='PNG')
+@pytest.mark.parametrize('mode, kind', [('I;16', 'PNG'), ('I;16B', 'TIFF'), ('F', 'TIFF')])
+def test_images_of_more_bits(saved, mode, kind):
+    files = saved(Image.new(mode, (10, 6)), format=kind)
     with pytest.raises(DataError, match='x has more than 8 bits'):
         read_image(files, 'x')
 

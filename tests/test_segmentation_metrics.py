@@ -123,3 +123,9 @@ def test_processes_count_together(tmp_path):
     metrics = SegmentationMetrics(3)
     metrics.update(prediction, labels)
     assert torch.load(tmp_path / '0.pt') == torch.load(tmp_path / '1.pt') == metrics.compute()
+
+
+def test_one_class():
+    metrics = SegmentationMetrics(1)
+    metrics.update(torch.zeros(1, 2, 3, dtype=torch.int64), torch.tensor([[[0, 0, 255], [0, 255, 255]]]))
+    assert metrics.compute() == dict(mIoU=100.0, aAcc=100.0, mAcc=100.0, IoU={'0': 100.0}, Acc={'0': 100.0})
