@@ -30,7 +30,7 @@ MODEL_OPTIONS = (
     'model_kwargs',
     'num_classes',
 )
-DATA_OPTIONS = ('data', 'dataset', 'remap', 'mean', 'std')
+DATA_OPTIONS = ('dataset', 'remap', 'mean', 'std')
 TEST_OPTIONS = ('test_mode', 'test_crop', 'test_stride', 'test_scale', 'test_multiple')
 
 

@@ -212,6 +212,13 @@ def test_table_on_the_command_line():
     assert row[5] == '43.68'
 
 
+def test_filter_that_nothing_matches():
+    root = Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, '-m', 'segmentation', 'coc'], cwd=root, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == ''
+    assert "no published system has a name like 'coc'" in run.stderr
+
+
 def test_table_has_blanks_for_what_is_not_published():
     head, rule, row = markdown_table('semantic_fpn_fec_small').splitlines()
     assert head.count('|') == rule.count('|') == row.count('|')
