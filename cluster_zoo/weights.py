@@ -170,7 +170,8 @@ def load_checkpoint(model: nn.Module, path: str | Path, use_ema: bool = True) ->
         CheckpointError: The file cannot be read or does not fit. The model is then unchanged.
     """
     state_dict = load_state_dict(path, use_ema)
-    if any(state_dict.get(name) is None or state_dict[name].shape != x.shape for name, x in model.state_dict().items()):
+    shapes, found = ({name: x.shape for name, x in entries.items()} for entries in (model.state_dict(), state_dict))
+    if found != shapes:
         filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
         state_dict = filter_fn(state_dict, model) if filter_fn else state_dict
     check_fit(state_dict, model)

@@ -129,18 +129,18 @@ def create_backbone(
         **options: For ``timm.create_model``.
 
     Raises:
+        RuntimeError: timm knows no weights of this name, or cannot fetch them (OSError).
         ValueError: No such model, or one that does not give what the head wants; the message says which do.
         CheckpointError: The pretrained weights cannot be read or do not fit.
     """
     if ':' not in name and not is_model(name):  # 'hf-hub:...' and 'local-dir:...' are for timm to find
         raise ValueError(f'There is no model {name!r}{nearest(name.split(".")[0], list_models())}.')
     dd = {'device': device, 'dtype': dtype}
-    family = timm.models.model_entrypoint(name).__module__ if ':' not in name else ''
     needed = {}
-    if family.endswith('.swin_transformer'):
+    if family(name) == 'swin_transformer':
         # Shifted windows at every size, as in the published systems: at timm's fixed size the last stage has no shift.
         needed = dict(strict_img_size=False, always_partition=True)
-    elif 'vision_transformer' in family or family.endswith('.deit'):
+    elif family(name) in ('vision_transformer', 'vision_transformer_hybrid', 'deit'):
         needed = dict(dynamic_img_size=True)
     try:
         model = timm.create_model(name, pretrained=pretrained is True, num_classes=0, **needed | options, **dd)
@@ -169,6 +169,11 @@ def create_backbone(
     if isinstance(model, ConvNeXt):
         return Pyramid(model, LayerNorm2d, divisor=32, **dd)
     return Pyramid(model, divisor=1 if isinstance(model, ResNet) else 32, **dd)
+
+
+def family(name: str) -> str:
+    """The module that defines a registered model, such as 'resnet'; '' for one that is not registered."""
+    return timm.models.model_entrypoint(name).__module__.rpartition('.')[2] if is_model(name) else ''
 
 
 def _pairing(name: str, tokens: bool) -> str:

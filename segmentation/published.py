@@ -53,19 +53,22 @@ def segmenter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
     """A dense checkpoint of the authors, backbone and head, under the names of `Segmenter`.
 
     Args:
-        state_dict: The checkpoint, or one that has this package's names already, which is returned as it is.
-        model: The segmenter that it is for. Without an auxiliary head, that of the checkpoint is left out; and so is
-            the plain classifier that frameworks put beside a conditional or a nearest-centroid one.
+        state_dict: The checkpoint, or one that has this package's names already.
+        model: The segmenter that it is for. Without an auxiliary head, that of the checkpoint is left out with the norm
+            of its level; and so is the plain classifier that frameworks put beside a conditional or a nearest-centroid
+            one.
     """
-    if not any(name.startswith('decode_head.') for name in state_dict):
-        return state_dict
-    heads = _renamed({name: value for name, value in state_dict.items() if not name.startswith('backbone.')}, _HEADS)
-    own = dict(model.named_modules())
-    unused = [name for name in ('auxiliary', 'head.classifier.conv') if own.get(name) is None]
+    if any(name.startswith('decode_head.') for name in state_dict):
+        heads = {name: value for name, value in state_dict.items() if not name.startswith('backbone.')}
+        backbone = {name.removeprefix('backbone.'): x for name, x in state_dict.items() if name.startswith('backbone.')}
+        backbone = {f'backbone.{name}': value for name, value in _backbone(backbone).items()}
+        state_dict = _renamed(heads, _HEADS) | backbone
+    modules = dict(model.named_modules())
+    unused = [name for name in ('auxiliary', 'head.classifier.conv') if modules.get(name) is None]
+    # Norms of levels that the heads do not read
+    unused += [name for name, module in modules.items() if 'norms.' in name and isinstance(module, nn.Identity)]
     prefixes = tuple(f'{name}.' for name in unused)
-    heads = {name: value for name, value in heads.items() if not name.startswith(prefixes)}
-    backbone = {name.removeprefix('backbone.'): x for name, x in state_dict.items() if name.startswith('backbone.')}
-    return heads | {f'backbone.{name}': value for name, value in _backbone(backbone).items()}
+    return {name: value for name, value in state_dict.items() if not name.startswith(prefixes)}
 
 
 def _backbone(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from cluster_zoo.options import nearest
 from cluster_zoo.weights import load_checkpoint
 
 from . import published
-from .backbones import Pyramid, TokenGrids, create_backbone
+from .backbones import Pyramid, TokenGrids, create_backbone, family
 from .classifiers import CLASSIFIERS, PlainClassifier
 from .configs import CONFIGS
 from .decoders import FCN, DeepLabV3Plus, SemanticFPN, UPerNet, resize
@@ -236,9 +236,11 @@ def _decoder(
     of_centroids = _given(sub_centroids=sub_centroids, common_start=common_start)
     if of_centroids and classifier != 'dnc':
         raise ValueError(f"{', '.join(of_centroids)}: only the classifier 'dnc' has centroids.")
+    if channels is not None and channels < 1:
+        raise ValueError(f'A decoder needs channels of at least 1, got {channels}.')
     decoder_cls = DECODERS[head]
     of_decoder = _given(channels=channels) | {name: options.pop(name) for name in _own(decoder_cls) & set(options)}
-    if head in ('deeplabv3plus', 'fcn') and backbone.startswith('resne'):
+    if head in ('deeplabv3plus', 'fcn') and family(backbone) == 'resnet':
         options.setdefault('output_stride', 8)  # as published; the other decoders want all strides
     levels = create_backbone(backbone, **options, **dd)
     decoder = decoder_cls(levels.channels, **of_decoder, **dd)

@@ -231,6 +231,13 @@ def test_wrong_options():
         create_backbone('coc_tiny', early=1)
 
 
+def test_resnets_keep_stride_8_where_the_published_ones_do():
+    for name in ('resnet18', 'seresnet50', 'wide_resnet50_2'):
+        for head, stride in (('deeplabv3plus', 8), ('fcn', 8), ('upernet', 32)):
+            assert create_segmenter(head, name, 5, device='meta').backbone.strides[-1] == stride
+    assert create_segmenter('fcn', 'resnet18', 5, output_stride=16, device='meta').backbone.strides[-1] == 16
+
+
 def test_stem_is_the_early_layer_of_hybrids():
     backbone = create_backbone('vit_small_r26_s32_384', tokens=True, device='meta')
     assert (backbone.early, backbone.divisor) == (-1, 32)

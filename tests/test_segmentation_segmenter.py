@@ -97,6 +97,16 @@ def test_checkpoint_of_ones_own(tmp_path):
     assert torch.equal(model(images), again(images))
 
 
+@torch.no_grad()
+def test_checkpoint_with_an_auxiliary_head_that_is_not_wanted(tmp_path):
+    options = dict(TINY, head='deeplabv3plus', backbone='coc_tiny', num_classes=5)
+    model = create_segmenter(**options, auxiliary=True).eval()  # with the norm of a level that it alone reads
+    torch.save(model.state_dict(), tmp_path / 'own.pth')
+    again = create_segmenter(**options, checkpoint_path=tmp_path / 'own.pth').eval()
+    images = torch.randn(1, 3, 40, 40)
+    assert torch.equal(model(images), again(images))
+
+
 def in_published_names(model):
     """State of a Semantic FPN on Context Cluster as the authors' framework would save it."""
     published = {}
@@ -159,6 +169,7 @@ def test_checkpoint_of_other_classes(tmp_path):
         (('fcn', 'coc_tiny'), {}, 'The head fcn needs a backbone and num_classes'),
         (('fcn', 'coc_tiny', 0), {}, 'num_classes of at least 1, got 0'),
         (('fcn', 'coc_tiny', 5), dict(classifier='cnd'), 'no classifier .cnd. .did you mean cond'),
+        (('fcn', 'coc_tiny', 5), dict(channels=0), 'channels of at least 1, got 0'),
         (('fcn', 'coc_tiny', 5), dict(sub_centroids=2), 'sub_centroids: only the classifier .dnc. has centroids'),
         (('fcn', 'coc_tiny', 5), dict(pyramid_channels=2), 'coc_tiny does not take these options, pyramid_channels'),
         (('region_proxy', 'vit_tiny_patch16_224', 5), dict(classifier='cond'), 'a classifier of its own'),
