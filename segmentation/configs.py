@@ -1,4 +1,4 @@
-"""Every published system of the five papers: what it is made of, how it was trained and tested, what it reached.
+"""Every dense system that authors published with code: what it is made of, how it was trained and tested, its figures.
 
 `create_segmenter` builds one by its name, `train.py` and `validate.py` take the rest as their defaults. As markdown,
 with the parameters counted:
