@@ -10,6 +10,10 @@ __all__ = ['cross_entropy', 'dice_loss']
 def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
     """Mean cross-entropy over the labelled pixels, in float32 at least.
 
+    The authors' framework divides the sum by the number of all pixels, ignored ones included, so loss and gradient
+    shrink with the share that padding and unlabelled regions take of a batch. This is the mean as PyTorch has it: what
+    a labelled pixel costs, which can be compared between crops, batches and datasets.
+
     Args:
         logits: [B, K, H, W].
         labels: int64 [B, H, W], values 0 .. K - 1 or ``ignore_index``.

@@ -31,7 +31,8 @@ def parameter_groups(
         model: A segmenter.
         weight_decay: Of the parameters that decay.
         decay_norms: Whether all of them do. If not, everything of one dimension (norms, biases) and what
-            ``model.no_weight_decay()`` names (positions, class token) has none.
+            ``model.no_weight_decay()`` names (positions, class token) has none. That biases have none either is timm's
+            convention; the authors' code lets them decay, and leaves out norms only.
         layer_decay: Factor of the learning rate from each layer to the one before, by ``model.group_matcher``. The
             decoder and the classifier are the last layer.
         head_lr_scale: Factor of the learning rate of decoder, classifier and auxiliary head.
