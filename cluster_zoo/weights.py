@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from timm.models import build_model_with_cfg, clean_state_dict, resolve_pretrained_cfg
 from torch import Tensor
 
-__all__ = ['CheckpointError', 'build_model', 'load_checkpoint', 'load_state_dict']
+__all__ = ['CheckpointError', 'build_model', 'load_checkpoint', 'load_state_dict', 'read_checkpoint']
 
 # Classes beside tensors and containers that a checkpoint may hold: timm's saver stores the script's arguments.
 _ALLOWED_CLASSES = [argparse.Namespace]
@@ -32,26 +32,37 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be opened, is not safe to open, or does not fit the model. The message says which and why."""
 
 
-def load_state_dict(path: str | Path, use_ema: bool = True) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint: safetensors, a state dict, or a dictionary saved by timm's training script.
+def read_checkpoint(path: str | Path) -> Any:
+    """Everything that a file holds, on the CPU.
 
     Args:
         path: File. A ``.safetensors`` file, or one written by ``torch.save``.
-        use_ema: Prefer the averaged weights where the file has both.
-
-    Returns:
-        Tensors by name, on the CPU, without the prefixes of DistributedDataParallel and torch.compile.
 
     Raises:
-        CheckpointError: No such file, a damaged one, one whose pickle would run code, or one without weights.
+        CheckpointError: No such file, a damaged one, or one whose pickle would run code.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(
             f"No checkpoint at '{path}': the path is {'a folder' if path.is_dir() else 'not a file'}."
         )
-    checkpoint = _read_safetensors(path) if path.suffix == '.safetensors' else _read_pickle(path)
-    state_dict = checkpoint
+    return _read_safetensors(path) if path.suffix == '.safetensors' else _read_pickle(path)
+
+
+def load_state_dict(path: str | Path, use_ema: bool = True) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint: safetensors, a state dict, or a dictionary saved by timm's training script.
+
+    Args:
+        path: See `read_checkpoint`.
+        use_ema: Prefer the averaged weights where the file has both.
+
+    Returns:
+        Tensors by name, on the CPU, without the prefixes of DistributedDataParallel and torch.compile.
+
+    Raises:
+        CheckpointError: The file cannot be read, or has no weights.
+    """
+    state_dict = checkpoint = read_checkpoint(path)
     if isinstance(checkpoint, dict):
         keys = (_EMA_KEYS + _STATE_DICT_KEYS) if use_ema else _STATE_DICT_KEYS
         state_dict = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)

@@ -6,6 +6,7 @@ What timm or PyTorch refuse becomes an :class:`~cluster_zoo.options.OptionError`
 from __future__ import annotations
 
 import argparse
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,8 @@ def build_datasets(args: argparse.Namespace) -> tuple[SegmentationDataset, Segme
 
 def check_data(args: argparse.Namespace, *datasets: SegmentationDataset) -> None:
     """Opens every image and mask, in the first process, and fails in all of them."""
+    # Slow storage may take longer than the device's own queue lets the other processes wait.
+    group = dist.new_group(backend='gloo', timeout=timedelta(days=1)) if args.distributed else None
     fault = [None]
     if utils.is_primary(args):
         try:
@@ -60,7 +63,7 @@ def check_data(args: argparse.Namespace, *datasets: SegmentationDataset) -> None
         except DataError as error:
             fault = [str(error)]
     if args.distributed:
-        dist.broadcast_object_list(fault)
+        dist.broadcast_object_list(fault, group=group)
     if fault[0] is not None:
         raise DataError(fault[0])
 
@@ -80,7 +83,13 @@ def build_model(args: argparse.Namespace) -> Segmenter:
             model.set_grad_checkpointing()
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(device=args.device, memory_format=layout)
-    return convert_sync_batchnorm(model) if args.sync_bn and args.distributed else model
+    return convert_sync_batchnorm(model) if syncs_batch_norm(args) else model
+
+
+def syncs_batch_norm(args: argparse.Namespace) -> bool:
+    """Whether batch-norm sees the crops of all processes. Unless told, as all published systems were trained so."""
+    wanted = bool(args.segmenter) and torch.device(args.device).type != 'cpu' if args.sync_bn is None else args.sync_bn
+    return args.distributed and wanted
 
 
 def build_optimizer(args: argparse.Namespace, model: Segmenter) -> tuple[torch.optim.Optimizer, Scheduler]:

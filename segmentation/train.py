@@ -2,7 +2,7 @@
 """Train a segmenter with timm's parts.
 
     python segmentation/train.py DATA --dataset camvid --head semantic_fpn --backbone coc_tiny --crop 240 240
-    torchrun --nproc-per-node=4 segmentation/train.py DATA --segmenter condnet_r50_ade20k --sync-bn --amp
+    torchrun --nproc-per-node=4 segmentation/train.py DATA --segmenter condnet_r50_ade20k --amp
 
 Read from the bottom up: `main`, `start` (puts a run together), `fit` (iterations), `update` (one of them).
 
@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -44,7 +44,7 @@ from cluster_zoo import build, interrupt
 from cluster_zoo.data import DataError
 from cluster_zoo.options import OptionError, available_workers
 from cluster_zoo.task import learned_share
-from cluster_zoo.weights import CheckpointError
+from cluster_zoo.weights import CheckpointError, read_checkpoint
 from segmentation import inference
 from segmentation.build import build_datasets, build_model, build_optimizer
 from segmentation.datasets import SegmentationDataset
@@ -82,12 +82,18 @@ class Run:
     stop: interrupt.Stop | None = None
     saver: utils.CheckpointSaver | None = None
 
+    @property
+    def crops(self) -> int:
+        """How many an iteration takes, over all processes."""
+        return self.args.batch_size * self.args.grad_accum_steps * self.args.world_size
+
     def get_checkpoint_state(self, ema: bool = False, unwrap_fn: Callable = utils.unwrap_model) -> dict[str, Any]:
         """What timm's saver asks a task for: here the task's state and the run's, as `weights_only` types."""
         state = self.task.get_checkpoint_state(ema=ema, unwrap_fn=unwrap_fn)
         if not ema:
             progress = dict(iteration=self.iteration, loss_sum=float(self.loss_sum), losses=self.losses)
-            state |= dict(arch=model_name(self.args), args=options(self.args), progress=progress, learned=self.learned)
+            state |= dict(arch=model_name(self.args), args=options(self.args), learned=self.learned)
+            state |= dict(progress=progress, crops=self.crops)
         return state
 
     def mean_loss(self) -> float:
@@ -112,12 +118,7 @@ def save(run: Run, metric: float | None = None, recovery: bool = False) -> None:
 def resume(run: Run, path: str) -> None:
     """Puts a run where a checkpoint left it."""
     args = run.args
-    if not Path(path).is_file():
-        raise CheckpointError(f'--resume {path}: no such file')
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # what is not a checkpoint fails anywhere in the reader, with any error
-        raise CheckpointError(f'--resume {path} is not a checkpoint: {str(error).splitlines()[0]}') from error
+    checkpoint = read_checkpoint(path)
     with build.blame(f'--resume {path} is not of such a run'):
         run.task.load_checkpoint_state(clean_state_dict(checkpoint['state_dict']))
         if run.task.has_ema():
@@ -129,6 +130,11 @@ def resume(run: Run, path: str) -> None:
         run.task.load_learning_state(learned_share(checkpoint['learned'], args.rank, args.world_size))
         for attribute, value in checkpoint['progress'].items():
             setattr(run, attribute, value)
+    if (crops := checkpoint.get('crops', run.crops)) != run.crops:
+        _logger.warning(
+            f'--resume {path}: its iterations took {crops} crops, those of this run take {run.crops} (--batch-size x '
+            '--grad-accum-steps x processes), so they come in another order'
+        )
     run.scheduler.step_update(run.iteration)
 
 
@@ -248,6 +254,25 @@ def fit(run: Run) -> int:
     return 0
 
 
+@contextmanager
+def advice(args: argparse.Namespace) -> Iterator[None]:
+    """Says which option to change, where a device or a model can not do with batches of this size."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OptionError(
+            f'out of memory with batches of {args.batch_size} crops: lower --batch-size or --crop, or, if it was in a '
+            'validation, --validation-batch-size'
+        ) from error
+    except ValueError as error:
+        if 'more than 1 value per channel' not in str(error):
+            raise
+        raise OptionError(
+            'batch-norm of what the model pools to a single point needs more than one crop: raise --batch-size, or '
+            'give --sync-bn to several processes'
+        ) from error
+
+
 def base_lr(run: Run) -> float:
     """The learning rate of a layer without a scale of its own."""
     group = run.optimizer.param_groups[0]
@@ -292,7 +317,7 @@ class Report:
             return  # reading the loss waits for the device, so only when it is shown
         done, elapsed = run.iteration - self.first, time.monotonic() - self.start
         mean = float(self.loss_sum) / done
-        speed = done * args.batch_size * args.grad_accum_steps * args.world_size / elapsed
+        speed = done * run.crops / elapsed
         if self.bar is not None:
             self.bar.set_postfix_str(f'loss {mean:.3f}, lr {lr:.2e}, {speed:.1f} img/s', refresh=False)
             self.bar.update(run.iteration - self.bar.n)
@@ -362,10 +387,9 @@ def start(args: argparse.Namespace) -> Run:
     run = Run(args, task, optimizer, scheduler, train_data, val_data, autocast, scaler, output_dir)
     place(run)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    crops = args.batch_size * args.grad_accum_steps * args.world_size
     _logger.info(
         f'{model_name(args)}: {parameters / 1e6:.2f} M parameters, {args.num_classes} classes; {len(train_data)} '
-        f'training and {len(val_data)} validation images; {args.iterations} iterations of {crops} crops on '
+        f'training and {len(val_data)} validation images; {args.iterations} iterations of {run.crops} crops on '
         f'{args.world_size} x {args.device}; output in {output_dir}'
     )
     return run
@@ -418,7 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = None
     try:
         run = start(train_parser().resolve(argv))
-        with interrupt.Stop() as run.stop:
+        with interrupt.Stop() as run.stop, advice(run.args):
             number = fit(run)
     except (OptionError, DataError, CheckpointError) as error:
         # Before a run stands, all processes make the same mistake.

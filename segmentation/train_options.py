@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from timm.utils import ParseKwargs
@@ -31,6 +31,19 @@ _SAME = (
     *('iterations', 'lr', 'momentum', 'weight_decay', 'schedule', 'power', 'min_lr', 'warmup', 'head_lr_scale'),
     *('guidance_weight', 'auxiliary_weight'),
 )
+
+# Lower bounds of numbers
+_AT_LEAST = {
+    1: (
+        *('batch_size', 'grad_accum_steps', 'validation_batch_size', 'iterations', 'val_interval', 'log_interval'),
+        *('checkpoint_hist', 'test_multiple'),
+    ),
+    0: (
+        *('workers', 'warmup', 'warmup_ratio', 'weight_decay', 'guidance_weight', 'auxiliary_weight', 'overlays'),
+        'recovery_interval',
+    ),
+}
+_ABOVE_0 = ('lr', 'head_lr_scale', 'clip_grad')
 
 
 class TrainParser(Parser):
@@ -71,16 +84,27 @@ def published_defaults(config: SegmenterConfig) -> dict[str, Any]:
     }
 
 
+def _bounds(args: argparse.Namespace) -> Iterator[tuple[bool, str]]:
+    """Rules for `_check`: whether a number is below its bound, and what to say then. None, unset, never is."""
+    flags = {name: f'--{name.replace("_", "-")}' for name in vars(args)}
+    for least, names in _AT_LEAST.items():
+        for name in names:
+            value = getattr(args, name)
+            yield value is not None and not value >= least, f'{flags[name]} must be at least {least}'
+    for name in _ABOVE_0:
+        value = getattr(args, name)
+        yield value is not None and not value > 0, f'{flags[name]} must be above 0'
+
+
 def _check(args: argparse.Namespace) -> None:
     ranges = (args.scale, args.ratio)
     rules = (
         (not args.data, 'where are the images? Give their folder or tar: train.py DATA'),
-        (args.batch_size < 1 or args.grad_accum_steps < 1, '--batch-size and --grad-accum-steps must be at least 1'),
-        (args.iterations < 1, '--iterations must be at least 1'),
-        (args.val_interval < 1 or args.log_interval < 1, '--val-interval and --log-interval must be at least 1'),
-        (args.checkpoint_hist < 1, '--checkpoint-hist must be at least 1'),
-        (args.workers < 0, '--workers must be at least 0'),
-        (not args.lr > 0, '--lr must be above 0'),
+        *_bounds(args),
+        (args.layer_decay is not None and not 0 < args.layer_decay <= 1, '--layer-decay must be above 0, at most 1'),
+        (not 0 <= args.model_ema_decay < 1, '--model-ema-decay must be at least 0, below 1'),
+        (not 0 <= args.seed < 2**32, '--seed must be at least 0, below 2**32'),
+        (args.std is not None and not min(args.std) > 0, '--std must be above 0'),
         (args.warmup >= args.iterations, f'--warmup {args.warmup} must be less than the {args.iterations} iterations'),
         (len(args.crop) > 2 or min(args.crop) < 1, '--crop takes a side, or height and width, in pixels'),
         (min(map(min, ranges)) <= 0, '--scale and --ratio must be above 0'),
@@ -107,7 +131,11 @@ def _add_start_options(parser: argparse.ArgumentParser) -> None:
         help="start from a classifier's weights: those that timm has for the backbone's name, or of a file",
     )
     add('--checkpoint', default='', metavar='FILE', help='start from the weights of a segmenter')
-    add('--sync-bn', action='store_true', help='synchronise batch-norm over processes (on GPUs)')
+    add(
+        '--sync-bn',
+        action=argparse.BooleanOptionalAction,
+        help='synchronise batch-norm over processes, on GPUs (default: with --segmenter, as published)',
+    )
     add('--grad-checkpointing', action='store_true', help='trade compute for activation memory')
     add('--model-ema', action='store_true', help='keep an average of the weights, and validate that')
     add('--model-ema-decay', type=float, default=0.9998, metavar='F', help='its decay (default: 0.9998)')
@@ -139,7 +167,7 @@ def _add_optimizer_options(parser: argparse.ArgumentParser) -> None:
         '--no-norm-decay',
         action=argparse.BooleanOptionalAction,
         default=False,
-        help='no weight decay of norms, biases, positions and class tokens',
+        help="no weight decay of norms, positions, class tokens and biases (which the authors' code lets decay)",
     )
     add('--layer-decay', type=float, metavar='F', help='learning rate of a layer over that of the next one')
     add('--head-lr-scale', type=float, default=1.0, metavar='F', help='learning rate of all but the backbone, times')

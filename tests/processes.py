@@ -32,7 +32,8 @@ def run_processes(work: Callable[..., None], world: int, *args: object, seconds:
         ProcessRaisedException: One of them has failed.
     """
     # They are forked from one that has done the imports, which take seconds, and nothing else.
-    multiprocessing.set_forkserver_preload(['plain_centroids', 'timm.task', 'timm.data', 'timm.optim', 'torchvision'])
+    modules = ['plain_centroids', 'timm.task', 'timm.data', 'timm.optim', 'torchvision', 'segmentation.train']
+    multiprocessing.set_forkserver_preload(modules)
     folders = [str(TESTS), str(TESTS.parent), os.environ.get('PYTHONPATH', '')]
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(folders), OMP_NUM_THREADS='1'):
         group = mp.start_processes(work, (world, *args), world, join=False, start_method='forkserver')

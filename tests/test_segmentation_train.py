@@ -9,11 +9,13 @@ import signal
 import socket
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from checkpoints import assert_same
 from PIL import Image
@@ -21,6 +23,8 @@ from processes import run_processes
 
 from cluster_zoo.weights import load_checkpoint
 from segmentation import create_segmenter, segmenter_config, train
+from segmentation.build import check_data, syncs_batch_norm
+from segmentation.datasets import create_dataset
 from segmentation.train_options import train_parser
 
 ROOT = Path(__file__).parents[1]
@@ -121,7 +125,7 @@ def test_learns(run, tmp_path, classifier):
     flags = ['--iterations', 40, '--ratio', 0.8, 1.2, '--no-distort', '--dropout', 0, '--lr', 1e-2]
     flags += ['--centroid-momentum', 0.9] if classifier == 'dnc' else []
     model = ['--head', 'semantic_fpn', '--backbone', 'test_resnet', '--channels', 16, '--classifier', classifier]
-    model += ['--model-kwargs', 'pyramid_channels=64']
+    model += ['--model-kwargs', 'pyramid_channels=16']
     assert run('a', *flags, model=model) == 0
     assert float(_summary(tmp_path / 'a')[0]['mIoU']) > 40
 
@@ -233,6 +237,16 @@ def test_resume_keeps_the_best(run, tmp_path):
     assert [row['iteration'] for row in _summary(tmp_path / 'a')] == ['2', '3']
 
 
+def test_resume_says_that_other_batches_are_other_samples(run, tmp_path, caplog):
+    assert run('a', '--iterations', 1, '-b', 4) == 0
+    resume = ['--iterations', 2, '--resume', tmp_path / 'a' / 'last.pth.tar']
+    assert run('b', *resume, '-b', 2, '--grad-accum-steps', 2) == 0
+    assert '--resume' not in caplog.text
+    assert run('b', *resume, '-b', 2) == 0
+    [warning] = [record.message for record in caplog.records if '--resume' in record.message]
+    assert 'took 4 crops' in warning and 'take 2' in warning
+
+
 # ---- Several processes ----
 
 
@@ -265,6 +279,41 @@ def test_two_processes_go_on_to_the_same_bits(data, tmp_path):
     for key in ('state_dict', 'state_dict_ema', 'optimizer', 'learned', 'progress'):
         assert_same(first[key], second[key])
     assert _summary(tmp_path / 'a')[1:] == _summary(tmp_path / 'b')
+
+
+def test_processes_wait_for_the_data_check(data, tmp_path, monkeypatch):
+    """Longer than NCCL does, which gives up after 10 minutes."""
+    waits = []
+
+    def broadcast(objects, group=None):
+        waits.append(dist.get_backend(group) == 'gloo' and group._get_backend(torch.device('cpu')).options._timeout)
+
+    args = train_parser().resolve([str(data)])
+    args.distributed, args.rank = True, 0
+    monkeypatch.setattr(dist, 'broadcast_object_list', broadcast)
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        check_data(args, create_dataset('folder', data, 'val'))
+    finally:
+        dist.destroy_process_group()
+    assert len(waits) == 1 and waits[0] >= timedelta(hours=12)
+
+
+@pytest.mark.parametrize(
+    ('segmenter', 'device', 'distributed', 'flags', 'expected'),
+    [
+        ('condnet_r50_ade20k', 'cuda:1', True, [], True),
+        ('condnet_r50_ade20k', 'cuda:1', True, ['--no-sync-bn'], False),
+        ('condnet_r50_ade20k', 'cuda', False, [], False),
+        ('condnet_r50_ade20k', 'cpu', True, [], False),
+        (None, 'cuda:1', True, [], False),
+        (None, 'cuda:1', True, ['--sync-bn'], True),
+    ],
+)
+def test_published_systems_synchronise_batch_norm(segmenter, device, distributed, flags, expected):
+    args = train_parser().resolve(['data', *(['--segmenter', segmenter] if segmenter else []), *flags])
+    args.device, args.distributed = device, distributed
+    assert syncs_batch_norm(args) is expected
 
 
 # ---- Options ----
@@ -308,7 +357,7 @@ def test_options_file_is_a_run_again(run, tmp_path):
         (['--train-split', 'trian'], 'train'),
         (['--num-classes', 5], '3 classes, not 5'),
         (['--dataset', 'camvidd'], 'camvid'),
-        (['--resume', 'none.pth.tar'], 'none.pth.tar: no such file'),
+        (['--resume', 'none.pth.tar'], "No checkpoint at 'none.pth.tar'"),
         (['--resume', 'auto', '--experiment', ''], '--resume auto needs --experiment'),
         (['--checkpoint', 'none.pth.tar'], 'none.pth.tar'),
         (['--pretrained-backbone', 'none.pth.tar'], 'none.pth.tar'),
@@ -317,6 +366,24 @@ def test_options_file_is_a_run_again(run, tmp_path):
         (['--sub-centroids', 2], 'centroids'),
         (['--sync-bn'], '--sync-bn: batch-norm is synchronised on GPUs only'),
         (['--device', 'gpu'], '--device gpu'),
+        (['-vb', 0], '--validation-batch-size must be at least 1'),
+        (['--test-multiple', 0], '--test-multiple must be at least 1'),
+        (['--overlays', -1], '--overlays must be at least 0'),
+        (['--recovery-interval', -1], '--recovery-interval must be at least 0'),
+        (['--guidance-weight', -0.1], '--guidance-weight must be at least 0'),
+        (['--auxiliary-weight', 'nan'], '--auxiliary-weight must be at least 0'),
+        (['--weight-decay', -0.1], '--weight-decay must be at least 0'),
+        (['--warmup-ratio', -0.1], '--warmup-ratio must be at least 0'),
+        (['--warmup', -1], '--warmup must be at least 0'),
+        (['--head-lr-scale', 0], '--head-lr-scale must be above 0'),
+        (['--clip-grad', 0], '--clip-grad must be above 0'),
+        (['--lr', 'nan'], '--lr must be above 0'),
+        (['--std', 1, 0, 1], '--std must be above 0'),
+        (['--layer-decay', 0], '--layer-decay must be above 0, at most 1'),
+        (['--layer-decay', 1.1], '--layer-decay must be above 0, at most 1'),
+        (['--model-ema-decay', 1], '--model-ema-decay must be at least 0, below 1'),
+        (['--seed', -1], '--seed must be at least 0, below 2**32'),
+        (['--seed', 2**32], '--seed must be at least 0, below 2**32'),
     ],
 )
 def test_mistakes_are_one_line(run, capsys, flags, message):
@@ -352,8 +419,28 @@ def test_resume_of_another_model(run, tmp_path, capsys):
     assert run('b', '--iterations', 2, '--channels', 16, '--resume', tmp_path / 'a' / 'last.pth.tar') == 2
     assert 'is not of such a run' in capsys.readouterr().err
     (tmp_path / 'c.pth.tar').write_text('nothing')
-    assert run('b', '--iterations', 2, '--resume', tmp_path / 'c.pth.tar') == 2
-    assert 'is not a checkpoint' in capsys.readouterr().err
+    assert run('b', '--resume', tmp_path / 'c.pth.tar') == run('b', '--checkpoint', tmp_path / 'c.pth.tar') == 2
+    resumed, started = capsys.readouterr().err.splitlines()
+    assert resumed == started and 'c.pth.tar' in resumed and 'damaged or not a checkpoint' in resumed
+
+
+@pytest.mark.parametrize('head', ['deeplabv3plus', 'upernet'])
+def test_one_crop_is_too_few_for_batch_norm_of_a_point(run, capsys, head):
+    model = ['--head', head, *MODEL[2:]]
+    assert run('a', '--iterations', 1, '-b', 1, model=model) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('error: batch-norm') and 'raise --batch-size' in error and error.count('\n') == 1
+    assert run('a', '--iterations', 1, '-b', 2, model=model) == 0
+
+
+def test_a_devices_memory_is_too_small(run, monkeypatch, capsys):
+    def update(run, batches):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+
+    monkeypatch.setattr(train, 'update', update)
+    assert run('a', '--iterations', 1, '-b', 3) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('error: out of memory with batches of 3 crops: lower --batch-size or --crop')
 
 
 @pytest.mark.parametrize('start', ['file', 'module'])
