@@ -32,7 +32,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 
-from throughput import _first_use, machine, process_bytes  # noqa: E402
+from throughput import first_use, machine, process_bytes  # noqa: E402
 
 from cluster_zoo import build  # noqa: E402
 from cluster_zoo.centroids import NearestCentroidHead  # noqa: E402
@@ -101,7 +101,7 @@ class Candidate:
 def training_memory(options: dict[str, Any], device: str) -> float:
     """MB at the peak of a training step; to be called in a fresh process."""
     if device == 'cpu':
-        _first_use()
+        first_use()
         before = process_bytes('VmRSS')
         candidate = Candidate(options, device)
         Path('/proc/self/clear_refs').write_text('5')  # the peak starts again from what is in use
@@ -134,14 +134,14 @@ def speeds(models: dict[str, dict[str, Any]], device: str, rounds: int) -> dict[
     return found
 
 
-def test(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Figures of a run's last weights on the test images, which are kept beside them."""
-    results = folder / 'test.json'
-    if not results.is_file():
-        checkpoint, overlays = folder / 'last.pth.tar', folder / 'overlays-test'
-        command = [args.data, '--checkpoint', checkpoint, '--split', 'test', '--device', args.device, '--amp']
-        command += ['--amp-dtype', 'bfloat16', '--channels-last', '--results-file', results, '--workers', 0]
-        command += ['--overlays', overlays, '--num-overlays', args.overlays]
+def test(folder: Path, options: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Figures of a run's last weights on the test images, with its precision; they are kept beside the weights."""
+    results, checkpoint = folder / 'test.json', folder / 'last.pth.tar'
+    if not results.is_file() or results.stat().st_mtime < checkpoint.stat().st_mtime:
+        command = [args.data, '--checkpoint', checkpoint, '--split', 'test', '--device', args.device, '--workers', 0]
+        command += ['--results-file', results, '--overlays', folder / 'overlays-test', '--num-overlays', args.overlays]
+        command += [f'--{name.replace("_", "-")}' for name in ('amp', 'channels_last') if options[name]]
+        command += ['--amp-dtype', options['amp_dtype']] if options['amp_dtype'] else []
         if validate.main(list(map(str, command))):
             sys.exit(2)
     return json.loads(results.read_text())
@@ -158,8 +158,8 @@ def main() -> None:
         if not (folder / 'done').is_file():
             print(f'{folder.name} is left out: it has not ended', file=sys.stderr)
             continue
-        figures[match['row']][match['seed']] = test(folder, args)
-        models[match['row']] = yaml.safe_load((folder / 'args.yaml').read_text())
+        models[match['row']] = options = yaml.safe_load((folder / 'args.yaml').read_text())
+        figures[match['row']][match['seed']] = test(folder, options, args)
     if not figures:
         sys.exit(f'error: no {args.kind} runs in {args.runs}: train them with benchmarks/camvid.sh')
     costs = speeds(models, args.device, args.rounds) if args.rounds else {}

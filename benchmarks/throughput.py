@@ -157,7 +157,7 @@ def peak_memory(name: str, size: int, args: argparse.Namespace) -> dict[str, flo
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == 'cpu':
-        _first_use()
+        first_use()
         before = process_bytes('VmRSS')
     candidate = Candidate(name, size, args)
     peaks = {}
@@ -174,7 +174,7 @@ def peak_memory(name: str, size: int, args: argparse.Namespace) -> dict[str, flo
     return peaks
 
 
-def _first_use() -> None:
+def first_use() -> None:
     """Libraries load and start their threads now, so that the model is not charged for it."""
     layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GELU(), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 8))
     layers(torch.randn(2, 3, 8, 8)).sum().backward()

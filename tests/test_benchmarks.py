@@ -1,5 +1,6 @@
-"""benchmarks/throughput.py: what it writes, prints and draws, on two models and tiny images."""
+"""benchmarks/throughput.py: what it writes, prints and draws, on two models and tiny images; and camvid.py."""
 
+import argparse
 import importlib.util
 import json
 import math
@@ -174,3 +175,31 @@ def test_mistakes_are_one_clear_line(argv, message, main, monkeypatch, tmp_path,
     assert stopped.value.code == 2
     first = capsys.readouterr().err.splitlines()[0]
     assert first.startswith('error: ') and message in first
+
+
+def test_camvid_measures_anew_after_more_training(monkeypatch, tmp_path):
+    """With the precision and the memory layout of the run."""
+    monkeypatch.setattr(sys, 'path', sys.path[:])  # which the script adds its folder to
+    spec = importlib.util.spec_from_file_location('camvid', SCRIPT.with_name('camvid.py'))
+    camvid = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(camvid)
+    lines = []
+
+    def validate(line):
+        lines.append(line)
+        Path(line[line.index('--results-file') + 1]).write_text(json.dumps(len(lines)))
+
+    monkeypatch.setattr(camvid.validate, 'main', validate)
+    checkpoint, results = tmp_path / 'last.pth.tar', tmp_path / 'test.json'
+    checkpoint.touch()
+    args = argparse.Namespace(data='camvid.tar', device='cpu', overlays=0)
+    plain = dict(amp=False, amp_dtype=None, channels_last=False)
+    assert camvid.test(tmp_path, plain, args) == 1
+    assert not {'--amp', '--amp-dtype', '--channels-last'} & set(lines[0])
+    os.utime(checkpoint, (100, 100))
+    os.utime(results, (200, 200))
+    assert camvid.test(tmp_path, plain, args) == 1
+    os.utime(checkpoint, (300, 300))
+    assert camvid.test(tmp_path, dict(amp=True, amp_dtype='float16', channels_last=True), args) == 2
+    assert {'--amp', '--channels-last'} < set(lines[1]) and lines[1][lines[1].index('--amp-dtype') + 1] == 'float16'
+    assert len(lines) == 2
