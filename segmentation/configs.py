@@ -57,6 +57,7 @@ class SegmenterConfig:
         auxiliary_weight: Weight of the auxiliary head's cross-entropy; 0 without such a head.
         test_mode: 'whole' image or 'slide', windows of the crop's size.
         test_stride: Distance of the windows, pixels; 0 for 'whole'.
+        test_pad: Whether images that are smaller than a window are padded; else, windows are as small as they.
         test_multiple: Sides of test images are rounded up to a multiple of this, pixels; 1 leaves them.
         miou: Published mIoU at a single scale, %; None where none is published.
         miou_ms: With scales 0.5, 0.75, 1, 1.25, 1.5 and 1.75, each also flipped, %; None where none is published.
@@ -91,6 +92,7 @@ class SegmenterConfig:
     auxiliary_weight: float = 0.0
     test_mode: str = 'whole'
     test_stride: int = 0
+    test_pad: bool = False
     test_multiple: int = 1
     miou: float | None = None
     miou_ms: float | None = None
@@ -182,6 +184,7 @@ def _region_proxy(
         **schedule,
         test_mode='slide',
         test_stride=crop,
+        test_pad=True,
         miou=miou[0],
         miou_ms=miou[1],
         paper=_PROXY_PAPER,

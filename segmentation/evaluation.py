@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
@@ -40,15 +41,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Predicts every image of a dataset once, at the size of its labels, and compares.
 
-    Images of equal size go through the model together. Each process takes its share of the images; the pixels of all
-    are counted together, so that the figures do not depend on how many processes there are.
+    Images of equal size go through the model together. Where the dataset gives an image in several sizes, their
+    probabilities are averaged. Each process takes its share of the images; the pixels of all are counted together, so
+    that the figures do not depend on how many processes there are.
 
     Args:
         model: A `Segmenter`, on the device. It is put into evaluation mode for as long as this takes.
-        dataset: Images, as the model wants them, with their labels.
+        dataset: Images, as the model wants them, with their labels; or the same image in several sizes, as a tuple.
         device: Where to predict and to count.
         autocast: Makes the context to predict in.
-        protocol: Options of :func:`~segmentation.inference.predict`, such as mode and scales (default: whole images).
+        protocol: Options of :func:`~segmentation.inference.predict`, such as mode and flip (default: whole images).
         batch_size: Images, and windows, that go through the model together.
         workers: Processes that load images; 0: this one does.
         rank: Number of this process, from 0.
@@ -57,7 +59,7 @@ def evaluate(
 
     Returns:
         What :meth:`~segmentation.metrics.SegmentationMetrics.compute` does, of all processes; ``images``, their number;
-        and ``images_per_second``, of all processes, with loading, without the first batch, which chooses kernels.
+        and ``images_per_second``, of all processes, with loading, without the first batch, which warms up.
     """
     if isinstance(model, DistributedDataParallel):
         model = model.module  # it would wait, with each batch, for processes that have fewer
@@ -67,18 +69,18 @@ def evaluate(
     indices = range(rank, len(dataset), world_size)
     loader = DataLoader(dataset, batch_size=None, sampler=indices, num_workers=workers)
     bar = tqdm(total=len(indices), desc='evaluate', leave=False, disable=rank > 0 or not sys.stderr.isatty())
-    training = model.training
+    protocol = {'chunk': batch_size, **(protocol or {})}
+    training, tuning = model.training, torch.backends.cudnn.benchmark
     model.eval()
+    # Whole images come in many sizes, and for each of them cuDNN would try its kernels anew
+    torch.backends.cudnn.benchmark = tuning and protocol.get('mode') == 'slide'
     start, counted, first = time.monotonic(), len(indices), True
     try:
-        for chosen, images, labels in _batches(zip(indices, loader), batch_size):
-            images, labels = images.to(device), labels.to(device)
+        for chosen, views, labels in _batches(zip(indices, loader), batch_size):
+            labels, size = labels.to(device), labels.shape[-2:]
             with autocast():
-                probabilities = predict(
-                    model, images, size=labels.shape[-2:], **{'chunk': batch_size, **(protocol or {})}
-                )
-            predictions = probabilities.argmax(1)
-            del probabilities
+                each = (predict(model, images.to(device), size=size, **protocol) for images in views)
+                predictions = reduce(Tensor.add_, each).argmax(1)  # the largest mean is the largest sum
             metrics.update(predictions, labels)
             if overlays is not None:
                 for index, prediction in zip(chosen, predictions):
@@ -90,20 +92,22 @@ def evaluate(
     finally:
         bar.close()
         model.train(training)
+        torch.backends.cudnn.benchmark = tuning
     figures = metrics.compute()
     elapsed = time.monotonic() - start
     return figures | dict(images=len(dataset), images_per_second=world_size * counted / elapsed)
 
 
 def _batches(
-    samples: Iterable[tuple[int, tuple[Tensor, Tensor]]],
+    samples: Iterable[tuple[int, tuple[Tensor | Sequence[Tensor], Tensor]]],
     batch_size: int,
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Indices, images and labels, `batch_size` of equal size together, in the order in which they get complete."""
+) -> Iterator[tuple[list[int], list[Tensor], Tensor]]:
+    """Indices, images (one tensor a size) and labels, `batch_size` of equal sizes together, as they get complete."""
     waiting: dict[tuple, list] = {}
     for index, (image, labels) in samples:
-        key = (image.shape, labels.shape)
-        waiting.setdefault(key, []).append((index, image, labels))
+        views = [image] if isinstance(image, Tensor) else image
+        key = (*(view.shape for view in views), labels.shape)
+        waiting.setdefault(key, []).append((index, views, labels))
         if len(waiting[key]) < batch_size:
             if sum(map(len, waiting.values())) < _WAITING_BATCHES * batch_size:
                 continue
@@ -112,6 +116,6 @@ def _batches(
     yield from map(_stacked, waiting.values())
 
 
-def _stacked(samples: list[tuple[int, Tensor, Tensor]]) -> tuple[list[int], Tensor, Tensor]:
+def _stacked(samples: list[tuple[int, Sequence[Tensor], Tensor]]) -> tuple[list[int], list[Tensor], Tensor]:
     indices, images, labels = zip(*samples)
-    return list(indices), torch.stack(images), torch.stack(labels)
+    return list(indices), [torch.stack(views) for views in zip(*images)], torch.stack(labels)

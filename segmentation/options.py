@@ -31,7 +31,7 @@ MODEL_OPTIONS = (
     'num_classes',
 )
 DATA_OPTIONS = ('dataset', 'remap', 'mean', 'std')
-TEST_OPTIONS = ('test_mode', 'test_crop', 'test_stride', 'test_scale', 'test_multiple')
+TEST_OPTIONS = ('test_mode', 'test_crop', 'test_stride', 'test_pad', 'test_scale', 'test_multiple')
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
@@ -81,6 +81,11 @@ def add_test_options(parser: argparse.ArgumentParser, prefix: str = 'test-') -> 
     add('mode', choices=MODES, help='the whole image at once, or windows that slide over it (default: whole)')
     add('crop', type=int, nargs='+', metavar='N', help='side of the windows, or height and width')
     add('stride', type=int, nargs='+', metavar='N', help='from one window to the next (default: their size)')
+    add(
+        'pad',
+        action=argparse.BooleanOptionalAction,
+        help='pad images that are smaller than a window; else, windows are as small as they (default)',
+    )
     add('scale', type=int, nargs=2, metavar='N', help='resize images into long and short side (default: as they are)')
     add('multiple', type=int, metavar='N', help='round the sides of images up to a multiple')
     return group
@@ -119,6 +124,7 @@ def config_options(config: SegmenterConfig) -> dict[str, Any]:
         test_mode=config.test_mode,
         test_crop=[config.crop] if slides else None,
         test_stride=[config.test_stride] if slides else None,
+        test_pad=config.test_pad,
         test_scale=list(config.scale),
         test_multiple=config.test_multiple,
     )
@@ -157,14 +163,14 @@ def label_remap(args: argparse.Namespace) -> dict[int, int] | None:
 
 
 def test_protocol(args: argparse.Namespace) -> dict[str, Any]:
-    """Options of `predict`, apart from scales and flip, by the shared test options.
+    """Options of `predict`, apart from flip, by the shared test options.
 
     Raises:
         OptionError: A window has more than two sides, or windows were asked for and whole images too.
     """
-    protocol = dict(mode=args.test_mode or 'whole', multiple=args.test_multiple)
-    if protocol['mode'] == 'whole' and {'test_crop', 'test_stride'} & set(args.given):
-        raise OptionError('crop and stride of the test are those of its windows: add mode slide')
+    protocol = dict(mode=args.test_mode or 'whole', pad=bool(args.test_pad))
+    if protocol['mode'] == 'whole' and {'test_crop', 'test_stride', 'test_pad'} & set(args.given):
+        raise OptionError('crop, stride and padding of the test are those of its windows: add mode slide')
     for name in ('crop', 'stride'):
         if (sides := getattr(args, f'test_{name}')) is not None:
             if len(sides) > 2:

@@ -371,7 +371,7 @@ def start(args: argparse.Namespace) -> Run:
     set_up(args)
     protocol = test_protocol(args)
     with build.blame('test'):
-        inference.check(protocol['mode'], protocol.get('crop'), protocol.get('stride'), (1.0,))
+        inference.check(protocol['mode'], protocol.get('crop'), protocol.get('stride'))
     train_data, val_data = build_datasets(args)
     model = build_model(args)
     optimizer, scheduler = build_optimizer(args, model)

@@ -71,22 +71,28 @@ def train_transform(
 def eval_transform(
     scale: tuple[int, int] | None = None,
     multiple: int | None = None,
+    ratios: Sequence[float] = (1.0,),
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> v2.Transform:
     """What an image goes through that is measured on: resize (the image only), normalise.
 
     Args:
-        scale: (long, short): the sides that the image is fitted into, keeping its shape; None leaves it as it is.
+        scale: (long, short): the sides that the image is fitted into, keeping its shape; None for its own.
         multiple: Number that both sides are rounded up to a multiple of, by resizing; None for no rounding.
+        ratios: Factors on `scale`, each of which gives an image.
         mean: Mean of each channel, for pixels in 0 to 1.
         std: Standard deviation of each channel, for pixels in 0 to 1.
 
     Returns:
-        A transform of (uint8 image [3, H, W], mask [H, W]) to (float image [3, h, w], mask [H, W]), or of an image.
+        A transform of (uint8 image [3, H, W], mask [H, W]) to (float image [3, h, w], mask [H, W]), or of an image
+        alone. With several ratios there is a tuple of images in the image's place.
+
+    Raises:
+        ValueError: There is no such size.
     """
-    resize = [EvaluationResize(scale, multiple)] if scale or multiple else []
-    return v2.Compose([*resize, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    resize = EvaluationResize(scale, multiple, ratios)
+    return v2.Compose([resize, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
 def keep_ratio_size(size: Sequence[int], scale: tuple[float, float]) -> tuple[int, int]:
@@ -256,21 +262,31 @@ class EvaluationResize(v2.Transform):
         scale: (long, short) sides that the image is fitted into; None for its own.
         multiple: Number that both sides are then rounded up to a multiple of; None for no rounding. It is one resize,
             to the rounded size: the shape changes by less than `multiple` pixels.
+        ratios: Factors on `scale`. With several of them, a tuple of images takes the image's place, each resized from
+            the original.
     """
 
-    def __init__(self, scale: tuple[int, int] | None = None, multiple: int | None = None) -> None:
+    def __init__(
+        self,
+        scale: tuple[int, int] | None = None,
+        multiple: int | None = None,
+        ratios: Sequence[float] = (1.0,),
+    ) -> None:
         super().__init__()
         if (scale is not None and min(scale) < 1) or (multiple is not None and multiple < 1):
             raise ValueError(f'scale {scale} rounded up to a multiple of {multiple} is no size')
+        if not ratios or min(ratios) <= 0:
+            raise ValueError(f'ratios {list(ratios)}: expected one or more factors above 0')
         self.scale = scale
         self.multiple = multiple
+        self.ratios = ratios
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, tv_tensors.Mask):
             return inpt
-        size = F.get_size(inpt)
-        if self.scale is not None:
-            size = keep_ratio_size(size, self.scale)
-        if self.multiple is not None:
-            size = [math.ceil(side / self.multiple) * self.multiple for side in size]
-        return F.resize(inpt, list(size), antialias=False)
+        views = tuple(F.resize(inpt, self._size(F.get_size(inpt), ratio), antialias=False) for ratio in self.ratios)
+        return views if len(views) > 1 else views[0]
+
+    def _size(self, size: list[int], ratio: float) -> list[int]:
+        size = keep_ratio_size(size, tuple(side * ratio for side in self.scale or size))
+        return [math.ceil(side / (self.multiple or 1)) * (self.multiple or 1) for side in size]

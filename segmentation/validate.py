@@ -116,7 +116,7 @@ def build_dataset(args: argparse.Namespace) -> SegmentationDataset:
     """The split to measure on, its images as the model wants them."""
     normalisation = {name: getattr(args, name) for name in ('mean', 'std') if getattr(args, name) is not None}
     with build.blame('test images'):
-        transform = eval_transform(scale=args.test_scale, multiple=args.test_multiple, **normalisation)
+        transform = eval_transform(args.test_scale, args.test_multiple, args.scales, **normalisation)
     return create_dataset(
         args.dataset,
         args.data,
@@ -157,9 +157,9 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     """Builds what the options say, as arguments of `evaluate`."""
     set_up(args)
     settle(args)
-    protocol = options.test_protocol(args) | dict(scales=args.scales, flip=args.flip)
+    protocol = options.test_protocol(args) | dict(flip=args.flip)
     with build.blame('test'):
-        inference.check(protocol['mode'], protocol.get('crop'), protocol.get('stride'), args.scales)
+        inference.check(protocol['mode'], protocol.get('crop'), protocol.get('stride'))
     dataset = build_dataset(args)
     return dict(
         model=build_model(args, dataset),

@@ -88,6 +88,7 @@ def test_facts_agree_with_each_other(config):
     assert timm.is_model(config.backbone) and (not tag or timm.is_model_pretrained(config.backbone))
     assert config.optimizer in ('sgd', 'adamw')
     assert (config.test_mode, config.test_stride > 0) in (('whole', False), ('slide', True))
+    assert config.test_pad == (config.head == 'region_proxy')  # their authors' test, where the others' windows shrink
     assert config.test_stride <= config.crop <= max(config.scale) and config.scale[0] >= config.scale[1]
     assert (config.guidance_weight > 0) == (config.options.get('classifier') == 'cond')
     assert (config.auxiliary_weight > 0) == config.options.get('auxiliary', False)

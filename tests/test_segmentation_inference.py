@@ -1,4 +1,4 @@
-"""Predictions from whole images, windows, scales and mirrored images, against plain loops in float64."""
+"""Predictions from whole images, windows and mirrored images, against plain loops in float64."""
 
 import pytest
 import torch
@@ -86,18 +86,41 @@ def test_a_larger_window_is_the_whole_image(model):
     torch.testing.assert_close(predict(model, images, mode='slide', crop=32), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize('size', [(10, 31), (31, 10), (7, 9), (24, 31)])
 @torch.no_grad()
-def test_scales_and_flip_average_probabilities(model):
+def test_windows_that_are_padded(model, size):
+    """Of an image that is smaller than 16 x 12, a corner of the windows' logits counts."""
+    images = noise(2, 3, *size)
+    padded = torch.zeros(2, 3, max(size[0], 16), max(size[1], 12), dtype=images.dtype)
+    padded[..., : size[0], : size[1]] = images
+    logits = torch.stack([plain_windows(model, image, (16, 12), (11, 12)) for image in padded])
+    expected = logits[..., : size[0], : size[1]].softmax(1)
+    options = dict(mode='slide', crop=(16, 12), stride=(11, 12))
+    torch.testing.assert_close(predict(model, images, pad=True, **options), expected, rtol=1e-12, atol=1e-12)
+    same = (predict(model, images, **options) - expected).abs().max() < 1e-12
+    assert same == (size == (24, 31))
+
+
+def test_padded_windows_are_of_one_size():
+    sizes = set()
+
+    def model(x):
+        sizes.add(tuple(x.shape[-2:]))
+        return x
+
+    for size in ((8, 8), (20, 8), (8, 20), (20, 20)):
+        predict(model, noise(1, 3, *size), mode='slide', crop=(16, 12), pad=True)
+    assert sizes == {(16, 12)}
+
+
+@torch.no_grad()
+def test_flip_averages_probabilities(model):
     images = noise(2, 3, 24, 31)
     size = (37, 50)
-    expected = []
-    for height, width in ((12, 16), (24, 31), (36, 47)):  # times 0.5, 1 and 1.5, rounded
-        view = F.interpolate(images, (height, width), mode='bilinear') if height != 24 else images
-        for mirrored in (False, True):
-            logits = model(view.flip(-1)).flip(-1) if mirrored else model(view)
-            expected.append(F.interpolate(logits, size, mode='bilinear').softmax(1))
-    found = predict(model, images, scales=(0.5, 1, 1.5), flip=True, size=size)
-    torch.testing.assert_close(found, sum(expected) / 6, rtol=1e-12, atol=1e-12)
+    logits = model(images), model(images.flip(-1)).flip(-1)
+    expected = sum(F.interpolate(each, size, mode='bilinear').softmax(1) for each in logits) / 2
+    found = predict(model, images, flip=True, size=size)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.sum(1), torch.ones(2, *size, dtype=torch.float64))
 
 
@@ -115,36 +138,23 @@ def test_flip_changes_something_for_any_other(model):
     assert (predict(model, images, flip=True) - predict(model, images)).abs().max() > 1e-3
 
 
-def test_scaled_images_have_sides_that_are_multiples():
-    seen = []
+def test_windows_go_in_chunks_over_the_batch():
+    batches = []
 
     def model(x):
-        seen.append(tuple(x.shape[-2:]))
-        return x
-
-    predict(model, noise(1, 3, 40, 70), scales=(0.5, 1, 1.5), multiple=32)
-    assert seen == [(32, 64), (40, 70), (64, 128)]
-
-
-def test_windows_slide_at_every_scale_in_chunks_over_the_batch():
-    sizes, batches = set(), []
-
-    def model(x):
-        sizes.add(tuple(x.shape[-2:]))
+        assert x.shape[-2:] == (16, 16)
         batches.append(len(x))
         return x
 
-    predict(model, noise(3, 3, 32, 32), mode='slide', crop=16, scales=(0.5, 1, 2), chunk=8)
-    assert sizes == {(16, 16)}
-    # 3 images of 1, 4 and 16 windows
-    assert batches == [3] + [8, 4] + [8] * 6
+    predict(model, noise(3, 3, 32, 32), mode='slide', crop=16, chunk=8)
+    assert batches == [8, 4]  # 3 images of 4 windows
 
 
 def test_half_precision_is_averaged_in_float32(model):
     half = model.to(torch.bfloat16)
     images = noise(1, 3, 24, 24).bfloat16()
     try:
-        found = predict(half, images, mode='slide', crop=16, stride=4, scales=(1, 1.5))
+        found = predict(half, images, mode='slide', crop=16, stride=4, flip=True)
     finally:
         model.double()
     assert found.dtype == torch.float32
@@ -164,8 +174,6 @@ def test_nothing_is_kept_for_a_backward_pass(model):
         (dict(mode='slide', crop=(16, 8), stride=(8, 9)), 'pixels would be left out'),
         (dict(mode='slide', crop=0), 'crop 0'),
         (dict(mode='slide', crop=16, stride=0), 'stride 0'),
-        (dict(scales=()), 'one or more'),
-        (dict(scales=(1, 0)), 'above 0'),
         (dict(mode='slide', crop=16, chunk=0), 'chunk 0'),
     ],
 )

@@ -307,6 +307,25 @@ def test_eval_transform_resizes_the_image_alone(scale, multiple, expected):
     assert torch.equal(eval_transform(scale, multiple)(image), result)  # an image alone
 
 
+def test_every_ratio_is_resized_from_the_original():
+    image, mask = _pair(30, 45)
+    views, same = eval_transform((90, 40), 16, (0.5, 1, 1.75))(image, mask)
+    # 30 x 20 and 60 x 40 and 105 x 70, rounded up
+    assert [tuple(view.shape[1:]) for view in views] == [(32, 32), (48, 64), (80, 112)]
+    assert torch.equal(same, mask)
+    for view in views:
+        plain = F.normalize(
+            F.resize(image, list(view.shape[1:]), antialias=False).float() / 255,
+            *([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+        )
+        torch.testing.assert_close(view.as_subclass(torch.Tensor), plain.as_subclass(torch.Tensor))
+    alone = eval_transform((90, 40), 16, (0.5, 1, 1.75))(image)
+    assert all(torch.equal(one, view) for one, view in zip(alone, views, strict=True))
+    own = eval_transform(ratios=(1, 1.5))(image)
+    assert [tuple(view.shape[1:]) for view in own] == [(30, 45), (45, 68)]
+    assert eval_transform(ratios=[0.5])(image).shape[1:] == (15, 23)  # one image, no tuple
+
+
 def test_eval_transform_normalises():
     image = tv_tensors.Image(torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1).expand(3, 2, 2))
     result = eval_transform(mean=(0.5, 0.1, 0.2), std=(0.5, 0.2, 0.4))(image)
@@ -335,3 +354,7 @@ def test_refused_for_evaluation():
         eval_transform(scale=(0, 4))
     with pytest.raises(ValueError, match='no size'):
         eval_transform(multiple=-32)
+    with pytest.raises(ValueError, match='one or more'):
+        eval_transform(ratios=())
+    with pytest.raises(ValueError, match='above 0'):
+        eval_transform(ratios=(1, 0))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import socket
 import subprocess
@@ -85,13 +86,13 @@ def run(data, checkpoint, tmp_path, capsys):
     return _run
 
 
-def samples(data, sizes=None):
-    """Images [1, 3, H, W], normalised here, in other sizes if there are some for theirs, and masks [H, W]."""
+def samples(data, resized=None):
+    """Images [1, 3, H, W], normalised here, at the size [H, W] that `resized` makes of theirs, and masks [H, W]."""
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
     for path in sorted((data / 'val' / 'images').iterdir()):
         pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None].float()
-        if sizes:
-            pixels = nn.functional.interpolate(pixels, sizes[tuple(pixels.shape[2:])], mode='bilinear').round()
+        if resized:
+            pixels = nn.functional.interpolate(pixels, resized(*pixels.shape[2:]), mode='bilinear').round()
         mask = torch.from_numpy(np.array(Image.open(data / 'val' / 'masks' / path.name))).long()
         yield (pixels - mean) / std, mask
 
@@ -112,10 +113,13 @@ def figures(pairs):
 
 
 @torch.no_grad()
-def expected(data, model, sizes=None, **protocol):
+def expected(data, model, *resized, **protocol):
+    """Of the mean over the sizes that the functions make of the images'."""
     pairs = []
-    for image, mask in samples(data, sizes):
-        pairs.append((predict(model, image, size=mask.shape, **protocol).argmax(1)[0], mask))
+    for views in zip(*(samples(data, each) for each in resized or (None,)), strict=True):
+        mask = views[0][1]
+        mean = sum(predict(model, image, size=mask.shape, **protocol) for image, _ in views) / len(views)
+        pairs.append((mean.argmax(1)[0], mask))
     return figures(pairs)
 
 
@@ -148,17 +152,45 @@ def test_loader_processes_do_not_matter(run, data, model):
 
 
 def test_windows_scales_and_flip(run, data, model):
-    found, _ = run('--mode', 'slide', '--crop', 32, '--stride', 20, 24, '--scales', 0.75, 1, 1.5, '--flip', '-b', 3)
-    wanted = expected(data, model, mode='slide', crop=32, stride=(20, 24), scales=(0.75, 1, 1.5), flip=True)
-    check(found, wanted)
-    assert abs(wanted[1] - expected(data, model)[1]) > 0.2
+    """Every scale is one of the image itself: 0.75 times 60 x 40 is 45 x 30, in multiples of 8 then 48 x 32."""
+    found, _ = run(
+        *('--mode', 'slide', '--crop', 32, '--stride', 20, 24, '--flip', '-b', 3),
+        *('--scale', 60, 40, '--multiple', 8, '--scales', 0.75, 1, 1.5),
+    )
+
+    def at(ratio):
+        def resized(*size):
+            factor = ratio * min(60 / max(size), 40 / min(size))
+            return tuple(8 * math.ceil(round(side * factor) / 8) for side in size)
+
+        return resized
+
+    sizes = [at(ratio) for ratio in (0.75, 1, 1.5)]
+    assert [size(36, 48) for size in sizes] == [(32, 40), (40, 56), (64, 80)]
+    wanted = expected(data, model, *sizes, mode='slide', crop=32, stride=(20, 24), flip=True)
+    check(found, wanted, within=0.2)  # as below
+    assert abs(wanted[1] - expected(data, model, sizes[1])[1]) > 0.5
     assert found['options']['test_stride'] == [20, 24]
+
+
+def test_windows_can_be_padded(run, data, model, checkpoint, tmp_path):
+    found, _ = run('--mode', 'slide', '--crop', 44, '--pad')
+    wanted = expected(data, model, mode='slide', crop=44, pad=True)
+    check(found, wanted)
+    small = expected(data, model, mode='slide', crop=44)
+    assert abs(wanted[1] - small[1]) > 0.2
+    saved = torch.load(checkpoint, weights_only=True)
+    saved['args'] |= dict(test_mode='slide', test_crop=[44], test_stride=[44], test_pad=True)
+    path = tmp_path / 'padded.pth.tar'
+    torch.save(saved, path)
+    check(run(checkpoint=path)[0], wanted)
+    check(run('--no-pad', checkpoint=path)[0], small)
 
 
 def test_images_are_resized_and_masks_are_not(run, data, model):
     """40 x 33 and 36 x 48 fit into 64 x 50 as 61 x 50 and 48 x 64; in multiples of 8 that is 64 x 56 and 48 x 64."""
     found, _ = run('--scale', 64, 50, '--multiple', 8)
-    wanted = expected(data, model, {(33, 40): (56, 64), (48, 36): (64, 48)})
+    wanted = expected(data, model, lambda *size: {(33, 40): (56, 64), (48, 36): (64, 48)}[size])
     check(found, wanted, within=0.2)  # bytes are resized with weights of few bits: some differ by one
     assert abs(wanted[1] - expected(data, model)[1]) > 1
 
@@ -254,6 +286,7 @@ def test_two_processes_give_the_figures_of_one(run, data, checkpoint, tmp_path):
         (('--num-classes', 3), {}, '4 classes, not 3'),
         (('--mode', 'slide'), {}, 'needs a crop'),
         (('--crop', 32), {}, 'add mode slide'),
+        (('--pad',), {}, 'add mode slide'),
         (('--mode', 'slide', '--crop', 1, 2, 3), {}, 'crop [1, 2, 3] of the test: expected one number'),
         (('--mode', 'slide', '--crop', 16, '--stride', 17), {}, 'stride'),
         (('--scales', 0), {}, 'above 0'),
@@ -348,12 +381,51 @@ def test_few_images_wait_for_others_of_their_size():
     assert model.batches[0] == (1, 2) and (2, 9) in model.batches
 
 
-def test_an_error_leaves_the_model_training():
+class Views(Squares):
+    """An image and, twice as large, one that belies it, with another contrast."""
+
+    def __init__(self, sides, contrast):
+        super().__init__(sides)
+        self.contrast = contrast
+
+    def __getitem__(self, index):
+        image, mask = super().__getitem__(index)
+        double = image.roll(1, 0).repeat_interleave(2, 1).repeat_interleave(2, 2)
+        return (image, self.contrast * double), mask
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_sizes_of_an_image_are_averaged(workers):
+    model = Echo()
+    found = evaluate(model, Views([8, 6, 8], 0.9), 'cpu', batch_size=2, workers=workers)
+    assert (found['aAcc'], found['images']) == (100, 3)
+    assert model.batches == [(2, 8), (2, 16), (1, 6), (1, 12)]
+    assert evaluate(model, Views([8], 1.1), 'cpu')['aAcc'] == 0
+
+
+@pytest.mark.parametrize('tuning', [True, False])
+def test_only_windows_choose_kernels_by_trial(monkeypatch, tuning):
+    seen = []
+
+    class Model(Echo):
+        def forward(self, x):
+            seen.append(torch.backends.cudnn.benchmark)
+            return x
+
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', tuning)
+    for protocol in (None, dict(mode='whole'), dict(mode='slide', crop=4)):
+        evaluate(Model(), Squares([4]), 'cpu', protocol=protocol)
+        assert torch.backends.cudnn.benchmark == tuning
+    assert seen == [False, False, tuning]
+
+
+def test_an_error_leaves_things_as_they_were(monkeypatch):
     class Broken(Echo):
         def forward(self, x):
             raise RuntimeError('broken')
 
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', True)
     model = Broken()
     with pytest.raises(RuntimeError, match='broken'):
         evaluate(model, Squares([4]), 'cpu')
-    assert model.training
+    assert model.training and torch.backends.cudnn.benchmark
