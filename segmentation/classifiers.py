@@ -63,10 +63,8 @@ class ConditionalClassifier(nn.Module):
         guidance = self.guidance(x)
         points = x.flatten(2)
         share = guidance.flatten(2).softmax(1)
-        with torch.autocast(x.device.type, enabled=False):  # float16 could not hold the sum over a large map
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            embeddings = torch.einsum('bkn,bcn->bkc', share.to(dtype), points.to(dtype)) / (h * w)
-        embeddings = embeddings.to(x.dtype)
+        root = (h * w) ** -0.5  # half of the division for each factor: float16 could not hold the sum over a large map
+        embeddings = torch.einsum('bkn,bcn->bkc', share * root, points * root)
         filters = self.filters(embeddings.reshape(B, K * C, 1, 1)).flatten(1)
         # The published layout: first all weights, class after class, then all biases.
         weight, bias = filters[:, : K * C].reshape(B, K, C), filters[:, K * C :].unsqueeze(-1)
