@@ -210,3 +210,25 @@ def test_checkpointed_gradients_are_the_gradients_of_fewer_activations(head, nam
     for plain, checkpointed in zip(*gradients):
         torch.testing.assert_close(plain, checkpointed)
     assert sizes[1] < 0.7 * sizes[0]
+
+
+@pytest.mark.parametrize(
+    'head, backbone, options',
+    [
+        ('semantic_fpn', 'coc_tiny', dict(TINY, pyramid_channels=16, classifier='cond', depths=(1, 1, 1, 1))),
+        ('fcn', 'resnet10t', dict(TINY, classifier='dnc')),
+        ('region_proxy', 'vit_tiny_patch16_224', dict(img_size=64)),
+    ],
+)
+@torch.no_grad()
+def test_export_with_dynamic_sizes_and_compilation(head, backbone, options):
+    torch.manual_seed(0)
+    model = create_segmenter(head, backbone, 5, **options).eval()
+    images = torch.randn(2, 3, 64, 96)
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    torch.testing.assert_close(compiled(images), model(images), rtol=1e-4, atol=1e-4)
+    height, width = (32 * torch.export.Dim(name, min=1, max=8) for name in ('height', 'width'))
+    dynamic = {0: torch.export.Dim('batch', min=1, max=8), 2: height, 3: width}
+    exported = torch.export.export(model, (images,), dynamic_shapes=(dynamic,)).module()
+    images = torch.randn(1, 3, 128, 64)
+    torch.testing.assert_close(exported(images), model(images), rtol=1e-4, atol=1e-4)
