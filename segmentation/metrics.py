@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.classification import MulticlassConfusionMatrix
+
+try:
+    from torchmetrics.classification import MulticlassConfusionMatrix
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("Measuring needs torchmetrics: pip install 'cluster_zoo[segmentation]'") from error
 
 __all__ = ['SegmentationMetrics']
 

@@ -1,6 +1,9 @@
 """Figures of segmentations against a plain loop, figures worked out by hand, and several processes."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,8 @@ import torch.distributed as dist
 from processes import run_processes
 
 from segmentation.metrics import SegmentationMetrics, table
+
+ROOT = Path(__file__).parents[1]
 
 
 def plain_figures(prediction, labels, num_classes, ignore):
@@ -129,3 +134,9 @@ def test_one_class():
     metrics = SegmentationMetrics(1)
     metrics.update(torch.zeros(1, 2, 3, dtype=torch.int64), torch.tensor([[[0, 0, 255], [0, 255, 255]]]))
     assert metrics.compute() == dict(mIoU=100.0, aAcc=100.0, mAcc=100.0, IoU={'0': 100.0}, Acc={'0': 100.0})
+
+
+def test_without_torchmetrics_the_extra_is_named():
+    script = "import sys; sys.modules['torchmetrics.classification'] = None; import segmentation.metrics"
+    run = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and "pip install 'cluster_zoo[segmentation]'" in run.stderr
