@@ -43,7 +43,7 @@ from cluster_zoo.data import DataError, unreadable_images
 from cluster_zoo.options import OptionError, available_workers
 from cluster_zoo.task import CentroidTaskMixin, learned_share
 from cluster_zoo.train_options import train_parser
-from cluster_zoo.weights import CheckpointError
+from cluster_zoo.weights import CheckpointError, read_checkpoint
 
 _logger = logging.getLogger('train')
 
@@ -119,13 +119,10 @@ def gather_learned(run: Run) -> None:
 def resume(run: Run, path: str) -> None:
     """Puts a run where a checkpoint left it; one of timm's script resumes at the epoch after it."""
     args = run.args
-    if not Path(path).is_file():
-        raise CheckpointError(f'--resume {path}: no such file')
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # what is not a checkpoint fails anywhere in the reader, with any error
-        raise CheckpointError(f'--resume {path} is not a checkpoint: {str(error).splitlines()[0]}') from error
+        checkpoint = read_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(f'--resume: {error}') from error
     with build.blame(f'--resume {path} is not of such a run'):
         run.task.load_checkpoint_state(clean_state_dict(checkpoint['state_dict']), checkpoint.get('task_state'))
         if run.task.has_ema():
@@ -467,18 +464,8 @@ def open_output(run: Run, output_dir: Path, checkpoint: str) -> None:
     run.output_dir = output_dir
     (output_dir / 'args.yaml').write_text(yaml.safe_dump(options(args), default_flow_style=False))
     utils.trim_summary(output_dir / 'summary.csv', run.progress.epoch)
-    run.saver = utils.CheckpointSaver(
-        model=None,
-        task=run,
-        optimizer=run.optimizer,
-        amp_scaler=run.scaler,
-        checkpoint_dir=str(output_dir),
-        recovery_dir=str(output_dir),
-        decreasing=args.eval_metric == 'loss',
-        max_history=args.checkpoint_hist,
-    )
-    if checkpoint and Path(checkpoint).resolve().parent == output_dir.resolve():
-        run.saver.load_state_dict_from_checkpoint(checkpoint)
+    ranking = dict(decreasing=args.eval_metric == 'loss', max_history=args.checkpoint_hist)
+    run.saver = interrupt.open_saver(run, output_dir, checkpoint, **ranking)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -35,7 +35,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 from throughput import first_use, machine, process_bytes  # noqa: E402
 
 from cluster_zoo import build  # noqa: E402
-from cluster_zoo.centroids import NearestCentroidHead  # noqa: E402
 from segmentation import create_segmenter, validate  # noqa: E402
 from segmentation.options import model_options  # noqa: E402
 from segmentation.task import SegmentationTask  # noqa: E402
@@ -69,7 +68,6 @@ class Candidate:
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
         model = create_segmenter(**model_options(args)).to(device, memory_format=layout)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.centroids = sum(m.prototypes.numel() for m in model.modules() if isinstance(m, NearestCentroidHead))
         self.task = SegmentationTask(model, args.guidance_weight, args.auxiliary_weight)
         self.images, self.crops = (
             torch.randn(size, device=device).contiguous(memory_format=layout) for size in (_IMAGES, _CROPS)
@@ -126,7 +124,7 @@ def speeds(models: dict[str, dict[str, Any]], device: str, rounds: int) -> dict[
     found = {}
     for row, candidate in candidates.items():
         found[row] = {mode: len(candidate.images) / statistics.median(times[row, mode]) for mode in MODES}
-        found[row] |= dict(parameters=candidate.parameters / 1e6, centroids=candidate.centroids / 1e6)
+        found[row]['parameters'] = candidate.parameters / 1e6
     candidates.clear()
     for row, options in models.items():
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as fresh:

@@ -8,7 +8,7 @@
 #
 #   python benchmarks/camvid.py KIND DATA           the table, on the test images
 set -euo pipefail
-[[ ${1:-} =~ ^(cpu|gpu)$ && -e ${2:-} ]] || { sed -n '2,11p' "$0" >&2; exit 2; }
+[[ ${1:-} =~ ^(cpu|gpu)$ && -e ${2:-} ]] || { sed -n '2,9p' "$0" >&2; exit 2; }
 kind=$1 data=$(realpath "$2")
 shift 2
 cd "$(dirname "$0")/.."

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from timm.task import TrainingTask
-from timm.utils import random_seed, unwrap_model
+from timm.utils import CheckpointSaver, random_seed, unwrap_model
 
 
 class Stop:
@@ -92,6 +92,29 @@ def gather(state: Any, group: dist.ProcessGroup | None) -> list[Any]:
     states = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
     dist.gather_object(state, states, dst=0, group=group)
     return states or []
+
+
+def open_saver(run: Any, output_dir: Path, checkpoint: str, **options: Any) -> CheckpointSaver:
+    """timm's saver of checkpoints for a run folder.
+
+    Args:
+        run: The state to save: it has ``optimizer``, ``scaler`` and timm's ``get_checkpoint_state``.
+        output_dir: The folder.
+        checkpoint: Where the run goes on from; if it is of this folder, the saver knows its best and its older ones.
+        **options: For the saver.
+    """
+    saver = CheckpointSaver(
+        model=None,
+        task=run,
+        optimizer=run.optimizer,
+        amp_scaler=run.scaler,
+        checkpoint_dir=str(output_dir),
+        recovery_dir=str(output_dir),
+        **options,
+    )
+    if checkpoint and Path(checkpoint).resolve().parent == output_dir.resolve():
+        saver.load_state_dict_from_checkpoint(checkpoint)
+    return saver
 
 
 def newest_checkpoint(output_dir: Path) -> str:

@@ -416,17 +416,7 @@ def open_output(run: Run, checkpoint: str) -> None:
     run.output_dir.mkdir(parents=True, exist_ok=True)
     (run.output_dir / 'args.yaml').write_text(yaml.safe_dump(options(run.args), default_flow_style=False))
     utils.trim_summary(run.output_dir / 'summary.csv', run.iteration + 1)
-    run.saver = utils.CheckpointSaver(
-        model=None,
-        task=run,
-        optimizer=run.optimizer,
-        amp_scaler=run.scaler,
-        checkpoint_dir=str(run.output_dir),
-        recovery_dir=str(run.output_dir),
-        max_history=run.args.checkpoint_hist,
-    )
-    if checkpoint and Path(checkpoint).resolve().parent == run.output_dir.resolve():
-        run.saver.load_state_dict_from_checkpoint(checkpoint)
+    run.saver = interrupt.open_saver(run, run.output_dir, checkpoint, max_history=run.args.checkpoint_hist)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

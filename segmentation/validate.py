@@ -32,7 +32,7 @@ from timm import utils
 from cluster_zoo import build
 from cluster_zoo.data import DataError
 from cluster_zoo.options import OptionError, Parser, available_workers
-from cluster_zoo.weights import CheckpointError, load_state_dict
+from cluster_zoo.weights import CheckpointError, read_checkpoint
 from segmentation import Segmenter, create_segmenter, inference, options, segmenter_config
 from segmentation.datasets import SegmentationDataset, create_dataset
 from segmentation.evaluation import evaluate
@@ -71,15 +71,10 @@ def saved_options(path: str) -> dict[str, Any]:
     Raises:
         CheckpointError: The file cannot be read.
     """
-    if not path.endswith('.safetensors'):
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                saved = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
-            saved = saved.get('args') if isinstance(saved, dict) else None
-            return dict(saved if isinstance(saved, dict) else vars(saved) if saved else {})
-        except Exception:  # as many kinds as there are damages; also for an old format, which cannot be mapped
-            load_state_dict(path)  # says what is wrong
-    return {}
+    checkpoint = read_checkpoint(path)
+    saved = checkpoint.get('args') if isinstance(checkpoint, dict) else None
+    saved = vars(saved) if isinstance(saved, argparse.Namespace) else saved
+    return saved if isinstance(saved, dict) else {}
 
 
 def settle(args: argparse.Namespace) -> None:
