@@ -38,7 +38,7 @@ from torch import Tensor
 from . import published
 from .grids import pad_to_multiple
 from .mixer import ClusterMixer
-from .weights import build_model
+from .pretrained import build_model
 
 __all__ = ['ContextCluster']  # register_model adds the entry points
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from . import cifar_resnet, published
 from .centroids import CentroidLearning, NearestCentroidHead
 from .context_cluster import cfg
-from .weights import build_model, load_checkpoint
+from .pretrained import build_model
+from .weights import load_checkpoint
 
 # register_model adds the entry points
 __all__ = ['CentroidLearning', 'NearestCentroidHead', 'NearestCentroidMixin', 'nearest_centroid']

@@ -23,7 +23,7 @@ from .context_cluster import ContextCluster, cfg, one_each
 from .grids import divides, merge, partition
 from .grids import point_mask as grid_mask
 from .kernels import nearest_center
-from .weights import build_model
+from .pretrained import build_model
 
 __all__ = ['FEC', 'ClusterPool']  # register_model adds the entry points
 

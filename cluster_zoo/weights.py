@@ -16,10 +16,10 @@ import torch
 import torch.nn as nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import build_model_with_cfg, clean_state_dict, resolve_pretrained_cfg
+from timm.models import clean_state_dict
 from torch import Tensor
 
-__all__ = ['CheckpointError', 'build_model', 'load_checkpoint', 'load_state_dict', 'read_checkpoint']
+__all__ = ['CheckpointError', 'load_checkpoint', 'load_state_dict', 'load_weights', 'read_checkpoint', 'state_dict_of']
 
 # Classes beside tensors and containers that a checkpoint may hold: timm's saver stores the script's arguments.
 _ALLOWED_CLASSES = [argparse.Namespace]
@@ -62,7 +62,18 @@ def load_state_dict(path: str | Path, use_ema: bool = True) -> dict[str, Tensor]
     Raises:
         CheckpointError: The file cannot be read, or has no weights.
     """
-    state_dict = checkpoint = read_checkpoint(path)
+    return state_dict_of(read_checkpoint(path), path, use_ema)
+
+
+def state_dict_of(checkpoint: Any, path: str | Path, use_ema: bool = True) -> dict[str, Tensor]:
+    """The weights among everything that `read_checkpoint` found in a file, see `load_state_dict`.
+
+    Args:
+        checkpoint: What the file holds.
+        path: The file, for messages.
+        use_ema: Prefer the averaged weights where there are both.
+    """
+    state_dict = checkpoint
     if isinstance(checkpoint, dict):
         keys = (_EMA_KEYS + _STATE_DICT_KEYS) if use_ema else _STATE_DICT_KEYS
         state_dict = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
@@ -180,60 +191,18 @@ def load_checkpoint(model: nn.Module, path: str | Path, use_ema: bool = True) ->
     Raises:
         CheckpointError: The file cannot be read or does not fit. The model is then unchanged.
     """
-    state_dict = load_state_dict(path, use_ema)
+    load_weights(model, load_state_dict(path, use_ema))
+
+
+def load_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    """`load_checkpoint` from tensors by name, which may be the authors' names.
+
+    Raises:
+        CheckpointError: They do not fit. The model is then unchanged.
+    """
     shapes, found = ({name: x.shape for name, x in entries.items()} for entries in (model.state_dict(), state_dict))
     if found != shapes:
         filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
         state_dict = filter_fn(state_dict, model) if filter_fn else state_dict
     check_fit(state_dict, model)
     model.load_state_dict(state_dict)
-
-
-def build_model(
-    model_cls: Callable[..., nn.Module],
-    variant: str,
-    pretrained: bool,
-    pretrained_cfg: Any | None = None,
-    pretrained_cfg_overlay: dict[str, Any] | None = None,
-    pretrained_filter_fn: Callable | None = None,
-    **kwargs: Any,
-) -> nn.Module:
-    """timm's ``build_model_with_cfg``, but weights from files are read by `load_state_dict` and checked by `check_fit`.
-
-    Only what timm adapts may differ from the model: the classifier if ``num_classes`` does, and the first convolution's
-    input channels if ``in_chans`` does.
-
-    Raises:
-        CheckpointError: The pretrained weights cannot be read or do not fit.
-    """
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
-    overlay = dict(pretrained_cfg_overlay or {})
-    if pretrained and cfg.file and not cfg.state_dict:
-        overlay['state_dict'] = load_state_dict(cfg.file)
-
-    def filter_and_check(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-        if pretrained_filter_fn:
-            state_dict = pretrained_filter_fn(dict(state_dict), model)
-        head = state_dict.get(f'{cfg.classifier}.weight')
-        if head is not None and len(head) == model.num_classes and cfg.num_classes >= 0:  # below 0: leave it out
-            model.pretrained_cfg['num_classes'] = model.num_classes  # or timm would drop a head that fits
-        adapted = []
-        if kwargs.get('features_only') or model.num_classes != model.pretrained_cfg['num_classes']:
-            adapted += [cfg.classifier] if isinstance(cfg.classifier, str) else list(cfg.classifier or ())
-        if model.in_chans != cfg.input_size[0]:
-            adapted += [cfg.first_conv] if isinstance(cfg.first_conv, str) else list(cfg.first_conv or ())
-        prefixes = tuple(f'{name}.' for name in adapted)
-        check_fit(state_dict, model, ignore=lambda name: name.startswith(prefixes))
-        return state_dict
-
-    model = build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=filter_and_check,
-        **kwargs,
-    )
-    model.pretrained_cfg.pop('state_dict', None)  # the weights are in the model now
-    return model
