@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from cluster_zoo import __version__, cli
+from cluster_zoo.cli import demo
 from cluster_zoo.data import create_dataset
 from cluster_zoo.weights import CheckpointError
 
@@ -38,7 +39,7 @@ def test_demo(small_model, tmp_path, capsys):
     with torch.inference_mode():
         right = sum(
             int(small_model(transform(image).unsqueeze(0)).argmax()) == target
-            for image, target in create_dataset(cli.DEMO_DATASET)
+            for image, target in create_dataset(demo.DEMO_DATASET)
         )
     assert f'top-1 {right / 10:.1f} % of 1000' in out
     assert re.search(r'\d+ images/s', out)

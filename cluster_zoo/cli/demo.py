@@ -1,7 +1,6 @@
-"""The ``cluster-zoo`` command."""
+"""``cluster-zoo demo``: the bundled images, classified with the bundled weights."""
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image
 
-from . import __version__
-from .data import DataError, check_dataset, class_names, create_dataset
-from .explain import cluster_map, draw_clusters
-from .weights import CheckpointError
+from ..data import check_dataset, class_names, create_dataset
+from ..explain import cluster_map, draw_clusters
+from .parser import Commands, add_device
 
 DEMO_MODEL = 'coc_tiny_plain.cifar10'
 DEMO_DATASET = 'cluster_zoo/cifar10_sample'
@@ -26,43 +24,20 @@ _PANEL = 128  # side of one image in the demo's picture, pixels
 _MARGIN = 8
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command and returns its exit status: 0, or 2 after a message on standard error."""
-    args = _parser().parse_args(argv)
-    try:
-        args.run(args)
-    except (CheckpointError, DataError, OSError) as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog='cluster-zoo',
-        description='Clustering as a vision backbone: Context Cluster, FEC and Deep Nearest Centroids.',
-    )
-    parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
-    commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
+def add_parser(commands: Commands) -> None:
+    """Registers the command."""
     demo = commands.add_parser(
         'demo',
         help='classify the bundled images with the bundled weights',
-        description=f'Classify 1,000 test images of CIFAR-10 with {DEMO_MODEL}, both part of the package, '
-        'and draw which points of an image were clustered together.',
+        description=f'Classify 1,000 test images of CIFAR-10 with {DEMO_MODEL}, both part of the package, and draw\n'
+        'which points of an image were clustered together.',
+        epilog='examples:\n  cluster-zoo demo\n  cluster-zoo demo --output clusters.png --device cpu\n',
     )
     demo.add_argument(
         '--output', metavar='FILE', type=_picture, default='demo.png', help='picture to write (default: %(default)s)'
     )
-    demo.add_argument(
-        '--device',
-        type=_device,
-        default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='where to run, such as cpu or cuda (default: %(default)s)',
-    )
+    add_device(demo)
     demo.set_defaults(run=_demo)
-    return parser
 
 
 def _picture(name: str) -> Path:
@@ -72,15 +47,6 @@ def _picture(name: str) -> Path:
     if not path.absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f'there is no folder {path.absolute().parent}')
     return path
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise argparse.ArgumentTypeError(f'can not run on {name}: {str(error).splitlines()[0]}') from error
-    return device
 
 
 def _demo(args: argparse.Namespace) -> None:
@@ -146,7 +112,3 @@ def draw(model: nn.Module, images: Tensor, captions: Sequence[str]) -> Image.Ima
             panel = pictures[column].resize((_PANEL, _PANEL), Image.Resampling.NEAREST)
             sheet.paste(panel, (_MARGIN + step * column, 32 + step * row))
     return sheet
-
-
-if __name__ == '__main__':
-    sys.exit(main())

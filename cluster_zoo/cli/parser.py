@@ -1,0 +1,63 @@
+"""What every command's arguments share: help as it was written, errors that name what was meant, types of arguments."""
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+
+from ..options import nearest
+
+Commands = argparse._SubParsersAction  # what ``add_subparsers`` returns, for annotations
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser of the command, or of one of its commands; lines of descriptions and examples stay as they are.
+
+    Args:
+        **kwargs: As for ``argparse.ArgumentParser``.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        # Abbreviations would make a new option change the meaning of a command that worked.
+        kwargs = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False) | kwargs
+        super().__init__(**kwargs)
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parses; whatever this parser does not know is an error of this parser, which knows its options."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            hints = ''.join(nearest(word.partition('=')[0], known) for word in unknown if word.startswith('-'))
+            self.error(f'unknown argument{"s" * (len(unknown) > 1)} {" ".join(unknown)}{hints}')
+        return namespace, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Prints what is wrong and where to look, and exits with status 2."""
+        mistyped = re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)$", message)
+        if mistyped:
+            known = [name.strip(" '") for name in mistyped[2].split(',')]
+            message = f"there is no command '{mistyped[1]}'{nearest(mistyped[1], known)}"
+        self.exit(2, f'error: {message}\n(see {self.prog} --help)\n')
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``, where a model runs."""
+    parser.add_argument(
+        '--device',
+        type=_device,
+        default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='where to run, such as cpu or cuda (default: %(default)s)',
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise argparse.ArgumentTypeError(f'can not run on {name}: {str(error).splitlines()[0]}') from error
+    return device
