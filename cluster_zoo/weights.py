@@ -1,35 +1,41 @@
 """How checkpoints are opened, and what is checked before a model takes them.
 
-A checkpoint is data: only tensors, plain containers and an explicit list of classes are ever unpickled, and nothing is
-loaded in part. Whatever is wrong with a file is one `CheckpointError`.
+A checkpoint is data: only tensors, plain containers and an explicit list of classes are ever unpickled, see
+`check_pickled`, and nothing is loaded in part. Whatever is wrong with a file is one `CheckpointError`.
 """
 
 import argparse
-import pickle
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor
 
+from .untrusted import CheckpointError, check_pickled, check_safetensors
+from .untrusted.errors import damaged
+
 __all__ = ['CheckpointError', 'load_checkpoint', 'load_state_dict', 'load_weights', 'read_checkpoint', 'state_dict_of']
 
-# Classes beside tensors and containers that a checkpoint may hold: timm's saver stores the script's arguments.
-_ALLOWED_CLASSES = [argparse.Namespace]
+# What a checkpoint may hold beside what `torch.load` knows: timm's saver stores the script's arguments, and scripts
+# that measure with NumPy store its numbers, such as the best accuracy. `check_pickled` sees to it that these are made
+# of plain values, and leaves out much of what `torch.load` knows.
+_NUMPY_SCALAR = np.float64().__reduce__()[0]
+_ALLOWED_CLASSES = [
+    argparse.Namespace,
+    np.dtype,
+    *{type(np.dtype(code)) for code in ('f8', 'f4', 'f2', 'i8', 'i4', 'i2', 'i1', 'u8', 'u4', 'u2', 'u1', 'b1')},
+    (_NUMPY_SCALAR, 'numpy.core.multiarray.scalar'),  # before NumPy 2.0
+    (_NUMPY_SCALAR, 'numpy._core.multiarray.scalar'),
+]
 _STATE_DICT_KEYS = ('state_dict', 'model')
 _EMA_KEYS = ('state_dict_ema', 'model_ema')
 _SHOWN = 4  # differing entries that a message names
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be opened, is not safe to open, or does not fit the model. The message says which and why."""
 
 
 def read_checkpoint(path: str | Path) -> Any:
@@ -79,7 +85,7 @@ def state_dict_of(checkpoint: Any, path: str | Path, use_ema: bool = True) -> di
         state_dict = next((checkpoint[key] for key in keys if isinstance(checkpoint.get(key), dict)), checkpoint)
     if not isinstance(state_dict, dict) or not state_dict:
         raise CheckpointError(f"'{path}' holds no weights: expected tensors by name, found {_describe(state_dict)}.")
-    others = [name for name, value in state_dict.items() if not isinstance(value, Tensor)]
+    others = [str(name) for name, x in state_dict.items() if not (isinstance(name, str) and isinstance(x, Tensor))]
     if others:
         raise CheckpointError(f"'{path}' holds no weights: the entries {_first(others)} are not tensors.")
     return clean_state_dict(state_dict)
@@ -90,32 +96,20 @@ def _describe(value: Any) -> str:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    check_safetensors(path)
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"'{path}' is damaged or not a safetensors file ({error}). Get the file again."
-        ) from error
+    except Exception as error:  # a shape beyond 64 bits, a type that this version of PyTorch does not have, ...
+        raise damaged(path, 'a safetensors file', error) from error
 
 
 def _read_pickle(path: Path) -> Any:
+    check_pickled(path)
     try:
         with torch.serialization.safe_globals(_ALLOWED_CLASSES):
             return torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        unsafe = re.search(r'GLOBAL (\S+)', str(error))
-        if not unsafe:
-            raise _damaged(path) from error
-        raise CheckpointError(
-            f"'{path}' was refused: it would import and could run {unsafe[1]}. Checkpoints may hold tensors only. "
-            'If you trust its origin, save its state_dict alone and load that.'
-        ) from error
-    except Exception as error:  # a truncated or altered file fails anywhere in the reader, with any error
-        raise _damaged(path) from error
-
-
-def _damaged(path: Path) -> CheckpointError:
-    return CheckpointError(f"'{path}' is truncated, damaged or not a checkpoint. Get the file again.")
+    except Exception as error:  # what is altered where nothing but the reader looks fails with any error
+        raise damaged(path, 'a checkpoint') from error
 
 
 def check_fit(
