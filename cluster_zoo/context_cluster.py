@@ -6,10 +6,9 @@ A network is a stem that turns patches into points, and four stages of blocks in
 of a region exchange what they hold through a few centers. Between stages a strided convolution reduces the points.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +37,9 @@ from torch import Tensor
 from . import published
 from .grids import pad_to_multiple
 from .mixer import ClusterMixer
-from .pretrained import build_model
+from .pretrained import ASSETS, build_model
+from .store import add_stored_tags
+from .weights import as_named_by
 
 __all__ = ['ContextCluster']  # register_model adds the entry points
 
@@ -333,6 +334,10 @@ class ContextCluster(nn.Module):
             self.reset_classifier(0, '')
         return take_indices
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; also takes the authors' names, so that timm's ``checkpoint_path`` does."""
+        return super().load_state_dict(as_named_by(self, state_dict), strict, assign)
+
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> normalised features of the last stage [B, D, ceil(H / 32), ceil(W / 32)]"""
         return self.norm(self.stages(self.stem(x)))
@@ -374,7 +379,8 @@ def _create_context_cluster(variant: str, pretrained: bool = False, **kwargs: An
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
-        **dict(VARIANTS[variant], **kwargs),
+        variant_args=VARIANTS[variant],
+        **kwargs,
     )
 
 
@@ -411,16 +417,23 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-_ASSETS = Path(__file__).parent / 'assets'
+def _published(drive_folder: str) -> dict[str, Any]:
+    """The authors' weights of ImageNet-1k, at https://github.com/ma-xu/Context-Cluster since June 2023."""
+    return cfg(
+        url=f'https://drive.google.com/drive/folders/{drive_folder}',
+        origin_url='https://github.com/ma-xu/Context-Cluster',
+        license='apache-2.0',
+    )
+
 
 default_cfgs = generate_default_cfgs(
     {
-        'coc_tiny.in1k': cfg(),
+        'coc_tiny.in1k': _published('155Lfofxr7vpdcUxL8ZvzlrNX4cUlhn3J'),
         'coc_tiny2.untrained': cfg(),
         # Trained by this project, see the README. A tag with weights comes first and the default is starred: without
         # a tag the name stands for ImageNet's classes and sizes.
         'coc_tiny_plain.cifar10': cfg(
-            file=str(_ASSETS / 'coc_tiny_plain.cifar10.safetensors'),
+            file=str(ASSETS / 'coc_tiny_plain.cifar10.safetensors'),
             num_classes=10,
             input_size=(3, 64, 64),
             pool_size=(2, 2),
@@ -428,13 +441,14 @@ default_cfgs = generate_default_cfgs(
             license='apache-2.0',
             label_names=('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
         ),
-        'coc_tiny_plain.in1k*': cfg(),
-        'coc_small.in1k': cfg(),
-        'coc_medium.in1k': cfg(),
+        'coc_tiny_plain.in1k*': _published('1HSZlO_XMkw6mM90Cqo3tVFxEUX8PvWCg'),
+        'coc_small.in1k': _published('19zbCOS33We7HOjL575Di5wyuLbnDebdE'),
+        'coc_medium.in1k': _published('1H3Fs3SVE0LFHuP6iP9nTg2_ZMrkfk9S8'),
         'coc_base_dim64.untrained': cfg(),
         'coc_base_dim96.untrained': cfg(),
     }
 )
+add_stored_tags(default_cfgs)
 
 
 @register_model

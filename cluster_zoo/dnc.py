@@ -8,6 +8,7 @@ class weights. The registered names cover the paper's backbones and this package
 
 import functools
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -19,7 +20,8 @@ from . import cifar_resnet, published
 from .centroids import CentroidLearning, NearestCentroidHead
 from .context_cluster import cfg
 from .pretrained import build_model
-from .weights import load_checkpoint
+from .store import add_stored_tags
+from .weights import as_named_by, load_checkpoint
 
 # register_model adds the entry points
 __all__ = ['CentroidLearning', 'NearestCentroidHead', 'NearestCentroidMixin', 'nearest_centroid']
@@ -51,6 +53,10 @@ class NearestCentroidMixin(nn.Module):
         super().reset_classifier(num_classes, global_pool=global_pool, **kwargs)
         if num_classes > 0:
             self._replace_linear()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; also takes the authors' names, so that timm's ``checkpoint_path`` does."""
+        return super().load_state_dict(as_named_by(self, state_dict), strict, assign)
 
     def embed(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] to what is compared with the centroids: unit vectors [B, D]."""
@@ -279,6 +285,7 @@ default_cfgs = generate_default_cfgs(
         'dnc_fec_large.untrained': _cluster_cfg(),
     }
 )
+add_stored_tags(default_cfgs)
 
 
 @register_model

@@ -24,6 +24,7 @@ from .grids import divides, merge, partition
 from .grids import point_mask as grid_mask
 from .kernels import nearest_center
 from .pretrained import build_model
+from .store import add_stored_tags
 
 __all__ = ['FEC', 'ClusterPool']  # register_model adds the entry points
 
@@ -119,7 +120,8 @@ def _create_fec(variant: str, pretrained: bool = False, **kwargs: Any) -> FEC:
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
-        **dict(VARIANTS[variant], **kwargs),
+        variant_args=VARIANTS[variant],
+        **kwargs,
     )
 
 
@@ -134,7 +136,15 @@ _PAPER = dict(
     paper_ids='arXiv:2403.17409',
 )
 
-default_cfgs = generate_default_cfgs({f'{name}.in1k': cfg(**_PAPER) for name in VARIANTS})
+# One folder has all of the authors' weights. They state no licence.
+_PUBLISHED = cfg(
+    url='https://drive.google.com/drive/folders/1X7MhOpg50d1aAmWOP9M7psBhW_fJzg2A',
+    origin_url='https://github.com/guikunchen/FEC',
+    **_PAPER,
+)
+
+default_cfgs = generate_default_cfgs({f'{name}.in1k': _PUBLISHED for name in VARIANTS})
+add_stored_tags(default_cfgs)
 
 
 @register_model

@@ -41,6 +41,14 @@ def context_cluster(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def is_before_june_2023(state_dict: dict[str, Tensor]) -> bool:
+    """Whether a Context Cluster checkpoint is of the first publication, whose names it has.
+
+    Those networks were trained with ``weighted_mean=False``: every member of a cluster counts one.
+    """
+    return any('.token_mixer.fc_v.' in name for name in state_dict)
+
+
 # The head's names, which may stand behind the `head.` of the authors' framework.
 _CENTROID_HEAD = re.compile(
     r'(?:head\.)?(?:(prototypes|(?:feat_norm|mask_norm)\.(?:weight|bias))|convs\.0\.conv\.(?:weight|bias))'

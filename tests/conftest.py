@@ -1,6 +1,7 @@
 """Fixtures of the script tests: the scripts as modules, and a few small images to run them on."""
 
 import os
+import tempfile
 
 import numpy as np
 import pytest
@@ -10,6 +11,12 @@ from processes import script
 
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')  # before anything imports Triton, as timm does
+
+
+# What is in the store of whoever runs the tests, or what they allow, is none of the tests' business.
+os.environ['CLUSTER_ZOO_HOME'] = os.path.join(tempfile.gettempdir(), 'cluster_zoo-tests-have-no-store')
+for name in ('CLUSTER_ZOO_HUB', 'CLUSTER_ZOO_AUTHORS'):
+    os.environ.pop(name, None)
 
 
 @pytest.fixture(scope='session')

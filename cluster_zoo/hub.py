@@ -1,0 +1,158 @@
+"""Model folders on the Hugging Face Hub, through its own client: cache, tokens, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``.
+
+No organisation is asked unless the user names one, in ``CLUSTER_ZOO_HUB`` or as ``hf-hub:organisation/name``: a name
+that anyone could register is no reason to trust what lies under it.
+"""
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from . import store
+from .untrusted import read_config_file
+from .weights import CheckpointError
+
+__all__ = ['download', 'organisation', 'push']
+
+_WEIGHTS = (store.WEIGHTS, 'pytorch_model.bin')  # in the order in which they are preferred
+
+
+def organisation() -> str | None:
+    """The organisation that ``CLUSTER_ZOO_HUB`` names; None if it names none.
+
+    Raises:
+        CheckpointError: It is no name of an organisation.
+    """
+    named = os.environ.get('CLUSTER_ZOO_HUB', '').strip()
+    if named and not re.fullmatch(r'[A-Za-z0-9][\w.-]*', named):
+        raise CheckpointError(
+            f"CLUSTER_ZOO_HUB='{named}' is no name of an organisation on the Hugging Face Hub, such as my-lab."
+        )
+    return named or None
+
+
+def download(repo_id: str, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
+    """The weights file of a repository in timm's hub layout, in Hugging Face's cache beside its ``config.json``.
+
+    The file's SHA-256 has to be the one that the Hub states, that ``config.json`` has and that it had when it was first
+    used. A file of the cache that is another is downloaded once more.
+
+    Args:
+        repo_id: ``organisation/name``.
+        revision: Branch, tag or commit; None for the main branch.
+        cache_dir: Hugging Face's cache; None for its default.
+
+    Raises:
+        CheckpointError: It cannot be had, or is not what it should be.
+    """
+    config_file = _get(repo_id, store.CONFIG, revision, cache_dir)
+    stated = read_config_file(config_file).get('sha256')
+    commit = config_file.parent.name  # both files from one commit, whatever is pushed in between
+    for filename in _WEIGHTS:
+        try:
+            path = _get(repo_id, filename, commit, cache_dir)
+            break
+        except FileNotFoundError:  # the last one's is no such error
+            continue
+    source = f'hub:{repo_id}@{commit}/{filename}'
+    expected = {_stated_by_the_hub(path), stated if filename == store.WEIGHTS else None, store.recorded(source)} - {
+        None
+    }
+    if expected and expected != {store.sha256(path)}:
+        path = _get(repo_id, filename, commit, cache_dir, force_download=True)
+    for digest in expected - {store.sha256(path)}:
+        raise CheckpointError(
+            f"'{filename}' of {repo_id} was refused: its SHA-256 is {store.sha256(path)}, and not {digest}, as the Hub "
+            f'or {store.CONFIG} states it, or as it was when first used.'
+        )
+    check_first_use(source, path)
+    return path
+
+
+def check_first_use(source: str, path: Path) -> None:
+    """Compare a file's SHA-256 with what it was when its source was first used, or remember it.
+
+    Raises:
+        CheckpointError: It is another file.
+    """
+    digest, known = store.sha256(path), store.recorded(source)
+    if known not in (None, digest):
+        raise CheckpointError(
+            f"'{path}' was refused: its SHA-256 is {digest}, and was {known} when {source} was first used. If you know "
+            f"why it has changed, remove that line from '{store.home() / 'sha256.json'}'."
+        )
+    if known is None:
+        with suppress(CheckpointError):  # a store that cannot be written to remembers nothing
+            store.record(source, digest)
+
+
+def _get(repo_id: str, filename: str, revision: str | None, cache_dir: Any, force_download: bool = False) -> Path:
+    """A file in the cache. FileNotFoundError if there are no weights of that name."""
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(
+            huggingface_hub.hf_hub_download(
+                repo_id,
+                filename,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                library_name=__package__,
+            )
+        )
+    except Exception as error:  # of the client, or of the HTTP library under it, which changes between versions
+        if isinstance(error, EntryNotFoundError) and filename in _WEIGHTS[:-1]:
+            raise FileNotFoundError(filename) from error
+        raise CheckpointError(
+            f"'{filename}' of {repo_id} on the Hugging Face Hub could not be had: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """An error of the client in one line."""
+    return ' '.join(str(error).split())[:300] or type(error).__name__
+
+
+def _stated_by_the_hub(path: Path) -> str | None:
+    """The cache calls a large file by the SHA-256 that the Hub states for it; a small one by a hash of another kind."""
+    name = path.resolve().name
+    return name if re.fullmatch('[0-9a-f]{64}', name) else None
+
+
+def push(folder: str | Path, repo_id: str, private: bool = False, message: str = 'Add model') -> str:
+    """Upload a model folder, as a repository that ``timm.create_model('hf-hub:...')`` loads back.
+
+    Args:
+        folder: The model folder.
+        repo_id: ``organisation/name``. It is made if it does not exist.
+        private: Make it private, if it is made.
+        message: What the commit says.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        CheckpointError: The folder is damaged, or the Hub did not take it.
+    """
+    import huggingface_hub
+
+    store.verified_weights(Path(folder))
+    api = huggingface_hub.HfApi(library_name=__package__)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            allow_patterns=[store.WEIGHTS, store.CONFIG, store.CARD],
+            commit_message=message,
+        )
+    except Exception as error:  # see `_get`
+        raise CheckpointError(
+            f'The Hugging Face Hub did not take {repo_id}: {_reason(error)} '
+            'Are you logged in (`hf auth login`, or HF_TOKEN), with the right to write there?'
+        ) from error
+    return str(commit.commit_url)

@@ -1,0 +1,163 @@
+"""From a checkpoint file, the authors', timm's or this package's, to a model folder of the store.
+
+The folder has the weights as safetensors under this package's names, the configuration with which timm builds and feeds
+the model, and a model card. Before it is put into the store the model is run, and run again from what was written.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from . import published, store, tags
+from .model_card import model_card
+from .untrusted import is_archive, unpack_checkpoint
+from .weights import CheckpointError, load_weights, read_checkpoint, state_dict_of
+
+__all__ = ['import_checkpoint']
+
+_DATA = ('input_size', 'img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+
+
+def import_checkpoint(
+    path: str | Path,
+    name: str,
+    use_ema: bool = True,
+    model_args: dict[str, Any] | None = None,
+    label_names: Sequence[str] | None = None,
+    replace: bool = False,
+    source: dict[str, Any] | None = None,
+    root: str | Path | None = None,
+) -> Path:
+    """Put a checkpoint into the store, as the weights of a tag.
+
+    Args:
+        path: See `weights.read_checkpoint`; or a zip or tar archive that holds one checkpoint.
+        name: One of the package's published tags, such as ``'coc_small.in1k'``, or an architecture with a tag of one's
+            own, such as ``'coc_small.birds'``.
+        use_ema: Prefer the averaged weights where the file has both.
+        model_args: Arguments of the model, as for ``timm.create_model``. Of a tag of one's own, those that the training
+            script saved in the file are the default, and so is what it says of the images.
+        label_names: What the classes are called, by their index; of a published tag they are known.
+        replace: Take the place of the store's entry, if there is one.
+        source: Where the file comes from, for the record; the name and SHA-256 of the file if None.
+        root: The store's folder, see `store.folder`.
+
+    Returns:
+        The model folder.
+
+    Raises:
+        CheckpointError: The file cannot be read, is refused, does not fit, or gives results that are not finite; the
+            name is taken or means nothing. The store is then as it was.
+    """
+    path = Path(path)
+    _check_name(name, replace, root)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = unpack_checkpoint(path, Path(scratch)) if is_archive(path) else path
+        checkpoint = read_checkpoint(file)
+    state_dict = state_dict_of(checkpoint, path, use_ema)
+    trained = {} if tags.is_published(name) else _training_options(checkpoint)
+    model = _build(name, _model_args(state_dict, trained, model_args or {}), label_names)
+    load_weights(model, state_dict)
+
+    data = {key: trained[key] for key in _DATA if trained.get(key)}
+    logits = _run(model, data)
+    source = source or dict(file=path.name, sha256=store.sha256(path))
+    with store.new_folder(name, root, replace) as folder:
+        _write(model, folder, name, data, source)
+        again = timm.create_model(f'local-dir:{folder}', pretrained=True)
+        if not torch.equal(_run(again, data), logits):
+            raise CheckpointError(f'{name} gives other results from the converted file than from {path.name}.')
+    return store.folder(name, root)
+
+
+def _check_name(name: str, replace: bool, root: Any) -> None:
+    try:
+        target = store.folder(name, root)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    architecture, _, tag = name.partition('.')
+    if not tags.is_ours(architecture):
+        raise CheckpointError(f'{architecture} is no model of this package: one of {", ".join(tags.our_models())}.')
+    if tags.facts(name).sha256:
+        raise CheckpointError(f'{name} is part of the package, which never looks for it elsewhere: take another tag.')
+    if tag == 'untrained':
+        raise CheckpointError(f"'untrained' stands for no weights: take another tag, such as {architecture}.mine.")
+    if target.exists() and not replace:
+        raise CheckpointError(f"The store has {name} already, at '{target}'. With --force it is replaced.")
+
+
+def _training_options(checkpoint: Any) -> dict[str, Any]:
+    """What timm's training scripts, and so this package's, save of their options."""
+    options = checkpoint.get('args') if isinstance(checkpoint, dict) else None
+    options = vars(options) if isinstance(options, argparse.Namespace) else options
+    return options if isinstance(options, dict) else {}
+
+
+def _model_args(state_dict: dict[str, Tensor], trained: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the model that was trained. What the caller says wins over what the file says."""
+    found = dict(trained.get('model_kwargs') or {})
+    found |= dict(
+        num_classes=trained.get('num_classes'), in_chans=trained.get('in_chans'), global_pool=trained.get('gp')
+    )
+    if published.is_before_june_2023(state_dict):
+        found['weighted_mean'] = False  # as those weights were trained
+    return {key: value for key, value in (found | given).items() if value is not None}
+
+
+def _build(name: str, model_args: dict[str, Any], label_names: Sequence[str] | None) -> nn.Module:
+    architecture, _, tag = name.partition('.')
+    overlay = {}
+    if not tags.is_published(name):
+        # What the architecture's own tag says of its weights does not hold for these.
+        overlay |= dict.fromkeys(('url', 'file', 'license', 'origin_url', 'label_names', 'description'))
+        overlay |= dict(tag=tag, architecture=architecture)
+    if label_names is not None:
+        overlay |= dict(label_names=tuple(label_names))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = timm.create_model(
+                name if tags.is_published(name) else architecture, pretrained_cfg_overlay=overlay, **model_args
+            )
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise CheckpointError(f'{architecture} can not be built with {model_args}: {error}') from error
+    if label_names is not None and len(label_names) != model.num_classes:
+        raise CheckpointError(f'{len(label_names)} label names for {model.num_classes} classes.')
+    return model
+
+
+@torch.inference_mode()
+def _run(model: nn.Module, data: dict[str, Any]) -> Tensor:
+    """Logits of two images of noise, as the model is meant to see them."""
+    size = timm.data.resolve_data_config(data, model=model)['input_size']
+    images = torch.rand(2, *size, generator=torch.Generator().manual_seed(0))
+    logits = model.eval()(images)
+    if not bool(logits.isfinite().all()):
+        raise CheckpointError('The model gives NaN or infinity with these weights.')
+    return logits
+
+
+def _write(model: nn.Module, folder: Path, name: str, data: dict[str, Any], source: dict[str, Any]) -> None:
+    timm.models.save_for_hf(model, folder, safe_serialization=True, data_config=data, model_config=_labels(model))
+    config = json.loads((folder / store.CONFIG).read_text(encoding='utf-8'))
+    config |= dict(sha256=store.sha256(folder / store.WEIGHTS), source=source)
+    (folder / store.CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+    (folder / store.CARD).write_text(model_card(config, tags.facts(name)), encoding='utf-8')
+
+
+def _labels(model: nn.Module) -> dict[str, Any]:
+    """The names of the classes as timm's hub layout has them."""
+    cfg = model.pretrained_cfg
+    if cfg.get('label_names'):
+        return dict(label_names=list(cfg['label_names']))
+    if not tags.label_names(dict(cfg, num_classes=model.num_classes)):
+        return {}
+    synsets, names = tags.imagenet_labels()
+    return dict(label_names=list(synsets), label_descriptions=dict(zip(synsets, names)))

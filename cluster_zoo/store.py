@@ -1,0 +1,244 @@
+"""The local store: weights that were fetched or imported once, as folders in timm's hub layout.
+
+    $CLUSTER_ZOO_HOME/                  by default the folder `cluster_zoo` beside torch hub's checkpoints
+      coc_small.in1k/                   model.safetensors, config.json, README.md: a model folder
+      sha256.json                       of every source that was used, the SHA-256 that its file had then
+      downloads/                        what an interrupted download left, to go on from
+
+A folder appears in one step, complete, or not at all; its config.json has the SHA-256 of the weights, which is compared
+whenever they are read. One process at a time writes an entry. Nothing is written where weights are only read.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from timm.models import DefaultCfg, PretrainedCfg
+
+from .untrusted import read_config_file
+from .weights import CheckpointError
+
+__all__ = ['add_stored_tags', 'entries', 'folder', 'home', 'new_folder', 'read_config', 'verified_weights']
+
+WEIGHTS = 'model.safetensors'
+CONFIG = 'config.json'
+CARD = 'README.md'
+
+_NAME = re.compile(r'([a-z][a-z0-9_]*)\.([A-Za-z0-9][A-Za-z0-9_-]*)')  # an architecture and a tag, and so no path
+_RECORDS = 'sha256.json'
+_logger = logging.getLogger(__name__)
+
+
+def home() -> Path:
+    """The store's folder: ``CLUSTER_ZOO_HOME``, by default ``cluster_zoo`` in torch hub's folder. It need not exist."""
+    named = os.environ.get('CLUSTER_ZOO_HOME')
+    return Path(named).expanduser() if named else Path(torch.hub.get_dir()) / 'cluster_zoo'
+
+
+def folder(name: str, root: str | Path | None = None) -> Path:
+    """Where the store has, or would have, a model folder.
+
+    Args:
+        name: Architecture and tag, such as ``'coc_small.in1k'``.
+        root: The store's folder; `home` if None.
+
+    Raises:
+        ValueError: The name is not of that form.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"'{name}' is no name for weights: expected an architecture and a tag, such as coc_small.in1k; "
+            'a tag is made of letters, digits, - and _.'
+        )
+    return Path(root or home()) / name
+
+
+def entries(root: str | Path | None = None) -> dict[str, Path]:
+    """The store's model folders by name, in alphabetical order. None if there is no store."""
+    try:
+        found = sorted(Path(root or home()).iterdir())
+    except OSError:
+        return {}
+    return {path.name: path for path in found if _NAME.fullmatch(path.name) and (path / CONFIG).is_file()}
+
+
+def read_config(path: Path, architecture: str | None = None) -> dict[str, Any]:
+    """The configuration of a model folder.
+
+    Args:
+        path: The folder.
+        architecture: The one that it has to be of; None for any that timm knows.
+
+    Raises:
+        CheckpointError: It is missing, is not JSON, or holds what no configuration may.
+    """
+    return read_config_file(Path(path) / CONFIG, architecture)
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else _digest(file)
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.sha256()  # Python 3.10 has no file_digest
+    for block in iter(lambda: file.read(1 << 20), b''):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def verified_weights(path: Path) -> Path:
+    """The weights file of a model folder, after a look at its SHA-256 if the configuration has one.
+
+    Raises:
+        CheckpointError: There is no such file, or it is not the one that was written.
+    """
+    weights, expected = Path(path) / WEIGHTS, read_config(path).get('sha256')
+    if not weights.is_file():
+        raise CheckpointError(f"'{path}' holds no {WEIGHTS}.")
+    if expected and sha256(weights) != expected:
+        raise CheckpointError(f"'{weights}' is damaged: its SHA-256 is not {expected}, which {CONFIG} has.")
+    return weights
+
+
+def lock(name: str, root: str | Path | None = None) -> FileLock:
+    """What one process at a time holds while it writes an entry; the same process may take it again.
+
+    Raises:
+        CheckpointError: The store cannot be written to.
+    """
+    locks = Path(root or home()) / '.locks'
+    try:
+        locks.mkdir(parents=True, exist_ok=True)
+        with open(locks / f'{name}.lock', 'a'):
+            return FileLock(locks / f'{name}.lock', is_singleton=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"The store '{locks.parent}' can not be written to ({error.strerror}): "
+            'let CLUSTER_ZOO_HOME name a folder that can.'
+        ) from error
+
+
+@contextmanager
+def new_folder(name: str, root: str | Path | None = None, replace: bool = False) -> Iterator[Path]:
+    """A folder to fill, which becomes the store's entry in one step when the block ends without an error.
+
+    Args:
+        name: See `folder`.
+        root: See `folder`.
+        replace: Take the place of an entry that exists.
+
+    Raises:
+        CheckpointError: The entry exists and is not to be replaced, or the store cannot be written to.
+    """
+    target = folder(name, root)
+    with lock(name, root):
+        if target.exists() and not replace:
+            raise CheckpointError(f"The store has {name} already, at '{target}'. With --force it is replaced.")
+        for left in target.parent.glob(f'.new-{name}-*'):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f'.new-{name}-', dir=target.parent))
+        try:
+            fresh = scratch / name
+            fresh.mkdir()
+            yield fresh
+            for path in fresh.iterdir():
+                _flush(path)
+            _put(fresh, target, aside=scratch / 'old')
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put(fresh: Path, target: Path, aside: Path) -> None:
+    """Gives a folder its name; what had the name before comes back if that fails."""
+    if not target.exists():
+        fresh.rename(target)
+        return
+    target.rename(aside)
+    try:
+        fresh.rename(target)
+    except OSError:
+        aside.rename(target)
+        raise
+
+
+def _flush(path: Path) -> None:
+    """On the disk before it gets its name, so that a crash leaves no empty file under it."""
+    with open(path, 'rb') as file:
+        os.fsync(file.fileno())
+
+
+def recorded(source: str, root: str | Path | None = None) -> str | None:
+    """The SHA-256 that the file of a source had when it was first used; None if it was not."""
+    try:
+        records = json.loads((Path(root or home()) / _RECORDS).read_text(encoding='utf-8'))
+        return records.get(source)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        path = Path(root or home()) / _RECORDS
+        raise CheckpointError(f"'{path}' can not be read ({error}): mend it, or remove it to start anew.") from error
+
+
+def record(source: str, digest: str, root: str | Path | None = None) -> None:
+    """Remember the SHA-256 of a source's file, in place of another if there is one.
+
+    Raises:
+        CheckpointError: The store cannot be written to.
+    """
+    with lock(_RECORDS, root):
+        path = Path(root or home()) / _RECORDS
+        records = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+        records[source] = digest
+        write_atomically(path, json.dumps(records, indent=2, sort_keys=True) + '\n')
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A text file that is there with all of its content, or as it was before."""
+    scratch = path.with_name(f'.{path.name}-{os.getpid()}')
+    try:
+        with open(scratch, 'w', encoding='utf-8') as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def add_stored_tags(default_cfgs: dict[str, DefaultCfg]) -> None:
+    """Adds the store's own tags of these architectures, so that timm knows them by name.
+
+    A tag that the package has is left alone, and no default changes: what a name without a tag means does not depend on
+    what is in the store. An entry that cannot be read is left out with a warning.
+    """
+    for name, path in entries().items():
+        architecture, _, tag = name.partition('.')
+        known = default_cfgs.get(architecture)
+        if known is None or tag in known.cfgs:
+            continue
+        try:
+            cfg = _pretrained_cfg(path, architecture)
+        except CheckpointError as error:
+            _logger.warning(f'{name} of the local store is left out: {error}')
+            continue
+        known.tags.append(tag)
+        known.cfgs[tag] = PretrainedCfg(**cfg)
+
+
+def _pretrained_cfg(path: Path, architecture: str) -> dict[str, Any]:
+    """timm's pretrained configuration of a model folder, with its weights as the file to load."""
+    config = read_config(path, architecture)
+    named = {key: config[key] for key in ('num_classes', 'label_names', 'label_descriptions') if key in config}
+    return {**config['pretrained_cfg'], **named, 'file': str(path / WEIGHTS)}

@@ -1,0 +1,193 @@
+"""cluster_zoo.importing: what becomes of a checkpoint file, and what is refused before the store changes."""
+
+import json
+import zipfile
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from parity_cases import recipe, save_published
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cluster_zoo import importing, store
+from cluster_zoo.importing import import_checkpoint
+from cluster_zoo.weights import CheckpointError
+
+TINY = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_heads=(2, 2, 2, 2), head_dim=4, regions=1)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv('CLUSTER_ZOO_HOME', str(tmp_path / 'home'))
+    return tmp_path / 'home'
+
+
+def _tiny(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model('coc_tiny', **{**TINY, 'num_classes': 5, **kwargs}).eval()
+
+
+def _loaded(folder):
+    return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+
+
+def _same(a, b, size=64):
+    images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(3))
+    return torch.equal(a(images), b(images))
+
+
+@pytest.mark.parametrize('case', ['coc_tiny', 'fec_small'])
+def test_a_published_file(case, tmp_path, home):
+    path = save_published(case, tmp_path / 'model_best.pth.tar')
+    folder = import_checkpoint(path, f'{case}.in1k')
+    assert folder == home / f'{case}.in1k'
+    assert sorted(path.name for path in folder.iterdir()) == ['README.md', 'config.json', 'model.safetensors']
+    assert sorted(path.name for path in home.iterdir()) == ['.locks', f'{case}.in1k']  # no scratch is left
+
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['architecture'] == case and config['num_classes'] == 1000
+    assert config['sha256'] == store.sha256(folder / 'model.safetensors')
+    assert config['source'] == dict(file='model_best.pth.tar', sha256=store.sha256(path))
+    assert len(config['label_names']) == 1000 and config['label_descriptions']['n01440764'] == 'tench, Tinca tinca'
+    assert config['pretrained_cfg']['crop_pct'] == 0.9 and 'url' not in config['pretrained_cfg']
+    assert config['pretrained_cfg']['tag'] == 'in1k'
+
+    weights, expected = load_file(folder / 'model.safetensors'), recipe.state_dict(case)
+    torch.testing.assert_close(weights['head.fc.weight'], expected['head.weight'].float(), rtol=0, atol=0)
+    assert case in (folder / 'README.md').read_text()
+
+
+def _of_the_first_publication(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The names and shapes that the authors' files had before June 2023."""
+    old = {}
+    for name, value in state_dict.items():
+        for new_name, old_name in (('f', 'fc1'), ('v', 'fc_v'), ('proj', 'fc2')):
+            name = name.replace(f'.token_mixer.{new_name}.', f'.token_mixer.{old_name}.')
+        if '.mlp.fc' in name and name.endswith('.weight'):
+            value = value[..., None, None]
+        old[name] = value
+    return old
+
+
+def test_weights_of_the_first_publication_keep_their_formula(tmp_path):
+    torch.save(dict(state_dict=_of_the_first_publication(recipe.state_dict('coc_tiny'))), tmp_path / 'old.pth')
+    folder = import_checkpoint(tmp_path / 'old.pth', 'coc_tiny.in1k')
+    assert json.loads((folder / 'config.json').read_text())['model_args']['weighted_mean'] is False
+    model = _loaded(folder)
+    expected = timm.create_model('coc_tiny', weighted_mean=False, checkpoint_path=tmp_path / 'old.pth').eval()
+    assert _same(model, expected)
+    expected = timm.create_model('coc_tiny', checkpoint_path=tmp_path / 'old.pth').eval()
+    assert not _same(model, expected)
+
+
+def test_a_checkpoint_of_the_training_script_says_how_its_model_is_built(tmp_path):
+    averaged, model = _tiny(), _tiny()
+    torch.nn.init.normal_(averaged.head.fc.weight)
+    options = dict(
+        model='coc_tiny', model_kwargs=TINY, num_classes=5, gp=None, in_chans=None, img_size=48, mean=(0.1, 0.2, 0.3),
+        std=None, interpolation='', crop_pct=1.0, lr=0.1,
+    )  # fmt: skip
+    state = dict(state_dict=model.state_dict(), state_dict_ema=averaged.state_dict(), epoch=3, arch='coc_tiny')
+    for kind, args in (('timm', Namespace(**options)), ('ours', options)):
+        torch.save(state | dict(args=args), tmp_path / 'last.pth.tar')
+        folder = import_checkpoint(tmp_path / 'last.pth.tar', f'coc_tiny.{kind}')
+        loaded = _loaded(folder)
+        assert _same(loaded, averaged) and not _same(loaded, model)
+        data = timm.data.resolve_model_data_config(loaded)
+        assert (data['input_size'], tuple(data['mean']), data['crop_pct']) == ((3, 48, 48), (0.1, 0.2, 0.3), 1.0)
+        config = json.loads((folder / 'config.json').read_text())
+        assert config['pretrained_cfg'].get('license') is None and 'origin_url' not in config['pretrained_cfg']
+    assert _same(_loaded(import_checkpoint(tmp_path / 'last.pth.tar', 'coc_tiny.raw', use_ema=False)), model)
+
+
+def test_arguments_and_labels_that_are_given(tmp_path):
+    model = timm.create_model('dnc_resnet18_cifar', num_classes=3, sub_centroids=2).eval()
+    torch.save(model.state_dict(), tmp_path / 'c.pth')
+    kwargs = dict(model_args=dict(num_classes=3, sub_centroids=2), label_names=['a', 'b', 'c: "d"'])
+    loaded = _loaded(import_checkpoint(tmp_path / 'c.pth', 'dnc_resnet18_cifar.mine', **kwargs))
+    assert _same(loaded, model, 32) and tuple(loaded.pretrained_cfg['label_names']) == ('a', 'b', 'c: "d"')
+
+
+def test_an_archive_as_a_browser_downloads_it(tmp_path):
+    torch.save(_tiny().state_dict(), tmp_path / 'model_best.pth.tar')
+    with zipfile.ZipFile(tmp_path / 'coc_tiny-001.zip', 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tmp_path / 'model_best.pth.tar', 'coc_tiny/model_best.pth.tar')
+        archive.writestr('coc_tiny/args.yaml', 'lr: 0.1')
+    folder = import_checkpoint(tmp_path / 'coc_tiny-001.zip', 'coc_tiny.mine', model_args=dict(TINY, num_classes=5))
+    assert _same(_loaded(folder), _tiny())
+    assert json.loads((folder / 'config.json').read_text())['source']['file'] == 'coc_tiny-001.zip'
+
+
+def _snapshot(home):
+    return {str(path): path.read_bytes() for path in home.rglob('*') if path.is_file()}
+
+
+def test_what_is_refused_changes_nothing(tmp_path, home):
+    args = dict(TINY, num_classes=5)
+    torch.save(_tiny().state_dict(), good := tmp_path / 'good.pth')
+    import_checkpoint(good, 'coc_tiny.mine', model_args=args)
+    before = _snapshot(home)
+    (tmp_path / 'cut.pth').write_bytes(good.read_bytes()[:-100])
+    broken = _tiny().state_dict()
+    broken['norm.weight'] = broken['norm.weight'] * 1e38  # finite weights, and logits that are not
+    torch.save({name: value * (1e38 if 'head' in name else 1) for name, value in broken.items()}, tmp_path / 'inf.pth')
+    for file, name, kwargs, words in (
+        ('good.pth', 'coc_tiny.mine', {}, 'has coc_tiny.mine already'),
+        ('good.pth', 'coc_tiny', {}, 'no name for weights'),
+        ('good.pth', 'coc_tiny.../../x', {}, 'no name for weights'),
+        ('good.pth', 'resnet18.mine', {}, 'no model of this package'),
+        ('good.pth', 'coc_huge.mine', {}, 'no model of this package'),
+        ('good.pth', 'coc_tiny.untrained', {}, 'take another tag'),
+        ('good.pth', 'coc_tiny_plain.cifar10', {}, 'part of the package'),
+        ('good.pth', 'coc_tiny.in1k', {}, 'does not fit'),
+        ('good.pth', 'coc_tiny.b', dict(model_args=dict(args, colour=3)), 'can not be built'),
+        ('good.pth', 'coc_tiny.b', dict(model_args=args, label_names=['a']), '1 label names for 5 classes'),
+        ('missing.pth', 'coc_tiny.b', {}, 'No checkpoint at'),
+        ('cut.pth', 'coc_tiny.b', {}, 'damaged'),
+        ('inf.pth', 'coc_tiny.b', dict(model_args=args), 'NaN or infinity'),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            import_checkpoint(tmp_path / file, name, **kwargs)
+        assert _snapshot(home) == before
+
+
+def test_replacing(tmp_path, home, monkeypatch):
+    args = dict(TINY, num_classes=5)
+    torch.save(_tiny().state_dict(), tmp_path / 'a.pth')
+    other = _tiny()
+    torch.nn.init.normal_(other.head.fc.weight)
+    torch.save(other.state_dict(), tmp_path / 'b.pth')
+    folder = import_checkpoint(tmp_path / 'a.pth', 'coc_tiny.mine', model_args=args)
+    import_checkpoint(tmp_path / 'b.pth', 'coc_tiny.mine', model_args=args, replace=True)
+    assert _same(_loaded(folder), other)
+
+    def fails(*args):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(importing, '_write', fails)
+    before = _snapshot(home)
+    with pytest.raises(OSError, match='No space left'):
+        import_checkpoint(tmp_path / 'a.pth', 'coc_tiny.mine', model_args=args, replace=True)
+    assert _snapshot(home) == before
+
+
+def test_results_that_change_in_conversion_are_refused(tmp_path, home, monkeypatch):
+    torch.save(_tiny().state_dict(), tmp_path / 'a.pth')
+    write = importing._write
+
+    def writes_something_else(model, *args):
+        torch.nn.init.normal_(model.head.fc.weight)
+        write(model, *args)
+
+    monkeypatch.setattr(importing, '_write', writes_something_else)
+    with pytest.raises(CheckpointError, match='other results'):
+        import_checkpoint(tmp_path / 'a.pth', 'coc_tiny.mine', model_args=dict(TINY, num_classes=5))
+    assert not (home / 'coc_tiny.mine').exists()
+
+
+def test_numpy_scalars_among_training_metrics_are_no_obstacle(tmp_path):
+    torch.save(dict(state_dict=_tiny().state_dict(), metric=np.float64(73.2)), tmp_path / 'c.pth')
+    import_checkpoint(tmp_path / 'c.pth', 'coc_tiny.mine', model_args=dict(TINY, num_classes=5))
