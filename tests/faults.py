@@ -22,7 +22,7 @@ class Fault:
         reset: It ends by being reset, and not by being closed.
         lie: Added to the length that is announced.
         garbage: The body has its length, but other bytes.
-        until: The answer waits for this.
+        until: The answer waits for this: before it starts, or where it is dropped.
         times: Answers that go wrong; None: all of them.
     """
 
@@ -146,7 +146,7 @@ class FaultyHandler(BaseHTTPRequestHandler):
     def answer(self, name: str, status: int, headers: dict[str, str], body: bytes = b'') -> None:
         """Answer about what is called ``name``, unless a fault says otherwise."""
         fault = self.server.next_fault(self.command, name) or Fault()
-        if fault.until is not None:
+        if fault.until is not None and fault.drop_after is None:
             fault.until.wait(_PATIENCE)
         if fault.status is not None:
             status, headers, body = fault.status, fault.headers, fault.body
@@ -162,6 +162,8 @@ class FaultyHandler(BaseHTTPRequestHandler):
         if fault.lie or fault.drop_after is not None:
             self.close_connection = True
             self.wfile.flush()
+            if fault.until is not None:
+                fault.until.wait(_PATIENCE)
             _end(self.connection, fault.reset)
 
     def answer_file(self, name: str, headers: dict[str, str], content: bytes, validators: tuple[str, ...]) -> None:
