@@ -1,4 +1,4 @@
-"""cluster_zoo.pretrained: the sources of weights in their order, what a name stands for, and the error where none has them.
+"""cluster_zoo.pretrained: the sources of weights in their order, and the error where none has them.
 
 Sources beyond this machine have tests of their own, with servers on localhost: test_hub.py and test_authors.py.
 """
@@ -71,7 +71,8 @@ def test_published_results_are_tags_with_their_facts():
             assert (cfg.crop_pct, cfg.input_size, cfg.num_classes) == (0.9, (3, 224, 224), 1000)
             assert authors.publication(name) == cfg.url and cfg.origin_url.startswith('https://github.com/')
     # Context Cluster's repository states a licence, FEC's none.
-    assert get_pretrained_cfg('coc_small.in1k').license == 'apache-2.0' and get_pretrained_cfg('fec_small').license is None
+    licences = [get_pretrained_cfg(name).license for name in ('coc_small.in1k', 'fec_small.in1k')]
+    assert licences == ['apache-2.0', None]
     assert [tags.facts(f'coc_{size}.in1k').published_top1 for size in ('tiny', 'tiny_plain', 'small', 'medium')] == [
         73.2, 73.8, 78.1, 81.2,
     ]  # fmt: skip
@@ -158,12 +159,12 @@ def test_a_damaged_entry_is_never_loaded(imported, home):
     weights = load_file(folder / 'model.safetensors')
     weights['norm.weight'] += 1  # fits and is finite
     save_file(weights, folder / 'model.safetensors')
-    with pytest.raises(WeightsNotFoundError, match='local store: .*damaged: its SHA-256'):
+    with pytest.raises(WeightsNotFoundError, match=r'local store: .*damaged: its SHA-256'):
         timm.create_model('coc_tiny', pretrained=True)
     with pytest.raises(CheckpointError, match='damaged: its SHA-256'):
         timm.create_model(f'local-dir:{folder}', pretrained=True)
     (folder / 'model.safetensors').unlink()
-    with pytest.raises(WeightsNotFoundError, match='holds no model.safetensors'):
+    with pytest.raises(WeightsNotFoundError, match=r'holds no model\.safetensors'):
         timm.create_model('coc_tiny', pretrained=True)
 
 
