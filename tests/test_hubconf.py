@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import timm
+from parity_cases import recipe, save_published
 
 import cluster_zoo  # noqa: F401
+from cluster_zoo.importing import import_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,7 +32,13 @@ found |= dict(
     drop_rate=model.drop_rate,
     features=type(torch.hub.load(root, 'coc_tiny', source='local', features_only=True)).__name__,
     file=sys.modules['cluster_zoo'].__file__,
+    bundled=torch.hub.load(root, 'coc_tiny_plain.cifar10', source='local', pretrained=True).num_classes,
+    stored=torch.hub.load(root, 'coc_tiny', source='local', pretrained=True).norm.weight.tolist(),
 )
+try:
+    torch.hub.load(root, 'coc_small', source='local', pretrained=True)
+except RuntimeError as error:
+    found['nowhere'] = str(error)
 try:
     torch.hub.load(root, 'coc_tiny', source='local', pretrained=True, pretrained_cfg='no_such_tag')
 except RuntimeError as error:
@@ -45,6 +53,9 @@ def found(tmp_path_factory):
     home = tmp_path_factory.mktemp('home')
     (home / 'hub').mkdir()
     (home / 'hub' / 'owner_cluster_zoo_main').symlink_to(ROOT, target_is_directory=True)
+    # Where the local store is by default
+    published = save_published('coc_tiny', home / 'model_best.pth.tar')
+    import_checkpoint(published, 'coc_tiny.in1k', root=home / 'hub' / 'cluster_zoo')
     run = subprocess.run(
         [sys.executable, '-c', SCRIPT, str(ROOT), 'owner/cluster_zoo:main'],
         cwd=home,
@@ -82,3 +93,9 @@ def test_the_package_beside_hubconf_is_used(found):
 
 def test_pretrained_and_tag_reach_timm(found):
     assert 'no_such_tag' in found['tag']
+
+
+def test_pretrained_weights_come_from_the_same_sources(found):
+    assert found['bundled'] == 10
+    assert found['stored'] == recipe.state_dict('coc_tiny')['norm.weight'].float().tolist()
+    assert 'cluster-zoo fetch coc_small.in1k' in found['nowhere']
