@@ -18,7 +18,7 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from .untrusted import CheckpointError, check_pickled, check_safetensors
-from .untrusted.errors import damaged
+from .untrusted.errors import damaged, one_line, quoted
 
 __all__ = ['CheckpointError', 'load_checkpoint', 'load_state_dict', 'load_weights', 'read_checkpoint', 'state_dict_of']
 
@@ -35,6 +35,7 @@ _ALLOWED_CLASSES = [
 ]
 _STATE_DICT_KEYS = ('state_dict', 'model')
 _EMA_KEYS = ('state_dict_ema', 'model_ema')
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SHOWN = 4  # differing entries that a message names
 
 
@@ -117,7 +118,7 @@ def check_fit(
     model: nn.Module,
     ignore: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Raise `CheckpointError` unless a state dict has the model's names and shapes, and only finite numbers.
+    """Raise `CheckpointError` unless a state dict has the model's names, shapes and kinds of numbers, all finite.
 
     A module may have entries that exist only at times: it names them in ``optional_entries``, and its
     ``check_optional(entries)`` raises ValueError for those of a file that it cannot take.
@@ -127,10 +128,11 @@ def check_fit(
         model: The model, as it was built.
         ignore: Names that need not agree.
     """
+    own = model.state_dict()
     optional, differences = _optional_entries(state_dict, model)
     expected, found = (
         {name: tuple(value.shape) for name, value in entries.items() if name not in optional and not ignore(name)}
-        for entries in (model.state_dict(), state_dict)
+        for entries in (own, state_dict)
     )
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
@@ -140,14 +142,22 @@ def check_fit(
         differences.append(f'{len(extra)} unknown to the model ({_first(extra)})')
     shapes = [name for name in expected if name in found and expected[name] != found[name]]
     if shapes:
-        described = [f'{name}: {list(found[name])} in the file, {list(expected[name])} in the model' for name in shapes]
+        described = [
+            f'{name}: {quoted(list(found[name]))} in the file, {list(expected[name])} in the model' for name in shapes
+        ]
         differences.append(f'{len(shapes)} of another shape ({_first(described)})')
+    types = [n for n in expected if n in found and own[n].is_floating_point() and state_dict[n].dtype not in _FLOATS]
+    if types:
+        described = [f'{name}: {state_dict[name].dtype} in the file, {own[name].dtype} in the model' for name in types]
+        differences.append(f'{len(types)} of another type ({_first(described)})')
     name = type(model).__name__
     if differences:
         raise CheckpointError(
             f'The checkpoint does not fit this {name}: of {len(expected)} entries, ' + '; '.join(differences) + '.'
         )
-    broken = [n for n in found if state_dict[n].is_floating_point() and not bool(state_dict[n].isfinite().all())]
+    # As the model will hold them: a number may be too large for its type
+    values = ((name, state_dict[name].to(own[name].dtype)) for name in found)
+    broken = [name for name, value in values if not bool(value.isfinite().all())]
     if broken:
         raise CheckpointError(
             f'The checkpoint is broken: {len(broken)} entries hold NaN or infinity ({_first(broken)}).'
@@ -169,7 +179,7 @@ def _optional_entries(state_dict: dict[str, Tensor], model: nn.Module) -> tuple[
 
 
 def _first(names: list[str]) -> str:
-    return ', '.join(names[:_SHOWN]) + (', ...' if len(names) > _SHOWN else '')
+    return one_line(', '.join(names[:_SHOWN])) + (', ...' if len(names) > _SHOWN else '')
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, use_ema: bool = True) -> None:
@@ -194,9 +204,13 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     Raises:
         CheckpointError: They do not fit. The model is then unchanged.
     """
-    shapes, found = ({name: x.shape for name, x in entries.items()} for entries in (model.state_dict(), state_dict))
-    if found != shapes:
-        filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
-        state_dict = filter_fn(state_dict, model) if filter_fn else state_dict
+    state_dict = as_named_by(model, state_dict)
     check_fit(state_dict, model)
     model.load_state_dict(state_dict)
+
+
+def as_named_by(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names of a model, converted by its module's ``checkpoint_filter_fn`` if they are others."""
+    shapes, found = ({name: x.shape for name, x in entries.items()} for entries in (model.state_dict(), state_dict))
+    filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
+    return state_dict if found == shapes or filter_fn is None else filter_fn(state_dict, model)

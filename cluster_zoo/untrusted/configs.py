@@ -34,11 +34,12 @@ _FACTORY = {
 }
 
 
-def read_config_file(path: str | Path) -> dict[str, Any]:
+def read_config_file(path: str | Path, architecture: str | None = None) -> dict[str, Any]:
     """The configuration of a model folder, checked by `check_config`.
 
     Args:
         path: A ``config.json`` in the layout of timm's hub folders.
+        architecture: See `check_config`.
 
     Raises:
         CheckpointError: No such file, it is too large or not JSON, or `check_config` refuses it.
@@ -52,7 +53,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         config = parse_json(path.read_bytes())
     except ValueError as error:
         raise damaged(path, 'a model configuration', error) from error
-    check_config(config, f"'{path}'")
+    check_config(config, f"'{path}'", architecture)
     return config
 
 
@@ -73,7 +74,7 @@ def parse_json(content: bytes) -> Any:
         raise ValueError('it is nested too deeply') from None
 
 
-def check_config(config: Any, where: str) -> None:
+def check_config(config: Any, where: str, architecture: str | None = None) -> None:
     """Raise unless a model configuration describes a model and does nothing else.
 
     It may name an architecture that timm knows, arguments of it that are numbers, choices and lists of these, how
@@ -82,6 +83,7 @@ def check_config(config: Any, where: str) -> None:
     Args:
         config: What ``config.json`` holds, in today's layout of timm or in the earlier one without ``pretrained_cfg``.
         where: What messages call it.
+        architecture: The one that it has to name; None for any that is registered.
 
     Raises:
         CheckpointError: It does. The message names the key.
@@ -90,7 +92,7 @@ def check_config(config: Any, where: str) -> None:
         if not isinstance(config, dict):
             raise _Refused(f'a model configuration is an object, this is a {type(config).__name__}')
         _check_values(config)
-        _check_architecture(config.get('architecture'))
+        _check_architecture(config.get('architecture'), architecture)
         pretrained_cfg = config.get('pretrained_cfg', _early_layout(config))
         _check_pretrained_cfg(pretrained_cfg)
         for key in ('num_classes', 'num_features', 'labels', 'label_names', 'label_descriptions'):
@@ -144,8 +146,12 @@ def _walk(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             pending += [(path, part, depth + 1) for part in value]
 
 
-def _check_architecture(name: Any) -> None:
-    if not isinstance(name, str) or not re.fullmatch(r'[\w.-]+', name) or not timm.is_model(name):
+def _check_architecture(name: Any, expected: str | None) -> None:
+    if expected is not None and name != expected:
+        raise _Refused(f'its architecture is {quoted(name)}, not {expected}')
+    if expected is None and (
+        not isinstance(name, str) or not re.fullmatch(r'[\w.-]+', name) or not timm.is_model(name)
+    ):
         raise _Refused(f'its architecture, {quoted(name)}, is none that timm or this package has')
 
 

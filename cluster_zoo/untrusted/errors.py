@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _SHOWN = 4  # names in one message
-_LONGEST = 100  # characters of one of them
+_LONGEST = 200  # characters of what a file says
 
 
 class CheckpointError(RuntimeError):
@@ -13,23 +13,29 @@ class CheckpointError(RuntimeError):
 
 def refused(path: str | Path, reason: str) -> CheckpointError:
     """The error for a file that may be whole, but holds what it should not."""
-    return CheckpointError(f"'{path}' was refused: {reason}.")
+    return CheckpointError(f"'{path}' was refused: {one_line(reason)}.")
 
 
 def damaged(path: str | Path, what: str, reason: object = '') -> CheckpointError:
     """The error for a file that is not ``what`` it should be, as most often after a broken download."""
+    reason = one_line(str(reason).strip())
     return CheckpointError(
-        f"'{path}' is truncated, damaged or not {what}{f' ({reason})' if str(reason) else ''}. Get the file again."
+        f"'{path}' is truncated, damaged or not {what}{f' ({reason})' if reason else ''}. Get the file again."
     )
 
 
-def first(names: Iterable[str]) -> str:
-    """The first of some names that a file chose, for a message of one line."""
+def one_line(text: str) -> str:
+    """Text that a file may have chosen, for a message: in one line, without what a terminal would act on."""
+    return ''.join(c if c.isprintable() else '?' for c in text)
+
+
+def first(names: Iterable[object]) -> str:
+    """The first of some names that a file chose, for a message."""
     names = list(names)
     return ', '.join(quoted(name) for name in names[:_SHOWN]) + (', ...' if len(names) > _SHOWN else '')
 
 
-def quoted(name: object) -> str:
-    """What a file chose, as Python writes it: in one line, without what a terminal would act on, not too long."""
-    text = repr(name)
+def quoted(value: object) -> str:
+    """A value that a file chose, for a message: as Python writes it, and not too long."""
+    text = repr(value)
     return text if len(text) <= _LONGEST else f'{text[:_LONGEST]}...'

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .archives import check_archive
-from .errors import CheckpointError, damaged
+from .errors import CheckpointError, damaged, one_line
 
 _MAX_INSTRUCTIONS = 2_000_000  # some 90,000 tensors
 _MAX_PICKLE = 64 * 2**20
@@ -96,7 +96,7 @@ class _OrderedDict(dict):
 
 
 def check_pickled(path: str | Path) -> None:
-    """Raise unless ``torch.load`` can read a file with little more memory than the file's own size, running nothing.
+    """Raise unless ``torch.load`` can read a file without running anything, in memory in proportion to the file's size.
 
     A checkpoint may hold tensors, dictionaries, lists, tuples, text, numbers (Python's or NumPy's), ``OrderedDict``,
     ``torch.dtype``, ``torch.device``, ``torch.Size``, and an ``argparse.Namespace`` of such values: timm's saver keeps
@@ -115,7 +115,7 @@ def check_pickled(path: str | Path) -> None:
         _check_zip(path) if zipped else _check_legacy(path)
     except _Refused as error:
         raise CheckpointError(
-            f"'{path}' was refused: {error}. Checkpoints may hold tensors and plain values only. "
+            f"'{path}' was refused: {one_line(str(error))}. Checkpoints may hold tensors and plain values only. "
             'If you trust its origin, save its state_dict alone and load that.'
         ) from error
     except (ValueError, IndexError, KeyError) as error:  # not a pickle, or one whose stack or memo runs empty
