@@ -8,7 +8,7 @@ from .. import __version__
 from ..data import DataError
 from ..options import OptionError
 from ..weights import CheckpointError
-from . import completion, demo
+from . import completion, demo, models, predict, weights
 from .parser import Parser
 
 __all__ = ['main']
@@ -49,11 +49,11 @@ def _parser() -> Parser:
     parser = Parser(
         prog='cluster-zoo',
         description='Clustering as a vision backbone: Context Cluster, FEC and Deep Nearest Centroids.',
-        epilog=f'examples:\n  cluster-zoo demo\n\n{_EXIT_STATUS}',
+        epilog=f'examples:\n  cluster-zoo demo\n  cluster-zoo predict cat.jpg\n\n{_EXIT_STATUS}',
     )
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     completion.add_argument(parser)
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
-    for command in (demo,):
+    for command in (demo, models, weights, predict):
         command.add_parser(commands)
     return parser

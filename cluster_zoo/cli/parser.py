@@ -5,8 +5,11 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import timm
 import torch
+from timm.models import get_pretrained_cfg, parse_model_name
 
+from .. import tags
 from ..options import nearest
 
 Commands = argparse._SubParsersAction  # what ``add_subparsers`` returns, for annotations
@@ -61,3 +64,37 @@ def _device(name: str) -> torch.device:
     except (AssertionError, RuntimeError) as error:
         raise argparse.ArgumentTypeError(f'can not run on {name}: {str(error).splitlines()[0]}') from error
     return device
+
+
+def model_name(name: str) -> str:
+    """Type of an argument: what ``timm.create_model`` may know a model by."""
+    try:
+        source, _ = parse_model_name(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if source:
+        return name
+    architecture, _, tag = name.partition('.')
+    if not timm.is_model(architecture):
+        raise argparse.ArgumentTypeError(
+            f"there is no model '{architecture}'{nearest(architecture, timm.list_models())}"
+        )
+    names = timm.list_models(f'{architecture}.*', include_tags=True)
+    if tag and name not in names:
+        raise argparse.ArgumentTypeError(f"there are no weights '{name}', only {', '.join(names) or architecture}")
+    return name
+
+
+def our_tag(name: str) -> str:
+    """Type of an argument: weights of a model of this package; of a model without a tag, those that timm would take."""
+    known = tags.our_tags() if '.' in name else tags.our_models()
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"this package has no '{name}'{nearest(name, known)}: see cluster-zoo list")
+    return name if '.' in name else f'{name}.{get_pretrained_cfg(name).tag}'
+
+
+def positive(value: str) -> int:
+    """Type of an argument: a whole number of at least 1."""
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f'{value} is not a whole number of at least 1')
+    return int(value)

@@ -1,0 +1,426 @@
+"""cluster_zoo.predict: what is found, how images are read whatever they are, what a model takes them for."""
+
+import io
+import os
+import socket
+import struct
+import threading
+import zlib
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from cluster_zoo import predict
+from cluster_zoo.data import create_dataset
+from cluster_zoo.options import OptionError
+from cluster_zoo.predict import Classified, ImageError, classify, find_images, load_classifier, read_image
+from cluster_zoo.weights import CheckpointError
+
+RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
+
+
+@pytest.fixture(scope='module')
+def photograph() -> Image.Image:
+    """24 x 16, with a gradient, so that resizing and turning show."""
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = np.arange(0, 240, 10), np.arange(0, 240, 15)[:, None]
+    return Image.fromarray(pixels)
+
+
+def saved(image: Image.Image, format: str = 'PNG', **options) -> bytes:
+    image.save(stream := io.BytesIO(), format, **options)
+    return stream.getvalue()
+
+
+def pixels_of(image: Image.Image) -> list[tuple[int, int, int]]:
+    return [tuple(pixel) for pixel in np.asarray(image).reshape(-1, 3).tolist()]
+
+
+def read(tmp_path: Path, content: bytes) -> Image.Image:
+    (tmp_path / 'image').write_bytes(content)
+    return read_image(str(tmp_path / 'image'))
+
+
+# --- what is found ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_its_images_in_order_hidden_ones_left_out(tmp_path):
+    for name in ('b.PNG', 'a/2.jpg', 'a/10.webp', 'a/.hidden.png', '.git/c.png', 'notes.txt', 'drawing.eps', 'a.jpeg'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / 'a' / 'loop').symlink_to(tmp_path)
+    found = find_images([tmp_path, 'https://example.org/x', '-', tmp_path / 'notes.txt'])
+    assert found == [
+        *(str(tmp_path / name) for name in ('a/10.webp', 'a/2.jpg', 'a.jpeg', 'b.PNG')),
+        'https://example.org/x',
+        '-',
+        str(tmp_path / 'notes.txt'),  # whoever names a file wants it tried
+    ]
+
+
+def test_what_stands_for_no_image_is_an_error_in_its_place(tmp_path):
+    (tmp_path / 'empty').mkdir()
+    first, second = find_images([tmp_path / 'missing.png', tmp_path / 'empty'])
+    assert first == Classified(str(tmp_path / 'missing.png'), error='no such file or folder')
+    assert second == Classified(str(tmp_path / 'empty'), error='no image in this folder')
+
+
+# --- how images are read ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('format', ['PNG', 'BMP', 'TIFF', 'PPM', 'TGA', 'PCX'])
+def test_formats_without_loss(format, photograph, tmp_path):
+    assert read(tmp_path, saved(photograph, format)).tobytes() == photograph.tobytes()
+
+
+@pytest.mark.parametrize('format', ['JPEG', 'WEBP'])
+def test_formats_with_loss(format, photograph, tmp_path):
+    found = np.asarray(read(tmp_path, saved(photograph, format, quality=95)), float)
+    assert abs(found - np.asarray(photograph, float)).mean() < 6
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_photographs_are_turned_upright(orientation, photograph, tmp_path):
+    # How a camera's picture lies in the file, by the meaning that the EXIF standard gives to row 0 and column 0
+    stored = {
+        1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
+        5: lambda x: x.swapaxes(0, 1), 6: lambda x: np.rot90(x), 7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+        8: lambda x: np.rot90(x, -1),
+    }[orientation](np.asarray(photograph))  # fmt: skip
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    content = saved(Image.fromarray(np.ascontiguousarray(stored)), exif=exif.tobytes())
+    assert read(tmp_path, content).tobytes() == photograph.tobytes()
+
+
+def test_damaged_metadata_do_not_keep_an_image_from_being_read(photograph, tmp_path):
+    exif = b'Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03'
+    assert read(tmp_path, saved(photograph, 'JPEG', exif=exif)).size == photograph.size
+
+
+def test_transparency_is_laid_over_white(tmp_path):
+    image = Image.new('RGBA', (3, 1), (*RED, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    image.putpixel((2, 0), (255, 0, 0, 128))
+    expected = [RED, WHITE, (255, 127, 127)]
+    assert pixels_of(read(tmp_path, saved(image))) == expected
+    gray = read(tmp_path, saved(image.convert('LA')))
+    assert gray.getpixel((1, 0)) == WHITE and gray.getpixel((0, 0)) == (76, 76, 76)
+
+
+def test_palette_with_a_transparent_colour(tmp_path):
+    image = Image.new('P', (2, 1))
+    image.putpalette([*RED, *BLACK])
+    image.putpixel((1, 0), 1)
+    assert pixels_of(read(tmp_path, saved(image))) == [RED, BLACK]
+    assert pixels_of(read(tmp_path, saved(image, transparency=1))) == [RED, WHITE]
+
+
+def test_cmyk_is_not_taken_for_colours_inverted(tmp_path):
+    image = Image.new('CMYK', (16, 16), (0, 255, 255, 0))
+    for format in ('JPEG', 'TIFF'):
+        assert np.allclose(read(tmp_path, saved(image, format)).getpixel((8, 8)), RED, atol=12)
+
+
+@pytest.mark.parametrize('mode', ['I;16', 'I'])
+def test_gray_of_16_bits_is_scaled_not_cut_off(mode, tmp_path):
+    values = np.array([[0, 255, 32768, 65535]], np.uint16)
+    image = Image.fromarray(values) if mode == 'I;16' else Image.fromarray(values.astype(np.int32))
+    found = read(tmp_path, saved(image, 'TIFF'))
+    assert [pixel[0] for pixel in pixels_of(found)] == [0, 1, 128, 255]
+
+
+def test_floats_have_to_be_of_a_known_range(tmp_path):
+    image = Image.fromarray(np.array([[0, 0.5, 1]], np.float32))
+    assert [pixel[0] for pixel in pixels_of(read(tmp_path, saved(image, 'TIFF')))] == [0, 128, 255]
+    for wrong in (300.0, -1.0, float('nan')):
+        with pytest.raises(ImageError, match='where 0 to 1 was expected'):
+            read(tmp_path, saved(Image.fromarray(np.array([[0, wrong]], np.float32)), 'TIFF'))
+
+
+@pytest.mark.parametrize('format', ['GIF', 'PNG', 'WEBP', 'TIFF'])
+def test_of_several_frames_the_first_counts(format, tmp_path):
+    frames = [Image.new('RGB', (8, 8), colour) for colour in (RED, BLACK, WHITE)]
+    content = saved(
+        frames[0], format, save_all=True, append_images=frames[1:], **dict(lossless=True) if format == 'WEBP' else {}
+    )
+    assert read(tmp_path, content).getpixel((4, 4)) == RED
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A valid file of a few kilobytes whose pixels, all black, would fill the memory."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
+
+    pack, rows = zlib.compressobj(9), bytearray()
+    for _ in range(16):  # a decoder that starts at all goes on for long with these
+        rows += pack.compress(bytes(1 + width // 8))
+    header = struct.pack('>IIBBBBB', width, height, 1, 0, 0, 0, 0)
+    return (
+        b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', bytes(rows) + pack.flush()) + chunk(b'IEND', b'')
+    )
+
+
+def test_decompression_bombs_are_refused(tmp_path):
+    with pytest.raises(ImageError, match='exceeds limit'):
+        read(tmp_path, huge_png(100_000, 100_000))
+
+
+def test_programs_are_no_images(tmp_path):
+    """Pillow would run Ghostscript on PostScript."""
+    eps = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n'
+    with Image.open(io.BytesIO(eps)) as opened:
+        assert opened.format == 'EPS'
+    with pytest.raises(ImageError, match='of a format that is not read'):
+        read(tmp_path, eps)
+
+
+@pytest.mark.parametrize('content', [b'', b'hello', b'\x89PNG\r\n\x1a\n', b'GIF89a', b'\xff\xd8\xff\xe0', bytes(500)])
+def test_what_is_no_image(content, tmp_path):
+    with pytest.raises(ImageError):
+        read(tmp_path, content)
+
+
+@pytest.mark.parametrize('format', ['PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'GIF'])
+def test_no_damage_raises_anything_else(format, photograph, tmp_path):
+    content, random = saved(photograph, format), np.random.default_rng(0)
+    with pytest.raises(ImageError):
+        read(tmp_path, content[: len(content) // 2])
+    for _ in range(60):
+        damaged = np.frombuffer(content, np.uint8).copy()
+        damaged[random.integers(0, len(damaged), 5)] = random.integers(0, 256, 5)
+        try:
+            assert read(tmp_path, damaged.tobytes()).mode == 'RGB'
+        except ImageError as error:
+            assert str(error)
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='named pipes')
+def test_a_pipe_can_be_named(photograph, tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    writer = threading.Thread(target=(tmp_path / 'pipe').write_bytes, args=(saved(photograph),))
+    writer.start()
+    assert find_images([tmp_path / 'pipe']) == [str(tmp_path / 'pipe')]
+    assert read_image(str(tmp_path / 'pipe')).tobytes() == photograph.tobytes()
+    writer.join()
+
+
+# --- URLs and standard input ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def server(answer):
+    """Serves ``answer(handler)`` for every GET on a port of this machine; gives its address and what was asked."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, dict(self.headers)))
+            answer(self)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever, kwargs=dict(poll_interval=0.01))
+        thread.start()
+        try:
+            yield f'http://127.0.0.1:{http.server_port}', asked
+        finally:
+            http.shutdown()
+            thread.join()
+
+
+def sends(content: bytes, kind: str = 'image/png', length: int | None = None, status: int = 200):
+    def answer(handler):
+        handler.send_response(status)
+        handler.send_header('Content-Type', kind)
+        if length != 0:
+            handler.send_header('Content-Length', str(length or len(content)))
+        handler.end_headers()
+        handler.wfile.write(content)
+
+    return answer
+
+
+def test_url(photograph):
+    with server(sends(saved(photograph))) as (url, asked):
+        assert read_image(f'{url}/a cat/schön.png?width=3&x=%20#top').tobytes() == photograph.tobytes()
+    [(path, headers)] = asked
+    assert path == '/a%20cat/sch%C3%B6n.png?width=3&x=%20'
+    assert headers['User-Agent'].startswith('cluster-zoo/')
+
+
+def test_url_without_a_length(photograph):
+    with server(sends(saved(photograph), length=0)) as (url, _):
+        assert read_image(url).tobytes() == photograph.tobytes()
+
+
+def test_url_that_redirects(photograph, tmp_path):
+    (tmp_path / 'secret.png').write_bytes(saved(photograph))
+
+    def answer(handler):
+        if handler.path == '/image':
+            return sends(saved(photograph))(handler)
+        handler.send_response(302)
+        handler.send_header('Location', '/image' if handler.path == '/' else f'file://{tmp_path}/secret.png')
+        handler.end_headers()
+
+    with server(answer) as (url, _):
+        assert read_image(url + '/').tobytes() == photograph.tobytes()
+        with pytest.raises(ImageError, match='302'):
+            read_image(f'{url}/to-a-file')
+
+
+@pytest.mark.parametrize(
+    ('answer', 'message'),
+    [
+        (sends(b'', status=404), 'the server answered 404 Not Found'),
+        (sends(b'', status=503), 'the server answered 503'),
+        (sends(b'<html>', 'text/html; charset=utf-8'), 'a web page'),
+        (sends(b'hello', 'text/plain'), 'not an image'),
+        (sends(saved(Image.new('RGB', (9, 9)))[:50], length=1000), 'the connection was lost after 50 of 1000 bytes'),
+        (sends(bytes(3000)), 'more than'),
+        (sends(bytes(3000), length=0), 'more than'),
+        (lambda handler: handler.wfile.write(b'SMTP ready\r\n\r\n'), 'can not be downloaded: .*SMTP'),
+        (lambda handler: None, 'can not be downloaded: Remote end closed connection'),
+    ],
+)
+def test_what_a_server_can_do_wrong(answer, message, monkeypatch):
+    monkeypatch.setattr(predict, 'MAX_BYTES', 2048)
+    with server(answer) as (url, _), pytest.raises(ImageError, match=message):
+        read_image(url)
+
+
+def test_a_silent_server_is_given_up(monkeypatch):
+    monkeypatch.setattr(predict, 'TIMEOUT', 0.1)
+    with socket.create_server(('127.0.0.1', 0)) as listening, pytest.raises(ImageError, match=r'silent|timed out'):
+        read_image(f'http://127.0.0.1:{listening.getsockname()[1]}/')
+
+
+def test_a_server_that_never_ends_is_given_up(monkeypatch):
+    monkeypatch.setattr(predict, 'DEADLINE', -1.0)
+    with server(sends(bytes(100))) as (url, _), pytest.raises(ImageError, match='not received within'):
+        read_image(url)
+
+
+def test_nobody_listens():
+    with socket.create_server(('127.0.0.1', 0)) as listening:
+        port = listening.getsockname()[1]
+    with pytest.raises(ImageError, match='can not be downloaded: Connection refused'):
+        read_image(f'http://127.0.0.1:{port}/')
+
+
+class Terminal(io.BytesIO):
+    def isatty(self):
+        return True
+
+
+def test_standard_input(photograph, monkeypatch):
+    def arrives(stream):
+        monkeypatch.setattr('sys.stdin', io.TextIOWrapper(stream))
+        return read_image('-')
+
+    assert arrives(io.BytesIO(saved(photograph))).tobytes() == photograph.tobytes()
+    with pytest.raises(ImageError, match='standard input was empty'):
+        arrives(io.BytesIO())
+    with pytest.raises(ImageError, match='is a terminal'):
+        arrives(Terminal(b'x'))
+    monkeypatch.setattr(predict, 'MAX_BYTES', 100)
+    with pytest.raises(ImageError, match='more than'):
+        arrives(io.BytesIO(bytes(101)))
+
+
+# --- what a model takes them for --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    return timm.create_model(
+        'coc_tiny', depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), mlp_ratios=(2, 2, 2, 2), regions=1, num_classes=7,
+        pretrained_cfg_overlay=dict(input_size=(3, 32, 32), crop_pct=0.9, label_names=tuple('ABCDEFG'), num_classes=7),
+    ).eval()  # fmt: skip
+
+
+def test_every_image_gets_the_classes_that_it_would_get_alone(model, tmp_path):
+    images, random = [], np.random.default_rng(0)
+    for index in range(5):
+        images.append(str(tmp_path / f'{index}.png'))
+        Image.fromarray(random.integers(0, 256, (50, 40, 3), np.uint8)).save(images[-1])
+    Path(images[2]).write_bytes(b'damaged')
+    found = list(classify(model, [*images, Classified('gone', error='no such file')], top=3, batch_size=2))
+    assert [result.image for result in found] == [*images, 'gone']
+    assert [bool(result.error) for result in found] == [False, False, True, False, False, True]
+
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+    for result in found:
+        if result.error:
+            assert result.classes == ()
+            continue
+        with torch.inference_mode(), Image.open(result.image) as image:
+            logits = model(transform(image).unsqueeze(0))[0].double()
+        probabilities = (logits.exp() / logits.exp().sum()).numpy()
+        order = np.argsort(-probabilities)[:3]
+        assert [ranked.index for ranked in result.classes] == order.tolist()
+        assert [ranked.label for ranked in result.classes] == ['ABCDEFG'[index] for index in order]
+        assert np.allclose([ranked.probability for ranked in result.classes], probabilities[order], atol=1e-5)
+
+
+def test_more_classes_than_there_are(model, photograph, tmp_path):
+    photograph.save(tmp_path / 'image.png')
+    [result] = classify(model, [str(tmp_path / 'image.png')], top=100)
+    assert sorted(ranked.index for ranked in result.classes) == list(range(7))
+    assert sum(ranked.probability for ranked in result.classes) == pytest.approx(1)
+
+
+def test_gray_models_and_models_of_other_channels(photograph, tmp_path):
+    photograph.save(tmp_path / 'image.png')
+
+    def resnet(channels):
+        overlay = dict(input_size=(channels, 32, 32), mean=(0.5,) * channels, std=(0.5,) * channels)
+        return timm.create_model('resnet18', in_chans=channels, num_classes=3, pretrained_cfg_overlay=overlay).eval()
+
+    [result] = classify(resnet(1), [str(tmp_path / 'image.png')])
+    assert len(result.classes) == 3 and result.classes[0].label is None
+    with pytest.raises(OptionError, match='4 channels'):
+        next(classify(resnet(4), [str(tmp_path / 'image.png')]))
+
+
+def test_bundled_model_knows_the_bundled_images(tmp_path):
+    dataset = create_dataset('cluster_zoo/cifar10_sample')
+    names = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
+    for index in range(0, 1000, 25):
+        image, target = dataset[index]
+        image.save(tmp_path / f'{index:03}_{names[target]}.png')
+    results = list(classify(load_classifier('coc_tiny_plain.cifar10'), find_images([tmp_path]), top=1))
+    right = sum(result.classes[0].label in result.image for result in results)
+    assert len(results) == 40 and right >= 27  # 83.7 % are expected, of which 27 of 40 is five deviations away
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('no_such_model', 'no_such_model'),
+        ('resnet18.nothing', 'nothing'),
+        ('local-dir:nowhere', 'nowhere'),
+        ('a/b', 'a/b'),
+    ],
+)
+def test_models_that_can_not_be_had(name, message):
+    with pytest.raises(CheckpointError, match=message):
+        load_classifier(name)
+
+
+def test_a_model_without_classes(monkeypatch):
+    monkeypatch.setattr(timm, 'create_model', lambda name, pretrained: torch.nn.Identity())
+    monkeypatch.setattr(torch.nn.Identity, 'num_classes', 0, raising=False)
+    with pytest.raises(OptionError, match='no classes'):
+        load_classifier('features')
