@@ -6,6 +6,7 @@ Nothing is downloaded unless the user agrees: ``cluster-zoo fetch``, or ``CLUSTE
 
 import os
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import timm
 
 from . import store
+from .untrusted import check_archive, is_archive
 from .weights import CheckpointError
 
 __all__ = ['allowed', 'fetch', 'is_folder', 'publication']
@@ -89,6 +91,7 @@ def _adopt(downloaded: Path, name: str, url: str, origin: tuple[str, str], force
     file_id, path = origin
     source = f'drive:{file_id}'
     try:
+        _check_sums(downloaded, path)
         digest, known = store.sha256(downloaded), store.recorded(source, root)
         if known not in (None, digest) and not force:
             raise CheckpointError(
@@ -102,12 +105,29 @@ def _adopt(downloaded: Path, name: str, url: str, origin: tuple[str, str], force
         downloaded.unlink(missing_ok=True)
 
 
+def _check_sums(downloaded: Path, path: str) -> None:
+    """Look at the checksums of a zip file's entries, as PyTorch never does.
+
+    Nothing else tells a weight that was damaged on its way from a true one, or a file whose first half is of another
+    version than its second: gdown goes on with what an earlier download left, whatever has changed in the meantime.
+    """
+    if not zipfile.is_zipfile(downloaded) or is_archive(downloaded):  # of which the latter is unpacked with such a look
+        return
+    check_archive(downloaded)  # or reading all of it might not be harmless
+    with zipfile.ZipFile(downloaded) as archive:
+        entry = archive.testzip()
+    if entry is not None:
+        raise CheckpointError(f"'{path}' was damaged on its way: the checksum of '{entry}' is another. Try again.")
+
+
 def _list(url: str) -> list[tuple[str, str]]:
     """The files of a Drive folder and of those in it: identifiers and paths."""
     with _gdown(url) as gdown:
         files = gdown.download_folder(
             url, skip_download=True, quiet=True, use_cookies=False, timeout=_TIMEOUT, output=os.curdir
         )
+    if not files:
+        raise CheckpointError(f'{url} shows no files: it may not be public any more. Look at it in a browser.')
     return [(file.id, Path(file.path).as_posix()) for file in files]
 
 
@@ -147,17 +167,25 @@ def _download(file_id: str, path: str, folder: Path, progress: bool) -> Path:
     suffix = next((suffix for suffix in _SUFFIXES if path.lower().endswith(suffix)), '.pth')
     output = folder / f'{re.sub("[^A-Za-z0-9_-]", "", file_id)}{suffix}'
     folder.mkdir(parents=True, exist_ok=True)
-    with _gdown(f"'{path}'") as gdown:
-        gdown.download(
-            id=file_id,
-            output=str(output),
-            quiet=not progress,
-            use_cookies=False,
-            resume=True,
-            timeout=_TIMEOUT,
-            retries=_RETRIES,
-        )
-    return output
+    while True:
+        left = [*folder.glob(f'{output.name}*.part')]  # by a download that was interrupted
+        try:
+            with _gdown(f"'{path}'") as gdown:
+                gdown.download(
+                    id=file_id,
+                    output=str(output),
+                    quiet=not progress,
+                    use_cookies=False,
+                    resume=True,
+                    timeout=_TIMEOUT,
+                    retries=_RETRIES,
+                )
+            return output
+        except CheckpointError as error:
+            if not left or 'byte range' not in str(error):
+                raise
+            for part in left:  # complete already, or too long: gdown would try in vain to go on from it for ever
+                part.unlink(missing_ok=True)
 
 
 @contextmanager

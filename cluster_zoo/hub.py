@@ -8,6 +8,7 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from . import store
@@ -51,21 +52,25 @@ def download(repo_id: str, revision: str | None = None, cache_dir: str | Path | 
     stated = read_config_file(config_file).get('sha256')
     commit = config_file.parent.name  # both files from one commit, whatever is pushed in between
     for filename in _WEIGHTS:
-        try:
+        with suppress(FileNotFoundError):
             path = _get(repo_id, filename, commit, cache_dir)
             break
-        except FileNotFoundError:  # the last one's is no such error
-            continue
+    else:
+        raise CheckpointError(f'{repo_id} on the Hugging Face Hub holds no weights: no {" and no ".join(_WEIGHTS)}.')
     source = f'hub:{repo_id}@{commit}/{filename}'
     expected = {_stated_by_the_hub(path), stated if filename == store.WEIGHTS else None, store.recorded(source)} - {
         None
     }
-    if expected and expected != {store.sha256(path)}:
-        path = _get(repo_id, filename, commit, cache_dir, force_download=True)
-    for digest in expected - {store.sha256(path)}:
+    if expected - {store.sha256(path)}:  # damaged in the cache or on its way there: the client compares sizes only
+        try:
+            path = _get(repo_id, filename, commit, cache_dir, force_download=True)
+        except CheckpointError as error:
+            raise CheckpointError(f"'{path}' is damaged. {error}") from error
+    found = store.sha256(path)
+    for digest in expected - {found}:
         raise CheckpointError(
-            f"'{filename}' of {repo_id} was refused: its SHA-256 is {store.sha256(path)}, and not {digest}, as the Hub "
-            f'or {store.CONFIG} states it, or as it was when first used.'
+            f"'{filename}' of {repo_id} was refused: its SHA-256 is {found}, and not {digest}, as the Hub or "
+            f'{store.CONFIG} states it, or as it was when first used.'
         )
     check_first_use(source, path)
     return path
@@ -89,9 +94,9 @@ def check_first_use(source: str, path: Path) -> None:
 
 
 def _get(repo_id: str, filename: str, revision: str | None, cache_dir: Any, force_download: bool = False) -> Path:
-    """A file in the cache. FileNotFoundError if there are no weights of that name."""
+    """A file in the cache. FileNotFoundError if the Hub says that there are no weights of that name."""
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return Path(
@@ -105,7 +110,9 @@ def _get(repo_id: str, filename: str, revision: str | None, cache_dir: Any, forc
             )
         )
     except Exception as error:  # of the client, or of the HTTP library under it, which changes between versions
-        if isinstance(error, EntryNotFoundError) and filename in _WEIGHTS[:-1]:
+        if isinstance(error, LocalEntryNotFoundError):  # the Hub said nothing, or nothing of use; the cause says more
+            error = error.__cause__ or error
+        elif isinstance(error, EntryNotFoundError) and filename in _WEIGHTS:
             raise FileNotFoundError(filename) from error
         raise CheckpointError(
             f"'{filename}' of {repo_id} on the Hugging Face Hub could not be had: {_reason(error)}"
@@ -114,7 +121,7 @@ def _get(repo_id: str, filename: str, revision: str | None, cache_dir: Any, forc
 
 def _reason(error: Exception) -> str:
     """An error of the client in one line."""
-    return ' '.join(str(error).split())[:300] or type(error).__name__
+    return shorten(str(error), 300, placeholder=' ...') or type(error).__name__
 
 
 def _stated_by_the_hub(path: Path) -> str | None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 from timm.models import DefaultCfg, PretrainedCfg
 
 from .untrusted import read_config_file
@@ -119,14 +120,21 @@ def lock(name: str, root: str | Path | None = None) -> FileLock:
         CheckpointError: The store cannot be written to.
     """
     locks = Path(root or home()) / '.locks'
-    try:
+    with _writing(root):
         locks.mkdir(parents=True, exist_ok=True)
         with open(locks / f'{name}.lock', 'a'):
             return FileLock(locks / f'{name}.lock', is_singleton=True)
-    except OSError as error:
+
+
+@contextmanager
+def _writing(root: str | Path | None) -> Iterator[None]:
+    """No permission, no room: one message, whichever of the libraries that write meets it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"The store '{locks.parent}' can not be written to ({error.strerror}): "
-            'let CLUSTER_ZOO_HOME name a folder that can.'
+            f"The store '{root or home()}' can not be written to ({getattr(error, 'strerror', None) or error}): "
+            'make room there, or let CLUSTER_ZOO_HOME name a folder that can be written to.'
         ) from error
 
 
@@ -143,7 +151,7 @@ def new_folder(name: str, root: str | Path | None = None, replace: bool = False)
         CheckpointError: The entry exists and is not to be replaced, or the store cannot be written to.
     """
     target = folder(name, root)
-    with lock(name, root):
+    with lock(name, root), _writing(root):
         if target.exists() and not replace:
             raise CheckpointError(f"The store has {name} already, at '{target}'. With --force it is replaced.")
         for left in target.parent.glob(f'.new-{name}-*'):  # by a process that was killed
@@ -180,14 +188,24 @@ def _flush(path: Path) -> None:
 
 
 def recorded(source: str, root: str | Path | None = None) -> str | None:
-    """The SHA-256 that the file of a source had when it was first used; None if it was not."""
+    """The SHA-256 that the file of a source had when it was first used; None if it was not.
+
+    Raises:
+        CheckpointError: The store's records are damaged.
+    """
+    return _records(root).get(source)
+
+
+def _records(root: str | Path | None) -> dict[str, str]:
+    path = Path(root or home()) / _RECORDS
     try:
-        records = json.loads((Path(root or home()) / _RECORDS).read_text(encoding='utf-8'))
-        return records.get(source)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, AttributeError) as error:
-        path = Path(root or home()) / _RECORDS
+        records = json.loads(path.read_text(encoding='utf-8'))
+        if not isinstance(records, dict):
+            raise ValueError(f'a {type(records).__name__}')
+        return records
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"'{path}' can not be read ({error}): mend it, or remove it to start anew.") from error
 
 
@@ -195,13 +213,11 @@ def record(source: str, digest: str, root: str | Path | None = None) -> None:
     """Remember the SHA-256 of a source's file, in place of another if there is one.
 
     Raises:
-        CheckpointError: The store cannot be written to.
+        CheckpointError: The store cannot be written to, or its records are damaged.
     """
-    with lock(_RECORDS, root):
-        path = Path(root or home()) / _RECORDS
-        records = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-        records[source] = digest
-        write_atomically(path, json.dumps(records, indent=2, sort_keys=True) + '\n')
+    with lock(_RECORDS, root), _writing(root):
+        records = _records(root) | {source: digest}
+        write_atomically(Path(root or home()) / _RECORDS, json.dumps(records, indent=2, sort_keys=True) + '\n')
 
 
 def write_atomically(path: Path, text: str) -> None:
