@@ -1,0 +1,100 @@
+"""``cluster-zoo export``: a model as a file that other programs run, compared with the model."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import timm
+import torch.nn as nn
+
+from ..export import FORMATS, OPSET, TOLERANCE, Export, ExportError, export_model
+from ..weights import load_checkpoint
+from .parser import Commands, model_name, positive
+
+
+def add_parser(commands: Commands) -> None:
+    """Registers the command."""
+    parser = commands.add_parser(
+        'export',
+        help='write a model as ONNX, TorchScript or pt2',
+        description='Write a model to a file that other programs run, and compare the file with the model: it is\n'
+        f'opened again and has to give the same logits within {TOLERANCE:.0e}, for several batches and image sizes.\n\n'
+        'Batches may have any size. TorchScript takes images of any size from 32 px. ONNX and pt2 take those that\n'
+        'the model needs not pad, multiples of 32 px for most variants, and refuse others; --img-size makes a file\n'
+        'for one size, which may be any. Mean, std, input size and class names are in the file.',
+        epilog='examples:\n'
+        '  cluster-zoo export coc_tiny_plain.cifar10 --to onnx\n'
+        '  cluster-zoo export coc_small.in1k --to onnx --img-size 225 300 --output small.onnx\n'
+        '  cluster-zoo export dnc_resnet50 --num-classes 10 --checkpoint model_best.pth.tar --to torchscript\n',
+    )
+    add = parser.add_argument
+    add(
+        'name',
+        type=model_name,
+        metavar='NAME',
+        help='model whose weights can be had, hf-hub:ORG/NAME or local-dir:FOLDER; any model with --checkpoint',
+    )
+    add('--to', choices=list(FORMATS), default='onnx', help='format (default: %(default)s)')
+    add('--output', metavar='FILE', type=Path, help='file to write, in place of the name with .onnx, .pt or .pt2')
+    add('--opset', type=positive, default=OPSET, metavar='N', help='of ONNX, at least 18 (default: %(default)s)')
+    add(
+        '--img-size',
+        type=positive,
+        nargs='+',
+        metavar='PX',
+        help='side, or height and width, of the only images that the file has to take',
+    )
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument('--checkpoint', metavar='FILE', help='weights, in place of the pretrained ones')
+    weights.add_argument('--untrained', action='store_true', help='random weights, to try the file out')
+    add('--num-classes', type=positive, metavar='N', help='classes of --checkpoint or --untrained')
+    add('--json', action='store_true', help='print JSON')
+    parser.set_defaults(run=lambda args: _export(parser, args))
+
+
+def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    if args.num_classes and not (args.checkpoint or args.untrained):
+        parser.error('--num-classes is of --checkpoint or --untrained: pretrained weights have their own')
+    if args.img_size and len(args.img_size) > 2:
+        parser.error('--img-size takes a side, or a height and a width')
+    size = tuple(args.img_size * 2)[:2] if args.img_size else None
+    output = args.output or Path(args.name.rpartition(':')[2].rstrip('/').rpartition('/')[2] + FORMATS[args.to].suffix)
+    try:
+        export = export_model(_model(args, size), output, args.to, size, args.opset)
+    except ExportError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps(dict(asdict(export), path=str(export.path), sizes=str(export.sizes)), indent=2))
+    else:
+        _print(export, args)
+    return 0
+
+
+def _model(args: argparse.Namespace, size: tuple[int, int] | None) -> nn.Module:
+    options = dict(num_classes=args.num_classes, exportable=True, scriptable=args.to == 'torchscript')
+    cfg = timm.models.get_pretrained_cfg(args.name, allow_unregistered=True) if ':' not in args.name else None
+    if size and cfg and cfg.fixed_input_size:
+        options['img_size'] = size
+    model = timm.create_model(args.name, pretrained=not (args.checkpoint or args.untrained), **options)
+    if args.checkpoint:
+        load_checkpoint(model, args.checkpoint)
+    return model
+
+
+def _print(export: Export, args: argparse.Namespace) -> None:
+    shapes = ', '.join(f'{batch} x {height} x {width}' for batch, height, width in export.checked)
+    print(f'{export.path}: {export.path.stat().st_size / 1e6:.1f} MB' + f', opset {args.opset}' * (args.to == 'onnx'))
+    if args.untrained:
+        print('weights: random')
+    why = ' alone, as the model has a fixed size' if export.sizes.fixed and not args.img_size else ''
+    print(f'images: {export.sizes}{why}, in batches of any size')
+    print(f'compared: {export.images} images, as {shapes} px')
+    print(f'largest difference of a logit: {export.difference:.1e}, at most {TOLERANCE:.0e}')
+    if export.undecided:
+        print(
+            f'{export.undecided} of the images differ by up to {export.undecided_difference:.1e}: there a point lies '
+            'between two centers, as near as float32 can tell'
+        )

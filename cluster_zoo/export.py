@@ -1,0 +1,433 @@
+"""Models as files that other programs run: ONNX, TorchScript and torch.export's pt2.
+
+A file is compared with its model before it gets its name: it is opened again, by onnxruntime if it is ONNX, and has to
+give the same logits for batches and image sizes other than those it was traced with. Whatever fails, nothing is left
+behind and no file is replaced.
+
+TorchScript takes images of any size, as the model does. A traced graph, ONNX and pt2, has no branches: where the points
+of an image are cut into regions or pooled two by two it takes the sizes that divide, which are multiples of 32 for most
+variants (`Sizes`), and refuses others. For any other size a graph can be made for that size alone.
+"""
+
+import copy
+import importlib.util
+import json
+import logging
+import math
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from . import __version__
+from .context_cluster import ContextCluster
+from .fec import ClusterPool
+from .mixer import ClusterMixer
+from .tags import label_names
+
+__all__ = ['FORMATS', 'OPSET', 'TOLERANCE', 'Export', 'ExportError', 'Sizes', 'export_model']
+
+OPSET = 18  # the oldest that torch.onnx writes, and so the one that most programs read
+TOLERANCE = 1e-4  # largest difference of a logit, float32
+
+_SMALLEST = 32  # pixels, of the models themselves
+_STEP = 37  # pixels from one side to another that is checked, unless sizes are multiples of something
+_DRAWS = 5  # images at each place of a batch, of which one has to be within the tolerance, see `_compare`
+_METADATA = 'cluster_zoo.json'  # in TorchScript and pt2, which are archives
+
+
+class ExportError(RuntimeError):
+    """A model cannot be exported as asked, or what was exported is not the model. The message says which and why."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Image sizes that an exported file takes.
+
+    Attributes:
+        fixed: Height and width, where they can be no others.
+        multiple: Otherwise, what both sides are a multiple of.
+        smallest: The smallest side, in pixels.
+    """
+
+    fixed: tuple[int, int] | None = None
+    multiple: int = 1
+    smallest: int = _SMALLEST
+
+    def __str__(self) -> str:
+        if self.fixed:
+            return f'{self.fixed[0]} x {self.fixed[1]} px'
+        return f'{"any" if self.multiple == 1 else f"multiples of {self.multiple}"} from {self.smallest} px'
+
+
+@dataclass(frozen=True)
+class Export:
+    """A file that was written and how it compares with its model.
+
+    Attributes:
+        path: The file.
+        sizes: Images that it takes; batches may have any size.
+        checked: Batch, height and width of what was compared.
+        difference: Largest difference of a logit, at most `TOLERANCE`.
+        images: Images that were compared.
+        undecided: Of these, how many differ by more, because of a point that lies between two centers.
+        undecided_difference: By how much.
+    """
+
+    path: Path
+    sizes: Sizes
+    checked: tuple[tuple[int, int, int], ...]
+    difference: float
+    images: int
+    undecided: int = 0
+    undecided_difference: float = 0.0
+
+
+def export_model(
+    model: nn.Module,
+    path: str | Path,
+    to: str = 'onnx',
+    image_size: int | tuple[int, int] | None = None,
+    opset: int = OPSET,
+) -> Export:
+    """Write a classifier to a file, in float32 and as it is in evaluation, and compare the file with it.
+
+    The input ``image`` [B, C, H, W] is normalised as the model expects it, the output are the ``logits`` [B, K]. What
+    that takes is in the file: mean, std, input size, crop, interpolation and the names of the classes, as ONNX
+    ``metadata_props``, or as JSON in the extra file ``cluster_zoo.json`` of TorchScript and pt2.
+
+    Args:
+        model: A classifier of this package or of timm; it is not changed.
+        path: File to write. One that is there is replaced when all is done.
+        to: ``'onnx'``, ``'torchscript'`` or ``'pt2'``.
+        image_size: Height and width, or one number for both, of the only size that the file has to take. None: all
+            that can be had, see `Sizes`; models of a fixed size, such as Swin, have only theirs.
+        opset: Of ONNX, at least 18.
+
+    Raises:
+        ExportError: There is no such format, size or opset; a package is missing; the model cannot be traced; or the
+            file does not give the model's logits.
+        OSError: The file cannot be written.
+    """
+    if to not in FORMATS:
+        raise ExportError(f"There is no format '{to}': one of {', '.join(FORMATS)}.")
+    path, form = Path(path), FORMATS[to]
+    _check_request(model, path, form, opset)
+    metadata = _metadata(model)
+    model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    with (
+        _quiet(),
+        torch.no_grad(),
+        tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix='.export-') as folder,
+    ):
+        sizes, traced = _sizes(model, form, image_size)
+        temporary = Path(folder) / path.name
+        metadata |= dict(sizes=str(sizes))
+        form.write(model, temporary, sizes, traced, metadata, opset)
+        shapes = _shapes(model, sizes)
+        near, far, images = _compare(model, form.load(temporary), shapes)
+        temporary.replace(path)
+    return Export(path, sizes, shapes, near, images, len(far), max(far, default=0.0))
+
+
+def _check_request(model: nn.Module, path: Path, form: 'Format', opset: int) -> None:
+    if not isinstance(getattr(model, 'num_classes', None), int) or not hasattr(model, 'pretrained_cfg'):
+        raise ExportError(f'{type(model).__name__} is no classifier of timm: make one without features_only.')
+    missing = [name for name in form.packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(f"This format needs {', '.join(missing)}: pip install 'cluster_zoo[onnx]'")
+    if opset < OPSET:
+        raise ExportError(f'ONNX is written with opset {OPSET} or later, got {opset}.')
+    if path.is_dir():
+        raise ExportError(f"'{path}' is a folder: name the file to write.")
+    if not path.absolute().parent.is_dir():
+        raise ExportError(f"There is no folder '{path.absolute().parent}'.")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch says to its developers: TorchScript is deprecated, one opset is converted to another."""
+    loggers = [logging.getLogger(name) for name in ('torch.onnx', 'torch.export', 'onnxscript', 'onnx_ir')]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+def _metadata(model: nn.Module) -> dict[str, str]:
+    """What is needed to use the file, as strings."""
+    cfg = model.pretrained_cfg
+    data = timm.data.resolve_model_data_config(model)
+    known = dict(
+        producer=f'cluster_zoo {__version__}',
+        architecture=cfg.get('architecture'),
+        tag=cfg.get('tag'),
+        license=cfg.get('license'),
+        paper=cfg.get('paper_ids'),
+        num_classes=model.num_classes,
+        label_names=label_names({**cfg, 'num_classes': model.num_classes}),
+        **{key: data[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')},
+    )
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in known.items()
+        if value
+    }
+
+
+# ---- Sizes ----
+
+
+def _sizes(model: nn.Module, form: 'Format', image_size: int | tuple[int, int] | None) -> tuple[Sizes, tuple[int, int]]:
+    """Sizes that the file will take, and the one to trace."""
+    native = timm.data.resolve_model_data_config(model)['input_size'][1:]
+    if model.pretrained_cfg.get('fixed_input_size'):
+        if image_size not in (None, native[0] if native[0] == native[1] else None, native):
+            raise ExportError(
+                f'This model takes images of {native[0]} x {native[1]} px alone: create it with the img_size you need.'
+            )
+        return Sizes(native), native
+    if image_size is not None:
+        fixed = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        if len(fixed) != 2 or min(fixed) < _SMALLEST:
+            raise ExportError(f'An image size is a height and a width of at least {_SMALLEST} px, got {image_size}.')
+        return Sizes(fixed), fixed
+    if not form.traces:
+        return Sizes(), native
+    multiple = _multiple(model)
+    # torch.export takes sizes of one for constants, and so must never see one where another may stand: the last
+    # stage's map, or a region of it, needs two points a side.
+    traced = multiple * max(2, model.feature_info[-1]['reduction'] // multiple + 1)
+    smallest = max(math.ceil(_SMALLEST / multiple) * multiple, traced if form.guards else 0)
+    return Sizes(None, multiple, smallest), (traced, traced + multiple)
+
+
+def _multiple(model: nn.Module) -> int:
+    """What both sides have to be a multiple of, for no grid of points to be padded."""
+    if not isinstance(model, ContextCluster):
+        return 1
+    multiple = model.stem.patch_size
+    for stage, info in zip(model.stages, model.feature_info):
+        for module in stage.modules():
+            if isinstance(module, ClusterPool) or (isinstance(module, ClusterMixer) and module.regions > 1):
+                multiple = math.lcm(multiple, info['reduction'] * module.regions)
+    return multiple
+
+
+def _shapes(model: nn.Module, sizes: Sizes) -> tuple[tuple[int, int, int], ...]:
+    """Batches and sizes to compare: the smallest, the model's own and a larger one, square and not."""
+    if sizes.fixed:
+        return ((1, *sizes.fixed), (3, *sizes.fixed))
+    multiple, small = sizes.multiple, sizes.smallest
+    step = math.ceil(_STEP / multiple) * multiple
+    height, width = (
+        max(small, math.ceil(side / multiple) * multiple)
+        for side in timm.data.resolve_model_data_config(model)['input_size'][1:]
+    )
+    return ((1, small, small), (3, small, small + step), (2, height, width), (1, height + step, width))
+
+
+# ---- Comparing ----
+
+
+def _compare(
+    model: nn.Module, run: Callable[[Tensor], Tensor], shapes: Sequence[tuple[int, int, int]]
+) -> tuple[float, list[float], int]:
+    """Compare a file with its model.
+
+    Where a point lies between two centers, as near as float32 can tell, rounding decides which it joins, and an image
+    in some dozens has such a point: its logits differ by more than rounding. A graph that is wrong for a size, or for a
+    place in the batch, is wrong for every image there. So at each place one image has to be right, of a few.
+
+    Returns:
+        The largest difference within the tolerance, those beyond it, and how many images were compared.
+    """
+    draws = _DRAWS if any(isinstance(module, ClusterMixer) for module in model.modules()) else 1
+    generator = torch.Generator().manual_seed(0)
+    near, far, images = 0.0, [], 0
+    for shape in shapes:
+        right = torch.zeros(shape[0], dtype=torch.bool)
+        for _ in range(draws):
+            image = torch.randn(shape[0], model.in_chans, *shape[1:], generator=generator)
+            difference = _difference(run, image, model(image))
+            images += shape[0]
+            right |= difference <= TOLERANCE
+            near = max([near, *difference[difference <= TOLERANCE].tolist()])
+            far += difference[difference > TOLERANCE].tolist()
+            if right.all():
+                break
+        else:
+            raise ExportError(
+                f'The file is not the model: for {_described(shape)} their outputs differ by {max(far):.1e}, '
+                f'more than {TOLERANCE:.0e}.'
+            )
+    return near, far, images
+
+
+def _difference(run: Callable[[Tensor], Tensor], image: Tensor, expected: Tensor) -> Tensor:
+    """Of each image [B], infinite where one of the two is not a number."""
+    shape = (len(image), *image.shape[2:])
+    try:
+        found = run(image)
+    except Exception as error:  # whatever the runtime raises
+        raise ExportError(f'The file does not run on {_described(shape)}: {_first_line(error)}') from error
+    if found.shape != expected.shape:
+        raise ExportError(
+            f'The file is not the model: for {_described(shape)} it gives {list(found.shape)}, '
+            f'the model {list(expected.shape)}.'
+        )
+    return (found - expected).abs().nan_to_num(math.inf, posinf=math.inf).flatten(1).amax(1)
+
+
+def _described(shape: tuple[int, ...]) -> str:
+    return f'{shape[0]} image{"s" * (shape[0] > 1)} of {shape[1]} x {shape[2]} px'
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ---- Formats ----
+
+
+class _Input(nn.Module):
+    """The model behind what no graph without branches does by itself: to refuse sizes that it is wrong for."""
+
+    def __init__(self, model: nn.Module, multiple: int):
+        super().__init__()
+        self.model = model
+        self.multiple = multiple
+
+    def forward(self, image: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, K]"""
+        if self.multiple > 1:  # in onnxruntime an error, where the sides are no multiples
+            image = image.unflatten(2, (-1, self.multiple)).flatten(2, 3)
+            image = image.unflatten(3, (-1, self.multiple)).flatten(3, 4)
+        return self.model(image)
+
+
+def _trace(model: nn.Module, sizes: Sizes, traced: tuple[int, int]) -> torch.export.ExportedProgram:
+    image = torch.zeros(2, model.in_chans, *traced)
+    dynamic = {0: torch.export.Dim('batch')}
+    if not sizes.fixed:
+        smallest = traced[0] // sizes.multiple
+        for axis, name in ((2, 'height'), (3, 'width')):
+            side = torch.export.Dim(name, min=smallest)
+            dynamic[axis] = side if sizes.multiple == 1 else sizes.multiple * side
+    try:
+        program = torch.export.export(
+            _Input(model, sizes.multiple), (image,), dynamic_shapes={'image': dynamic}, strict=False
+        )
+    except Exception as error:  # torch.export's own, and whatever a model raises
+        hint = '' if sizes.fixed else ' Name an image size for a file that takes only that one.'
+        raise ExportError(f'This model can not be traced for images of {sizes}: {_first_line(error)}{hint}') from error
+    for module in program.graph_module.modules():  # nobody needs to know where the source files lay
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop('stack_trace', None)
+    return program
+
+
+def _write_onnx(
+    model: nn.Module, path: Path, sizes: Sizes, traced: tuple[int, int], metadata: dict[str, str], opset: int
+) -> None:
+    import onnx
+
+    output = 'logits' if model.num_classes else 'features'
+    try:
+        proto = torch.onnx.export(
+            _trace(model, sizes, traced),
+            dynamo=True,
+            verbose=False,
+            opset_version=opset,
+            input_names=['image'],
+            output_names=[output],
+        ).model_proto
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ExportError(f'torch.onnx can not write this model: {_first_line(error)}') from error
+    written = next(entry.version for entry in proto.opset_import if entry.domain in ('', 'ai.onnx'))
+    if written != opset:
+        raise ExportError(f'This model can not be written with opset {opset}, but with {written}.')
+    for node in proto.graph.node:
+        del node.metadata_props[:]  # the exporter's notes on where each node comes from
+    _name_checks(proto.graph, sizes.multiple)
+    onnx.helper.set_model_props(proto, dict(metadata, opset=str(opset), input='image', output=output))
+    proto.producer_name, proto.producer_version = 'cluster_zoo', __version__
+    onnx.checker.check_model(proto, full_check=True)
+    onnx.save_model(proto, path)
+
+
+def _name_checks(graph: Any, multiple: int) -> None:
+    """Give the nodes that refuse an image names that say why, which is what onnxruntime's error shows."""
+    tensor = 'image'
+    for side in ('height', 'width') if multiple > 1 else ():
+        for name in (f'image_{side}_is_a_multiple_of_{multiple}', f'image_{side}'):
+            node = next(node for node in graph.node if tensor in node.input and node.op_type == 'Reshape')
+            node.name, tensor = name, node.output[0]
+
+
+def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors are raised as well
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    return lambda image: torch.from_numpy(session.run(None, {'image': image.numpy()})[0])
+
+
+def _write_torchscript(
+    model: nn.Module, path: Path, sizes: Sizes, traced: tuple[int, int], metadata: dict[str, str], opset: int
+) -> None:
+    try:
+        scripted = torch.jit.script(model)
+    except Exception as error:  # the compiler's own, and whatever it meets
+        raise ExportError(f'TorchScript can not compile {type(model).__name__}: {_first_line(error)}') from error
+    torch.jit.save(scripted, path, _extra_files={_METADATA: json.dumps(metadata, ensure_ascii=False)})
+
+
+def _write_pt2(
+    model: nn.Module, path: Path, sizes: Sizes, traced: tuple[int, int], metadata: dict[str, str], opset: int
+) -> None:
+    program = _trace(model, sizes, traced)
+    torch.export.save(program, path, extra_files={_METADATA: json.dumps(metadata, ensure_ascii=False)})
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a format is written and read.
+
+    Attributes:
+        suffix: Of its files.
+        write: Writes a model.
+        load: Opens a file, as a function from images to logits.
+        traces: It is a graph without branches.
+        guards: It insists on the smallest size that torch.export can promise to be right.
+        packages: What it needs beside torch.
+    """
+
+    suffix: str
+    write: Callable[..., None]
+    load: Callable[[Path], Callable[[Tensor], Tensor]]
+    traces: bool = True
+    guards: bool = False
+    packages: tuple[str, ...] = ()
+
+
+FORMATS = {
+    'onnx': Format('.onnx', _write_onnx, _load_onnx, packages=('onnx', 'onnxscript', 'onnxruntime')),
+    'torchscript': Format('.pt', _write_torchscript, torch.jit.load, traces=False),
+    'pt2': Format('.pt2', _write_pt2, lambda path: torch.export.load(path).module(), guards=True),
+}
