@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import cluster_zoo  # noqa: F401  registers the models
 from cluster_zoo import build, interrupt
-from cluster_zoo.data import DataError, unreadable_images
+from cluster_zoo.data import DataError, class_names, unreadable_images
 from cluster_zoo.options import OptionError, available_workers
 from cluster_zoo.task import CentroidTaskMixin, learned_share
 from cluster_zoo.train_options import train_parser
@@ -78,6 +78,7 @@ class Run:
     scaler: utils.NativeScaler | None
     num_epochs: int
     updates_per_epoch: int
+    usage: dict[str, Any]  # how images are prepared and what the classes are called, for whoever gets the weights
     progress: Progress = field(default_factory=Progress)
     learned: list[Any] = field(default_factory=list)  # what centroids remember, each process's own, at a checkpoint
     stop: interrupt.Stop | None = None
@@ -88,7 +89,7 @@ class Run:
         """What timm's saver asks a task for: here the task's state and the run's, as `weights_only` types."""
         state = self.task.get_checkpoint_state(ema=ema, unwrap_fn=unwrap_fn)
         if not ema:
-            state |= dict(arch=self.args.model, args=options(self.args), progress=asdict(self.progress))
+            state |= dict(arch=self.args.model, args=options(self.args), progress=asdict(self.progress), **self.usage)
             if self.learned:
                 state['learned'] = self.learned
             if plateau := getattr(self.scheduler, 'lr_scheduler', None):
@@ -420,6 +421,7 @@ def start(args: argparse.Namespace) -> Run:
         scaler=scaler,
         num_epochs=num_epochs,
         updates_per_epoch=updates_per_epoch,
+        usage=dict(data_config=data_config, label_names=list(class_names(datasets[0]).values())),
     )
     image_size = data_config['input_size'][-1]
     folder = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}-{image_size}'

@@ -23,7 +23,7 @@ from .weights import CheckpointError, load_weights, read_checkpoint, state_dict_
 
 __all__ = ['import_checkpoint']
 
-_DATA = ('input_size', 'img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+_DATA = ('input_size', 'img_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
 
 def import_checkpoint(
@@ -31,6 +31,7 @@ def import_checkpoint(
     name: str,
     use_ema: bool = True,
     model_args: dict[str, Any] | None = None,
+    data_config: dict[str, Any] | None = None,
     label_names: Sequence[str] | None = None,
     replace: bool = False,
     source: dict[str, Any] | None = None,
@@ -43,9 +44,11 @@ def import_checkpoint(
         name: One of the package's published tags, such as ``'coc_small.in1k'``, or an architecture with a tag of one's
             own, such as ``'coc_small.birds'``.
         use_ema: Prefer the averaged weights where the file has both.
-        model_args: Arguments of the model, as for ``timm.create_model``. Of a tag of one's own, those that the training
-            script saved in the file are the default, and so is what it says of the images.
-        label_names: What the classes are called, by their index; of a published tag they are known.
+        model_args: Arguments of the model, as for ``timm.create_model``.
+        data_config: How images are prepared: ``img_size`` or ``input_size``, ``mean``, ``std``, ``interpolation``,
+            ``crop_pct`` and ``crop_mode``, as for ``timm.data.resolve_data_config``.
+        label_names: What the classes are called, by their index. Of these three, and of a tag of one's own, what the
+            training script saved in the file is the default; those of a published tag are known.
         replace: Take the place of the store's entry, if there is one.
         source: Where the file comes from, for the record; the name and SHA-256 of the file if None.
         root: The store's folder, see `store.folder`.
@@ -63,15 +66,17 @@ def import_checkpoint(
         file = unpack_checkpoint(path, Path(scratch)) if is_archive(path) else path
         checkpoint = read_checkpoint(file)
     state_dict = state_dict_of(checkpoint, path, use_ema)
-    trained = {} if tags.is_published(name) else _training_options(checkpoint)
-    model = _build(name, _model_args(state_dict, trained, model_args or {}), label_names)
+    saved = {} if tags.is_published(name) or not isinstance(checkpoint, dict) else checkpoint
+    model_args = _saved_model_args(saved) | _formula(state_dict) | (model_args or {})
+    model = _build(name, {key: value for key, value in model_args.items() if value is not None})
     load_weights(model, state_dict)
 
-    data = {key: trained[key] for key in _DATA if trained.get(key)}
+    data = _saved_data_config(saved) | (data_config or {})
+    labels = _labels(model, label_names, saved.get('label_names'))
     logits = _run(model, data)
     source = source or dict(file=path.name, sha256=store.sha256(path))
     with store.new_folder(name, root, replace) as folder:
-        _write(model, folder, name, data, source)
+        _write(model, folder, name, data, labels, source)
         again = timm.create_model(f'local-dir:{folder}', pretrained=True)
         if not torch.equal(_run(again, data), logits):
             raise CheckpointError(f'{name} gives other results from the converted file than from {path.name}.')
@@ -94,33 +99,36 @@ def _check_name(name: str, replace: bool, root: Any) -> None:
         raise CheckpointError(f"The store has {name} already, at '{target}'. With --force it is replaced.")
 
 
-def _training_options(checkpoint: Any) -> dict[str, Any]:
-    """What timm's training scripts, and so this package's, save of their options."""
-    options = checkpoint.get('args') if isinstance(checkpoint, dict) else None
+def _saved_options(saved: dict[str, Any]) -> dict[str, Any]:
+    """The options of the training script, timm's or this package's."""
+    options = saved.get('args')
     options = vars(options) if isinstance(options, argparse.Namespace) else options
     return options if isinstance(options, dict) else {}
 
 
-def _model_args(state_dict: dict[str, Tensor], trained: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of the model that was trained. What the caller says wins over what the file says."""
-    found = dict(trained.get('model_kwargs') or {})
-    found |= dict(
-        num_classes=trained.get('num_classes'), in_chans=trained.get('in_chans'), global_pool=trained.get('gp')
-    )
-    if published.is_before_june_2023(state_dict):
-        found['weighted_mean'] = False  # as those weights were trained
-    return {key: value for key, value in (found | given).items() if value is not None}
+def _saved_model_args(saved: dict[str, Any]) -> dict[str, Any]:
+    options = _saved_options(saved)
+    named = (('num_classes', 'num_classes'), ('in_chans', 'in_chans'), ('global_pool', 'gp'))
+    return dict(options.get('model_kwargs') or {}, **{argument: options.get(option) for argument, option in named})
 
 
-def _build(name: str, model_args: dict[str, Any], label_names: Sequence[str] | None) -> nn.Module:
+def _saved_data_config(saved: dict[str, Any]) -> dict[str, Any]:
+    """What this package's script has resolved, or else the options that timm's would have resolved."""
+    found = saved.get('data_config') or _saved_options(saved)
+    return {key: found[key] for key in _DATA if found.get(key)}
+
+
+def _formula(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    return dict(weighted_mean=False) if published.is_before_june_2023(state_dict) else {}
+
+
+def _build(name: str, model_args: dict[str, Any]) -> nn.Module:
     architecture, _, tag = name.partition('.')
     overlay = {}
     if not tags.is_published(name):
         # What the architecture's own tag says of its weights does not hold for these.
         overlay |= dict.fromkeys(('url', 'file', 'license', 'origin_url', 'label_names', 'description'))
         overlay |= dict(tag=tag, architecture=architecture)
-    if label_names is not None:
-        overlay |= dict(label_names=tuple(label_names))
     try:
         with torch.random.fork_rng(devices=[]):
             model = timm.create_model(
@@ -128,9 +136,20 @@ def _build(name: str, model_args: dict[str, Any], label_names: Sequence[str] | N
             )
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise CheckpointError(f'{architecture} can not be built with {model_args}: {error}') from error
-    if label_names is not None and len(label_names) != model.num_classes:
-        raise CheckpointError(f'{len(label_names)} label names for {model.num_classes} classes.')
     return model
+
+
+def _labels(model: nn.Module, given: Sequence[str] | None, saved: Sequence[str] | None) -> dict[str, Any]:
+    """The names of the classes, as timm's hub layout has them."""
+    if given is not None and len(given) != model.num_classes:
+        raise CheckpointError(f'There are {len(given)} label names for {model.num_classes} classes.')
+    names = given or (saved if saved and len(saved) == model.num_classes else None)
+    if names:
+        return dict(label_names=list(names))
+    if not tags.label_names(dict(model.pretrained_cfg, num_classes=model.num_classes)):
+        return {}
+    synsets, names = tags.imagenet_labels()
+    return dict(label_names=list(synsets), label_descriptions=dict(zip(synsets, names)))
 
 
 @torch.inference_mode()
@@ -144,20 +163,16 @@ def _run(model: nn.Module, data: dict[str, Any]) -> Tensor:
     return logits
 
 
-def _write(model: nn.Module, folder: Path, name: str, data: dict[str, Any], source: dict[str, Any]) -> None:
-    timm.models.save_for_hf(model, folder, safe_serialization=True, data_config=data, model_config=_labels(model))
+def _write(
+    model: nn.Module,
+    folder: Path,
+    name: str,
+    data: dict[str, Any],
+    labels: dict[str, Any],
+    source: dict[str, Any],
+) -> None:
+    timm.models.save_for_hf(model, folder, safe_serialization=True, data_config=data, model_config=labels)
     config = json.loads((folder / store.CONFIG).read_text(encoding='utf-8'))
     config |= dict(sha256=store.sha256(folder / store.WEIGHTS), source=source)
     (folder / store.CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     (folder / store.CARD).write_text(model_card(config, tags.facts(name)), encoding='utf-8')
-
-
-def _labels(model: nn.Module) -> dict[str, Any]:
-    """The names of the classes as timm's hub layout has them."""
-    cfg = model.pretrained_cfg
-    if cfg.get('label_names'):
-        return dict(label_names=list(cfg['label_names']))
-    if not tags.label_names(dict(cfg, num_classes=model.num_classes)):
-        return {}
-    synsets, names = tags.imagenet_labels()
-    return dict(label_names=list(synsets), label_descriptions=dict(zip(synsets, names)))

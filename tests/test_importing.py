@@ -98,16 +98,34 @@ def test_a_checkpoint_of_the_training_script_says_how_its_model_is_built(tmp_pat
         assert _same(loaded, averaged) and not _same(loaded, model)
         data = timm.data.resolve_model_data_config(loaded)
         assert (data['input_size'], tuple(data['mean']), data['crop_pct']) == ((3, 48, 48), (0.1, 0.2, 0.3), 1.0)
+        assert 'label_names' not in loaded.pretrained_cfg
         config = json.loads((folder / 'config.json').read_text())
         assert config['pretrained_cfg'].get('license') is None and 'origin_url' not in config['pretrained_cfg']
     assert _same(_loaded(import_checkpoint(tmp_path / 'last.pth.tar', 'coc_tiny.raw', use_ema=False)), model)
+
+
+def test_a_run_of_this_package_needs_no_options(train, tmp_path):
+    arguments = ['--dataset', 'cluster_zoo/cifar10_sample', '--model', 'coc_tiny', '--num-classes', '10', '-b', '500']
+    arguments += ['--img-size', '32', '--crop-pct', '1', '--epochs', '1', '--cooldown-epochs', '0', '--workers', '0']
+    arguments += ['--output', str(tmp_path), '--experiment', 'run', '--val-num-samples', '10']
+    arguments += ['--model-kwargs', *(f'{key}={value}'.replace(' ', '') for key, value in TINY.items())]
+    train.main(arguments)
+    folder = import_checkpoint(tmp_path / 'run' / 'last.pth.tar', 'coc_tiny.cifar')
+    loaded = _loaded(folder)
+    assert loaded.pretrained_cfg['label_names'][:2] == ['airplane', 'automobile'] and loaded.num_classes == 10
+    data = timm.data.resolve_model_data_config(loaded)
+    assert (data['input_size'], data['crop_pct']) == ((3, 32, 32), 1.0)
+    assert len(loaded.stages[0].blocks) == 1
 
 
 def test_arguments_and_labels_that_are_given(tmp_path):
     model = timm.create_model('dnc_resnet18_cifar', num_classes=3, sub_centroids=2).eval()
     torch.save(model.state_dict(), tmp_path / 'c.pth')
     kwargs = dict(model_args=dict(num_classes=3, sub_centroids=2), label_names=['a', 'b', 'c: "d"'])
+    kwargs |= dict(data_config=dict(img_size=40, mean=(0.5, 0.5, 0.5)))
     loaded = _loaded(import_checkpoint(tmp_path / 'c.pth', 'dnc_resnet18_cifar.mine', **kwargs))
+    data = timm.data.resolve_model_data_config(loaded)
+    assert (data['input_size'], tuple(data['mean'])) == ((3, 40, 40), (0.5, 0.5, 0.5))
     assert _same(loaded, model, 32) and tuple(loaded.pretrained_cfg['label_names']) == ('a', 'b', 'c: "d"')
 
 
@@ -144,7 +162,7 @@ def test_what_is_refused_changes_nothing(tmp_path, home):
         ('good.pth', 'coc_tiny_plain.cifar10', {}, 'part of the package'),
         ('good.pth', 'coc_tiny.in1k', {}, 'does not fit'),
         ('good.pth', 'coc_tiny.b', dict(model_args=dict(args, colour=3)), 'can not be built'),
-        ('good.pth', 'coc_tiny.b', dict(model_args=args, label_names=['a']), '1 label names for 5 classes'),
+        ('good.pth', 'coc_tiny.b', dict(model_args=args, label_names=['a']), '1 label names for 5'),
         ('missing.pth', 'coc_tiny.b', {}, 'No checkpoint at'),
         ('cut.pth', 'coc_tiny.b', {}, 'damaged'),
         ('inf.pth', 'coc_tiny.b', dict(model_args=args), 'NaN or infinity'),
@@ -169,7 +187,7 @@ def test_replacing(tmp_path, home, monkeypatch):
 
     monkeypatch.setattr(importing, '_write', fails)
     before = _snapshot(home)
-    with pytest.raises(OSError, match='No space left'):
+    with pytest.raises(CheckpointError, match='No space left'):
         import_checkpoint(tmp_path / 'a.pth', 'coc_tiny.mine', model_args=args, replace=True)
     assert _snapshot(home) == before
 
