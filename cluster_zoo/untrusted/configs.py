@@ -20,7 +20,7 @@ _MAX_CLASSES = 1_000_000
 _MAX_ARGUMENT = 65_536  # channels, blocks, pixels, ...
 _MAX_LIST = 64
 
-# By these keys other libraries' configurations name code to import
+# By these keys configurations name code to import, or ask for a loader of the model's own
 _CODE = {'auto_map', 'trust_remote_code', 'custom_load', 'custom_pipelines', 'custom_objects', '_target_'}
 _REDIRECTIONS = ('url', 'file', 'hf_hub_id', 'source', 'state_dict')
 _FILE_NAME = re.compile(r'[\w-][\w.-]*')
@@ -127,7 +127,7 @@ def _check_values(config: dict[str, Any]) -> None:
                 if not isinstance(key, str) or _CONTROL.search(key):
                     raise _Refused(f'{path} has a key that is no plain text')
                 if key in _CODE and value[key]:
-                    raise _Refused(f'{path}.{key} asks to import code' if path else f'{key} asks to import code')
+                    raise _Refused(f'{path}.{key}'.lstrip('.') + ' asks for code of its own')
         elif not isinstance(value, list | tuple | int | None):
             raise _Refused(f'{path} is a {type(value).__name__}')
 

@@ -20,7 +20,7 @@ from .errors import CheckpointError, damaged, one_line
 
 _MAX_INSTRUCTIONS = 2_000_000  # some 90,000 tensors
 _MAX_PICKLE = 64 * 2**20
-_MAX_VALUES = 4_000_000  # where a value counts as often as it is referred to
+_MAX_VALUES = 2_000_000  # where a value counts as often as it is referred to
 _MAX_DEPTH = 64
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # files that torch.save wrote before PyTorch 1.6
 _LEGACY_VERSION = 1001

@@ -1,0 +1,94 @@
+"""Files that lie about themselves: checkpoints, archives and safetensors written by hand."""
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REBUILD = torch._utils._rebuild_tensor_v2
+
+
+class Call:
+    """Pickled as the call of a function."""
+
+    def __init__(self, function: Any, *arguments: Any):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.function, self.arguments
+
+
+class Reference:
+    """Pickled as what ``torch.save`` writes for a storage, or as anything else."""
+
+    def __init__(self, *words: Any):
+        self.words = words
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value: Any) -> Any:
+        return value.words if isinstance(value, Reference) else None
+
+
+def pickled(value: Any) -> bytes:
+    content = io.BytesIO()
+    _Pickler(content, 2).dump(value)
+    return content.getvalue()
+
+
+def storage(numel: Any = 4, key: Any = '0', kind: Any = torch.FloatStorage, location: Any = 'cpu') -> Reference:
+    return Reference('storage', kind, key, location, numel)
+
+
+def tensor(numel: int, size: Any, stride: Any, offset: Any = 0, hooks: Any = None, **kwargs: Any) -> Call:
+    hooks = OrderedDict() if hooks is None else hooks
+    return Call(REBUILD, storage(numel, **kwargs), offset, size, stride, False, hooks)
+
+
+def write_checkpoint(path: Path, program: bytes, compression: int = zipfile.ZIP_STORED, **entries: bytes) -> Path:
+    """A zip as ``torch.save`` writes it, with a pickle and the content of storages: ``_0=...`` is that of key 0."""
+    with zipfile.ZipFile(path, 'w', compression) as archive:
+        archive.writestr('archive/data.pkl', program)
+        archive.writestr('archive/version', '3\n')
+        archive.writestr('archive/byteorder', 'little')
+        for key, content in entries.items():
+            archive.writestr(f'archive/data/{key[1:]}', content)
+    return path
+
+
+def write_legacy(path: Path, value: Any, keys: Any, content: bytes) -> Path:
+    """A file as ``torch.save`` wrote it before PyTorch 1.6."""
+    head = (0x1950A86A20F9469CFC6C, 1001, dict(protocol_version=1001, little_endian=True))
+    path.write_bytes(
+        b''.join(pickle.dumps(part, 2) for part in head) + pickled(value) + pickle.dumps(keys, 2) + content
+    )
+    return path
+
+
+def legacy_tensor(numel: Any, size: Any, key: str = '0', view: Any = None) -> Call:
+    reference = Reference('storage', torch.FloatStorage, key, 'cpu', numel, view)
+    return Call(REBUILD, reference, 0, size, (1,), False, OrderedDict())
+
+
+def edit_zip(path: Path, name: str, **fields: int) -> Path:
+    """Changes what a zip's directory says about an entry: ``offset``, ``size``, ``packed``, ``flags``."""
+    places = dict(flags=(8, 'H'), packed=(20, 'I'), size=(24, 'I'), offset=(42, 'I'))
+    content = bytearray(path.read_bytes())
+    start = content.rindex(b'PK\1\2', 0, content.rindex(name.encode()))
+    for field, value in fields.items():
+        position, kind = places[field]
+        struct.pack_into(f'<{kind}', content, start + position, value)
+    path.write_bytes(content)
+    return path
+
+
+def write_safetensors(path: Path, header: Any, content: bytes = b'', length: int | None = None) -> Path:
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack('<Q', len(header) if length is None else length) + header + content)
+    return path
