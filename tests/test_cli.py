@@ -1,6 +1,11 @@
-"""cluster_zoo.cli: what the demo prints and draws, conventional options, exit codes and errors."""
+"""cluster_zoo.cli: conventional options, exit codes and errors of the whole command, completion, and the demo."""
 
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,9 +14,155 @@ import torch
 from PIL import Image
 
 from cluster_zoo import __version__, cli
-from cluster_zoo.cli import demo
+from cluster_zoo.cli import demo, models, parser
 from cluster_zoo.data import create_dataset
 from cluster_zoo.weights import CheckpointError
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ['demo', 'list', 'info', 'fetch', 'import', 'push', 'predict', 'export']
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv('CLUSTER_ZOO_HOME', str(tmp_path / 'store'))
+    for name in ('CLUSTER_ZOO_HUB', 'CLUSTER_ZOO_AUTHORS'):
+        monkeypatch.delenv(name, raising=False)
+
+
+def output_of(arguments, capsys):
+    """Exit status, standard output and standard error of a command that ends while it parses its arguments."""
+    with pytest.raises(SystemExit) as status:
+        cli.main(arguments)
+    return status.value.code, *capsys.readouterr()
+
+
+# --- the whole command ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('arguments', [['--help'], *([name, '--help'] for name in COMMANDS), ['--version']])
+def test_information_goes_to_standard_output(arguments, capsys):
+    status, out, err = output_of(arguments, capsys)
+    assert status == 0 and err == ''
+    assert (__version__ if arguments == ['--version'] else 'usage: cluster-zoo') in out
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_the_examples_of_every_command_can_be_typed(name, capsys, tmp_path, monkeypatch):
+    """Their arguments are understood; what they do is not done."""
+    _, out, _ = output_of([name, '--help'], capsys)
+    examples = re.findall(r'^  .*?(cluster-zoo .*)$', out.partition('examples:')[2], re.MULTILINE)
+    assert examples and all(example.startswith(f'cluster-zoo {name}') for example in examples)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'birds.txt').write_text('robin\n')
+    monkeypatch.setattr(parser.tags, 'our_tags', lambda: [*timm.list_models(include_tags=True), 'coc_tiny.birds'])
+    for example in examples:
+        assert callable(cli._parser().parse_args(shlex.split(example)[1:]).run)
+
+
+def test_the_exit_status_is_documented(capsys):
+    _, out, _ = output_of(['--help'], capsys)
+    assert re.findall(r'^  (\d+) ', out.partition('exit status:')[2], re.MULTILINE) == ['0', '1', '2', '130', '141']
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ([], 'COMMAND'),
+        (['dmeo'], r"there is no command 'dmeo' \(did you mean demo\?\)"),
+        (['list', '--jsn'], r'unknown argument --jsn \(did you mean --json\?\)'),
+        (['predict', 'cat.jpg', '--modle=x'], r'unknown argument --modle=x \(did you mean --model\?\)'),
+        (['info', 'coc_small', 'coc_tiny'], 'unknown argument coc_tiny'),
+        (['fetch', 'coc_small', '--ye'], r'unknown argument --ye \(did you mean --yes'),  # there are no abbreviations
+        (['demo', '--output', 'nowhere/at/all.png'], 'there is no folder'),
+        (['demo', '--output', 'picture.txt'], r'picture\.txt names no picture format'),
+        (['demo', '--device', 'abacus'], 'can not run on abacus'),
+    ],
+)
+def test_wrong_use(arguments, message, capsys):
+    status, out, err = output_of(arguments, capsys)
+    assert status == 2 and out == '' and re.search(f'^error: .*{message}', err)
+    assert re.search(r'\(see cluster-zoo.* --help\)\n$', err)
+
+
+def test_errors_are_one_message(monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise CheckpointError('the weights are damaged')
+
+    monkeypatch.setattr(timm, 'create_model', refuse)
+    assert cli.main(['demo']) == 2
+    assert capsys.readouterr() == ('', 'error: the weights are damaged\n')
+
+
+def test_interrupted(monkeypatch, capsys):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, 'where', interrupt)
+    assert cli.main(['list', 'coc_tiny']) == 130
+    assert capsys.readouterr().err == ''
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """As in `cluster-zoo list | head -1`: python -m cluster_zoo is the same command."""
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        run = subprocess.run(
+            [sys.executable, '-m', 'cluster_zoo', 'list'], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        os.close(write)
+    assert (run.returncode, run.stderr) == (141, '')
+
+
+# --- completion -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bash(tmp_path, capsys):
+    """Completes a command line as an interactive bash would."""
+    if not shutil.which('bash'):
+        pytest.skip('there is no bash')
+    pytest.importorskip('shtab')
+    status, out, err = output_of(['--print-completion', 'bash'], capsys)
+    assert status == 0 and err == ''
+    (tmp_path / 'completion').write_text(out)
+    (tmp_path / 'weights.pth').touch()
+
+    def complete(*words):
+        ask = (
+            'source completion; COMP_WORDS=("$@"); COMP_CWORD=$(( $# - 1 )); COMP_LINE="$*"; COMP_POINT=${#COMP_LINE}; '
+            'read -ra registered < <(complete -p cluster-zoo); '  # complete ... -F function cluster-zoo
+            '"${registered[-2]}"; printf "%s\\n" "${COMPREPLY[@]}"'
+        )
+        run = subprocess.run(['bash', '-c', ask, 'bash', *words], cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return run.stdout.split()
+
+    return complete
+
+
+def test_completion(bash):
+    assert bash('cluster-zoo', 'in') == ['info']
+    assert bash('cluster-zoo', 'import', 'wei') == ['weights.pth']
+    assert bash('cluster-zoo', 'import', 'weights.pth', '--no') == ['--no-ema']
+    assert {'fec_small', 'fec_small.in1k'} == set(bash('cluster-zoo', 'info', 'fec_s'))
+    assert 'coc_tiny_plain.cifar10' in bash('cluster-zoo', 'predict', '--model', 'coc_tiny_plain.')
+
+
+def test_completion_of_an_unknown_shell(capsys):
+    pytest.importorskip('shtab')
+    status, out, err = output_of(['--print-completion', 'abacus'], capsys)
+    assert status == 2 and out == '' and 'not for abacus' in err
+
+
+def test_completion_without_shtab(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'shtab', None)
+    status, out, err = output_of(['--print-completion', 'bash'], capsys)
+    assert status == 2 and out == '' and "pip install 'cluster_zoo[completion]'" in err
+
+
+# --- the demo ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -50,44 +201,8 @@ def test_demo(small_model, tmp_path, capsys):
         assert image.format == 'PNG' and image.width > 10 * 100 and image.height > 4 * 100
 
 
-@pytest.mark.parametrize('arguments', [['--help'], ['demo', '--help'], ['--version']])
-def test_information_goes_to_standard_output(arguments, capsys):
-    with pytest.raises(SystemExit) as status:
-        cli.main(arguments)
-    assert status.value.code == 0
-    out, err = capsys.readouterr()
-    assert err == '' and (__version__ if arguments == ['--version'] else 'usage: cluster-zoo') in out
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        ([], 'COMMAND'),
-        (['dmeo'], 'dmeo'),
-        (['demo', '--output', 'nowhere/at/all.png'], 'there is no folder'),
-        (['demo', '--output', 'picture.txt'], r'picture\.txt names no picture format'),
-        (['demo', '--device', 'abacus'], 'can not run on abacus'),
-    ],
-)
-def test_wrong_use(arguments, message, capsys):
-    with pytest.raises(SystemExit) as status:
-        cli.main(arguments)
-    assert status.value.code == 2
-    out, err = capsys.readouterr()
-    assert out == '' and re.search(f'error: .*{message}', err)
-
-
-def test_errors_are_one_message(monkeypatch, capsys):
-    def refuse(*args, **kwargs):
-        raise CheckpointError('the weights are damaged')
-
-    monkeypatch.setattr(timm, 'create_model', refuse)
-    assert cli.main(['demo']) == 2
-    assert capsys.readouterr() == ('', 'error: the weights are damaged\n')
-
-
 def test_bundled_weights_are_as_good_as_the_readme_says(tmp_path, capsys):
-    readme = (Path(__file__).parents[1] / 'README.md').read_text(encoding='utf-8')
+    readme = (ROOT / 'README.md').read_text(encoding='utf-8')
     stated = float(re.search(r'([\d.]+) % of the 1,000\s+bundled images', readme).group(1))
     assert cli.main(['demo', '--output', str(tmp_path / 'demo.png'), '--device', 'cpu']) == 0
     printed = float(re.search(r'top-1 ([\d.]+) % of 1000', capsys.readouterr().out).group(1))

@@ -8,7 +8,7 @@ from .. import __version__
 from ..data import DataError
 from ..options import OptionError
 from ..weights import CheckpointError
-from . import completion, demo, models, predict, weights
+from . import completion, demo, export, models, predict, weights
 from .parser import Parser
 
 __all__ = ['main']
@@ -54,6 +54,6 @@ def _parser() -> Parser:
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     completion.add_argument(parser)
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
-    for command in (demo, models, weights, predict):
+    for command in (demo, models, weights, predict, export):
         command.add_parser(commands)
     return parser

@@ -3,27 +3,35 @@
 import argparse
 from typing import Any, NoReturn
 
-_SHELLS = ('bash', 'zsh', 'tcsh')
+from ..tags import our_models, our_tags
+from .parser import Parser, model_name, our_tag
 
 
-def add_argument(parser: argparse.ArgumentParser) -> None:
+def add_argument(parser: Parser) -> None:
     """Adds the option to the main parser."""
     parser.add_argument(
         '--print-completion',
         action=_PrintCompletion,
-        choices=_SHELLS,
         metavar='SHELL',
-        help=f'print what makes {", ".join(_SHELLS[:-1])} or {_SHELLS[-1]} complete this command',
+        help='print what makes a shell (bash, zsh, tcsh) complete this command',
     )
 
 
 class _PrintCompletion(argparse.Action):
     def __call__(
-        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None
+        self, parser: argparse.ArgumentParser, namespace: Any, shell: Any, option_string: str | None = None
     ) -> NoReturn:
         try:
             import shtab
         except ImportError:
             parser.error("--print-completion needs shtab: pip install 'cluster_zoo[completion]'")
-        print(shtab.complete(parser, values))
+        if shell not in shtab.SUPPORTED_SHELLS:
+            parser.error(f'there is completion for {", ".join(shtab.SUPPORTED_SHELLS)}, not for {shell}')
+        commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        for action in (action for command in commands.choices.values() for action in command._actions):
+            if action.type in (our_tag, model_name):
+                action.choices = [*our_models(), *our_tags()]  # as of now; argparse itself must not insist on them
+            elif action.metavar in ('FILE', 'IMAGE'):
+                action.complete = shtab.FILE
+        print(shtab.complete(parser, shell))
         parser.exit()

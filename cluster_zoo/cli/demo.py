@@ -29,7 +29,7 @@ def add_parser(commands: Commands) -> None:
     demo = commands.add_parser(
         'demo',
         help='classify the bundled images with the bundled weights',
-        description=f'Classify 1,000 test images of CIFAR-10 with {DEMO_MODEL}, both part of the package, and draw\n'
+        description=f'Classify 1,000 test images of CIFAR-10 with {DEMO_MODEL}, both part of the package, and draw '
         'which points of an image were clustered together.',
         epilog='examples:\n  cluster-zoo demo\n  cluster-zoo demo --output clusters.png --device cpu\n',
     )

@@ -24,8 +24,8 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         'list',
         help='list models and weights',
-        description='List the models of this package with their weights: parameters, top-1 accuracy in % as published\n'
-        'by the authors on ImageNet-1k and as measured with this package, and where the weights are. The network is\n'
+        description='List the models of this package with their weights: parameters, top-1 accuracy in % as published '
+        'by the authors on ImageNet-1k and as measured with this package, and where the weights are. The network is '
         'not asked.',
         epilog="examples:\n  cluster-zoo list\n  cluster-zoo list 'coc_*.in1k'\n  cluster-zoo list swin --json\n",
     )
@@ -36,7 +36,7 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         'info',
         help='print what is known of a model and its weights',
-        description='Print what is known of a model and its weights: where they are or could come from, licence,\n'
+        description='Print what is known of a model and its weights: where they are or could come from, licence, '
         'paper, accuracy, what images have to be like, and what the classes are called.',
         epilog='examples:\n  cluster-zoo info coc_small\n  cluster-zoo info coc_tiny_plain.cifar10 --json\n',
     )

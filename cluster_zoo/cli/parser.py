@@ -15,8 +15,16 @@ from ..options import nearest
 Commands = argparse._SubParsersAction  # what ``add_subparsers`` returns, for annotations
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Paragraphs are filled; where one has indented lines, as examples have, they stay as they are."""
+        fill = super()._fill_text
+        paragraphs = text.strip().split('\n\n')
+        return '\n\n'.join(one if '\n ' in one else fill(one, width, indent) for one in paragraphs)
+
+
 class Parser(argparse.ArgumentParser):
-    """Argument parser of the command, or of one of its commands; lines of descriptions and examples stay as they are.
+    """Argument parser of the command, or of one of its commands.
 
     Args:
         **kwargs: As for ``argparse.ArgumentParser``.
@@ -24,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         # Abbreviations would make a new option change the meaning of a command that worked.
-        kwargs = dict(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False) | kwargs
+        kwargs = dict(formatter_class=_HelpFormatter, allow_abbrev=False) | kwargs
         super().__init__(**kwargs)
 
     def parse_known_args(

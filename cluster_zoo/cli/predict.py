@@ -19,7 +19,7 @@ def add_parser(commands: Commands) -> None:
         'predict',
         help='classify images: files, folders, URLs, standard input',
         description='Classify images and print the most probable classes of each.\n\n'
-        'Images are turned upright as the camera noted, laid over white where transparent, and then resized and\n'
+        'Images are turned upright as the camera noted, laid over white where transparent, and then resized and '
         "cropped as in the model's validation. One that can not be read is reported, and the others are classified.",
         epilog='examples:\n'
         '  cluster-zoo predict cat.jpg dog.png\n'

@@ -6,6 +6,8 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ def _add_fetch(commands: Commands) -> None:
     parser = commands.add_parser(
         'fetch',
         help='download published weights',
-        description='Get the weights of a model onto this machine, unless they are there: from the Hugging Face\n'
+        description='Get the weights of a model onto this machine, unless they are there: from the Hugging Face '
         "organisation that CLUSTER_ZOO_HUB names, else, after a question, from the authors' publication.",
         epilog='examples:\n'
         '  cluster-zoo fetch coc_small\n'
@@ -54,44 +56,35 @@ def _add_fetch(commands: Commands) -> None:
 
 def _fetch(args: argparse.Namespace) -> None:
     again = args.force or args.file is not None
-    path = None if again else _on_this_machine(args.name)
-    downloaded = path is None
-    if downloaded:
-        path = _download(args, args.name, again)
-    _show(
-        args,
-        f'{args.name}: {"downloaded" if downloaded else "nothing to download"}',
-        dict(name=args.name, downloaded=downloaded, weights=str(path), sha256=store.sha256(path)),
-    )
+    found, path = (None if again else _on_this_machine(args.name)) or _download(args, again)
+    facts = dict(name=args.name, found=found, weights=str(path), sha256=store.sha256(path))
+    _show(args, f'{args.name}: {found}', facts)
 
 
-def _on_this_machine(name: str) -> Path | None:
-    """The file that the package or the store has; None if they have none, or a damaged one."""
+def _on_this_machine(name: str) -> tuple[str, Path] | None:
+    """What the package or the store has; None if they have nothing, or a damaged file."""
     status = where(name)
     if status == 'package':
-        return Path(get_pretrained_cfg(name).file)
+        return 'part of the package', Path(get_pretrained_cfg(name).file)
     if status == 'store':
         try:
-            return store.verified_weights(store.folder(name))
+            return 'in the store already', store.verified_weights(store.folder(name))
         except CheckpointError as error:
             _note(f'{error} It is fetched again.')
     return None
 
 
-def _download(args: argparse.Namespace, name: str, again: bool) -> Path:
-    progress, organisation = not args.quiet and sys.stderr.isatty(), hub.organisation()
-    if not progress:
-        from huggingface_hub.utils import disable_progress_bars
-
-        disable_progress_bars()
-    if organisation and not again:
-        try:
-            return hub.download(f'{organisation}/{name}')
-        except CheckpointError as error:
-            if not authors.publication(name):
-                raise
-            _note(str(error))
+def _download(args: argparse.Namespace, again: bool) -> tuple[str, Path]:
+    name, progress, organisation = args.name, not args.quiet and sys.stderr.isatty(), hub.organisation()
     url = authors.publication(name)
+    if organisation and not again:
+        with _hub_progress(progress):
+            try:
+                return f'from {organisation} on Hugging Face', hub.download(f'{organisation}/{name}')
+            except CheckpointError as error:
+                if url is None:
+                    raise
+                _note(str(error))
     if url is None:
         raise CheckpointError(
             f'There is no publication of {name}. Import a file of your own (cluster-zoo import FILE --as NAME.TAG), or '
@@ -99,7 +92,23 @@ def _download(args: argparse.Namespace, name: str, again: bool) -> Path:
         )
     if not (args.yes or authors.allowed() or _agrees(f'Download the weights of {name} from {url} ?')):
         raise OptionError('Nothing was downloaded.')
-    return store.verified_weights(authors.fetch(name, member=args.file, force=args.force, progress=progress))
+    folder = authors.fetch(name, member=args.file, force=args.force, progress=progress)
+    return "from the authors' publication", store.verified_weights(folder)
+
+
+@contextmanager
+def _hub_progress(shown: bool) -> Iterator[None]:
+    """Progress of the Hub's client, unless its own settings (``HF_HUB_DISABLE_PROGRESS_BARS``) say something else."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if shown or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _agrees(question: str) -> bool:
@@ -120,7 +129,7 @@ def _show(args: argparse.Namespace, headline: str, facts: dict[str, Any]) -> Non
         return
     print(headline)
     for key, value in facts.items():
-        if key not in ('name', 'downloaded'):
+        if key not in ('name', 'found'):
             print(f'  {key:10} {value}')
     print(f"  use it     import cluster_zoo, timm; timm.create_model('{facts['name']}', pretrained=True)")
 
@@ -129,8 +138,8 @@ def _add_import(commands: Commands) -> None:
     parser = commands.add_parser(
         'import',
         help='put a checkpoint file into the local store',
-        description="Convert a checkpoint, the authors', timm's or your own, and put it into the local store under a\n"
-        'name that timm.create_model knows from then on: safetensors, config.json and a model card, checked by\n'
+        description="Convert a checkpoint, the authors', timm's or your own, and put it into the local store under a "
+        'name that timm.create_model knows from then on: safetensors, config.json and a model card, checked by '
         'running the model. The file may be a .zip or .tar archive that holds one checkpoint.',
         epilog='examples:\n'
         '  cluster-zoo import model_best.pth.tar --as coc_small.in1k\n'
@@ -160,6 +169,7 @@ def _add_import(commands: Commands) -> None:
     add(
         '--num-classes', type=positive, metavar='N', help="classes of the model (default: the file's, else the model's)"
     )
+    add('--img-size', type=positive, metavar='PX', help="side of the images (default: the file's, else the model's)")
     add('--label-names', type=_lines, metavar='FILE', help='text file with the name of each class on a line, in order')
     add('--force', action='store_true', help='replace what the store has under this name')
     add('--json', action='store_true', help='print JSON')
@@ -200,6 +210,7 @@ def _import(args: argparse.Namespace) -> None:
         args.name,
         use_ema=not args.no_ema,
         model_args=model_args,
+        data_config=dict(img_size=args.img_size) if args.img_size else None,
         label_names=args.label_names,
         replace=args.force,
     )
@@ -224,7 +235,7 @@ def _add_push(commands: Commands) -> None:
     parser = commands.add_parser(
         'push',
         help='upload weights to Hugging Face',
-        description='Upload weights that are on this machine to a repository on Hugging Face, made if need be, in\n'
+        description='Upload weights that are on this machine to a repository on Hugging Face, made if need be, in '
         "timm's layout. You need to be logged in (hf auth login, or HF_TOKEN).",
         epilog='examples:\n'
         '  cluster-zoo push coc_tiny.birds --to my-lab/coc_tiny.birds --private\n'
@@ -252,7 +263,8 @@ def _push(args: argparse.Namespace) -> None:
         config = store.read_config(folder)
         card = model_card(config, tags.facts(args.name), repo_id=args.to)  # which says how to load it from there
         (folder / store.CARD).write_text(card, encoding='utf-8')
-        url = hub.push(folder, args.to, private=args.private, message=args.message)
+        with _hub_progress(not args.json and sys.stderr.isatty()):
+            url = hub.push(folder, args.to, private=args.private, message=args.message)
     _show(
         args,
         f'{args.name}: uploaded',
@@ -267,8 +279,11 @@ def _copy(name: str, folder: Path) -> None:
         store.verified_weights(store.folder(name))
         shutil.copytree(store.folder(name), folder)
     elif status == 'package':
-        folder.mkdir()
         model = timm.create_model(name, pretrained=True)
-        importing._write(model, folder, name, {}, dict(package=f'cluster_zoo {__version__}'))
+        labels = dict(label_names=tags.label_names(model.pretrained_cfg))
+        timm.models.save_for_hf(model, folder, safe_serialization=True, model_config=labels)
+        config = json.loads((folder / store.CONFIG).read_text(encoding='utf-8'))
+        config |= dict(sha256=store.sha256(folder / store.WEIGHTS), source=dict(package=f'cluster_zoo {__version__}'))
+        (folder / store.CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     else:
         raise CheckpointError(f'The weights of {name} are not on this machine: cluster-zoo fetch {name} comes first.')
