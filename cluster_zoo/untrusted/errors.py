@@ -18,7 +18,7 @@ def refused(path: str | Path, reason: str) -> CheckpointError:
 
 def damaged(path: str | Path, what: str, reason: object = '') -> CheckpointError:
     """The error for a file that is not ``what`` it should be, as most often after a broken download."""
-    reason = one_line(str(reason).strip())
+    reason = one_line(str(reason).strip().partition('\n')[0])[:_LONGEST]
     return CheckpointError(
         f"'{path}' is truncated, damaged or not {what}{f' ({reason})' if reason else ''}. Get the file again."
     )
