@@ -37,6 +37,7 @@ _STATE_DICT_KEYS = ('state_dict', 'model')
 _EMA_KEYS = ('state_dict_ema', 'model_ema')
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SHOWN = 4  # differing entries that a message names
+_LONGEST = 200  # characters of another library's message
 
 
 def read_checkpoint(path: str | Path) -> Any:
@@ -210,7 +211,31 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
 
 
 def as_named_by(model: nn.Module, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names of a model, converted by its module's ``checkpoint_filter_fn`` if they are others."""
+    """Tensors under the names of a model, converted by its module's ``checkpoint_filter_fn`` if they are others.
+
+    Raises:
+        CheckpointError: They are not what that function converts.
+    """
     shapes, found = ({name: x.shape for name, x in entries.items()} for entries in (model.state_dict(), state_dict))
     filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
-    return state_dict if found == shapes or filter_fn is None else filter_fn(state_dict, model)
+    return state_dict if found == shapes or filter_fn is None else converted(state_dict, model, filter_fn)
+
+
+def converted(state_dict: dict[str, Tensor], model: nn.Module, filter_fn: Callable[..., Any]) -> dict[str, Tensor]:
+    """What timm's filter functions make of a state dict. They know some names, and assume that these have their shapes.
+
+    Args:
+        state_dict: Tensors by name, which stay as they are.
+        model: The model to convert for.
+        filter_fn: Called with a copy of the dictionary and the model.
+
+    Raises:
+        CheckpointError: They have others.
+    """
+    try:
+        return filter_fn(dict(state_dict), model)
+    except Exception as error:
+        raise CheckpointError(
+            f'The checkpoint does not fit this {type(model).__name__}: its entries have known names, but shapes that '
+            f'cannot be converted ({one_line(str(error))[:_LONGEST]}).'
+        ) from error

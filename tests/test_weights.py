@@ -3,6 +3,7 @@
 import argparse
 import os
 
+import forged
 import pytest
 import timm
 import torch
@@ -185,3 +186,52 @@ def test_another_models_checkpoint_names_the_first_differences(tmp_path):
     torch.save(timm.create_model('resnet10t').state_dict(), tmp_path / 'r.pth')
     with pytest.raises(CheckpointError, match=r'unknown to the model \(conv1'):
         load_checkpoint(timm.create_model('coc_tiny'), tmp_path / 'r.pth')
+
+
+# What is refused although it is a checkpoint
+
+
+@pytest.mark.parametrize('entries, words', [
+    ({1: torch.ones(1)}, 'the entries 1 are not tensors'),
+    ({'a': torch.ones(1), ('b',): torch.ones(1)}, 'keys other than text'),
+    ({'state_dict': {'state_dict': 3}}, 'the entries state_dict are not tensors'),
+    ({'a\x1b[2J\n': 3}, 'the entries a?[2J? are not tensors'),
+])  # fmt: skip
+def test_names_that_are_none(entries, words, tmp_path):
+    torch.save(entries, tmp_path / 'c.pth')
+    with pytest.raises(CheckpointError) as error:
+        load_state_dict(tmp_path / 'c.pth')
+    assert words in _message(error)
+
+
+@pytest.mark.parametrize('dtype', [torch.complex64, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_numbers_of_another_kind_are_refused(tiny, weights, tmp_path, dtype):
+    weights['norm.bias'] = weights['norm.bias'].to(dtype)
+    save_file(weights, tmp_path / 'c.safetensors')
+    with pytest.raises(CheckpointError, match='1 of another type') as error:
+        load_checkpoint(tiny, tmp_path / 'c.safetensors')
+    assert f'norm.bias: {dtype} in the file, torch.float32 in the model' in _message(error)
+
+
+def test_numbers_that_are_too_large_for_the_model_are_refused(tiny, weights, tmp_path):
+    weights['norm.bias'] = weights['norm.bias'].double().fill_(1e39)
+    torch.save(weights, tmp_path / 'c.pth')
+    with pytest.raises(CheckpointError, match=r'NaN or infinity \(norm.bias\)'):
+        load_checkpoint(tiny, tmp_path / 'c.pth')
+
+
+@pytest.mark.parametrize('name', ['coc_tiny', 'dnc_swin_tiny', 'vit_tiny_patch16_224'])
+def test_known_names_with_shapes_that_nobody_has_are_refused(name, tmp_path):
+    torch.save({'patch_embed.proj.weight': torch.tensor(1.0)}, tmp_path / 'c.pth')
+    with pytest.raises(CheckpointError, match='cannot be converted') as error:
+        load_checkpoint(timm.create_model(name), tmp_path / 'c.pth')
+    _message(error)
+
+
+def test_shapes_without_numbers_cost_nothing(tiny, weights, tmp_path):
+    """A header may name any shape that has a zero in it; and a message should not repeat it all."""
+    header = {'norm.bias': dict(dtype='F32', shape=[0, *[1 << 40] + [1] * 50_000], data_offsets=[0, 0])}
+    path = forged.write_safetensors(tmp_path / 'c.safetensors', header)
+    with pytest.raises(CheckpointError) as error:
+        load_checkpoint(tiny, path)
+    assert len(_message(error)) < 1500
