@@ -55,7 +55,7 @@ class Sizes:
     Attributes:
         fixed: Height and width, where they can be no others.
         multiple: Otherwise, what both sides are a multiple of.
-        smallest: The smallest side, in pixels.
+        smallest: The smallest side of which it is certain that results agree, in pixels.
     """
 
     fixed: tuple[int, int] | None = None
@@ -206,26 +206,36 @@ def _sizes(model: nn.Module, form: 'Format', image_size: int | tuple[int, int] |
         if len(fixed) != 2 or min(fixed) < _SMALLEST:
             raise ExportError(f'An image size is a height and a width of at least {_SMALLEST} px, got {image_size}.')
         return Sizes(fixed), fixed
+    multiple, smallest = _grid(model)
     if not form.traces:
-        return Sizes(), native
-    multiple = _multiple(model)
+        return Sizes(smallest=smallest), native
     # torch.export takes sizes of one for constants, and so must never see one where another may stand: the last
     # stage's map, or a region of it, needs two points a side.
-    traced = multiple * max(2, model.feature_info[-1]['reduction'] // multiple + 1)
-    smallest = max(math.ceil(_SMALLEST / multiple) * multiple, traced if form.guards else 0)
-    return Sizes(None, multiple, smallest), (traced, traced + multiple)
+    traced = max(multiple * max(2, model.feature_info[-1]['reduction'] // multiple + 1), _up(smallest, multiple))
+    sizes = Sizes(None, multiple, traced if form.guards else _up(smallest, multiple))
+    return sizes, (traced, traced + multiple)
 
 
-def _multiple(model: nn.Module) -> int:
-    """What both sides have to be a multiple of, for no grid of points to be padded."""
+def _grid(model: nn.Module) -> tuple[int, int]:
+    """What both sides have to be a multiple of, for no grid of points to be padded, and how long they are at least.
+
+    On a shorter side there are more centers than points. Some then lie in the same place, which of them a point joins
+    is a matter of rounding, and no two programs need agree.
+    """
     if not isinstance(model, ContextCluster):
-        return 1
-    multiple = model.stem.patch_size
+        return 1, _SMALLEST
+    multiple, smallest = model.stem.patch_size, _SMALLEST
     for stage, info in zip(model.stages, model.feature_info):
         for module in stage.modules():
             if isinstance(module, ClusterPool) or (isinstance(module, ClusterMixer) and module.regions > 1):
                 multiple = math.lcm(multiple, info['reduction'] * module.regions)
-    return multiple
+            if isinstance(module, ClusterMixer):
+                smallest = max(smallest, info['reduction'] * module.regions * module.proposals)
+    return multiple, smallest
+
+
+def _up(side: int, multiple: int) -> int:
+    return math.ceil(side / multiple) * multiple
 
 
 def _shapes(model: nn.Module, sizes: Sizes) -> tuple[tuple[int, int, int], ...]:
@@ -233,10 +243,9 @@ def _shapes(model: nn.Module, sizes: Sizes) -> tuple[tuple[int, int, int], ...]:
     if sizes.fixed:
         return ((1, *sizes.fixed), (3, *sizes.fixed))
     multiple, small = sizes.multiple, sizes.smallest
-    step = math.ceil(_STEP / multiple) * multiple
+    step = _up(_STEP, multiple)
     height, width = (
-        max(small, math.ceil(side / multiple) * multiple)
-        for side in timm.data.resolve_model_data_config(model)['input_size'][1:]
+        max(small, _up(side, multiple)) for side in timm.data.resolve_model_data_config(model)['input_size'][1:]
     )
     return ((1, small, small), (3, small, small + step), (2, height, width), (1, height + step, width))
 
@@ -361,20 +370,30 @@ def _write_onnx(
     written = next(entry.version for entry in proto.opset_import if entry.domain in ('', 'ai.onnx'))
     if written != opset:
         raise ExportError(f'This model can not be written with opset {opset}, but with {written}.')
-    for node in proto.graph.node:
-        del node.metadata_props[:]  # the exporter's notes on where each node comes from
-    _name_checks(proto.graph, sizes.multiple)
+    _tidy(proto.graph, sizes)
     onnx.helper.set_model_props(proto, dict(metadata, opset=str(opset), input='image', output=output))
     proto.producer_name, proto.producer_version = 'cluster_zoo', __version__
     onnx.checker.check_model(proto, full_check=True)
     onnx.save_model(proto, path)
 
 
-def _name_checks(graph: Any, multiple: int) -> None:
-    """Give the nodes that refuse an image names that say why, which is what onnxruntime's error shows."""
+def _tidy(graph: Any, sizes: Sizes) -> None:
+    """Names for people, and no notes of the exporter's.
+
+    The nodes that refuse an image say why by their names, which is what onnxruntime's error shows.
+    """
+    del graph.value_info[:]  # shapes in between, in symbols of the exporter's; whoever needs them infers them
+    for noted in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+        del noted.metadata_props[:]
+    for value in (*graph.input, *graph.output):
+        axes = value.type.tensor_type.shape.dim
+        for axis, name in zip(axes, ('batch', 'channels', 'height', 'width')):
+            if axis.dim_param:
+                axis.dim_param = name
+    graph.input[0].doc_string = 'RGB from 0 to 1, minus mean, divided by std'
     tensor = 'image'
-    for side in ('height', 'width') if multiple > 1 else ():
-        for name in (f'image_{side}_is_a_multiple_of_{multiple}', f'image_{side}'):
+    for side in ('height', 'width') if sizes.multiple > 1 else ():
+        for name in (f'image_{side}_is_a_multiple_of_{sizes.multiple}', f'image_{side}'):
             node = next(node for node in graph.node if tensor in node.input and node.op_type == 'Reshape')
             node.name, tensor = name, node.output[0]
 
