@@ -22,13 +22,6 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = ['demo', 'list', 'info', 'fetch', 'import', 'push', 'predict', 'export']
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv('CLUSTER_ZOO_HOME', str(tmp_path / 'store'))
-    for name in ('CLUSTER_ZOO_HUB', 'CLUSTER_ZOO_AUTHORS'):
-        monkeypatch.delenv(name, raising=False)
-
-
 def output_of(arguments, capsys):
     """Exit status, standard output and standard error of a command that ends while it parses its arguments."""
     with pytest.raises(SystemExit) as status:

@@ -52,7 +52,7 @@ def _list(args: argparse.Namespace) -> None:
         pattern = f'*{pattern}*'
     names = fnmatch.filter(known, pattern)
     if not names:
-        raise OptionError(f"no name matches '{args.filter}'{nearest(args.filter, [*tags.our_models(), *known])}")
+        raise OptionError(f"no name matches '{args.filter}'{nearest(args.filter, tags.our_models())}")
     rows = [_summary(name) for name in names]
     if args.json:
         print(json.dumps(rows, indent=2))

@@ -55,8 +55,7 @@ def _add_fetch(commands: Commands) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> None:
-    again = args.force or args.file is not None
-    found, path = (None if again else _on_this_machine(args.name)) or _download(args, again)
+    found, path = (None if args.force else _on_this_machine(args.name)) or _download(args)
     facts = dict(name=args.name, found=found, weights=str(path), sha256=store.sha256(path))
     _show(args, f'{args.name}: {found}', facts)
 
@@ -74,10 +73,10 @@ def _on_this_machine(name: str) -> tuple[str, Path] | None:
     return None
 
 
-def _download(args: argparse.Namespace, again: bool) -> tuple[str, Path]:
+def _download(args: argparse.Namespace) -> tuple[str, Path]:
     name, progress, organisation = args.name, not args.quiet and sys.stderr.isatty(), hub.organisation()
     url = authors.publication(name)
-    if organisation and not again:
+    if organisation and not (args.force or args.file):  # which concern the publication
         with _hub_progress(progress):
             try:
                 return f'from {organisation} on Hugging Face', hub.download(f'{organisation}/{name}')

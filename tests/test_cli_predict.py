@@ -1,0 +1,143 @@
+"""cluster-zoo predict: what is printed, the exit status, and what goes wrong."""
+
+import io
+import json
+import re
+
+import pytest
+import torch
+
+from cluster_zoo import cli
+from cluster_zoo.cli import predict as command
+from cluster_zoo.data import create_dataset
+from cluster_zoo.predict import load_classifier
+
+CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """The first image of each class of the bundled sample, in a folder."""
+    folder = tmp_path_factory.mktemp('images')
+    dataset = create_dataset('cluster_zoo/cifar10_sample')
+    for index in range(0, 1000, 100):
+        image, target = dataset[index]
+        image.save(folder / f'{CLASSES[target]}.png')
+    return folder
+
+
+def test_text(images, capsys):
+    assert cli.main(['predict', str(images), '--top', '3', '--device', 'cpu']) == 0
+    out, err = capsys.readouterr()
+    assert err == ''
+    found = re.findall(r'^(\S+)\n((?:  .+\n){3})', out, re.MULTILINE)
+    assert [name for name, _ in found] == [str(images / f'{name}.png') for name in CLASSES]
+    assert ''.join(f'{name}\n{classes}' for name, classes in found) == out
+    right = 0
+    for name, classes in found:
+        percents, labels = zip(*re.findall(r'^ +(\d+\.\d) %  (\w+)$', classes, re.MULTILINE))
+        assert sorted(map(float, percents), reverse=True) == list(map(float, percents)) and set(labels) < set(CLASSES)
+        right += name.endswith(f'{labels[0]}.png')
+    assert right >= 5  # of ten, where 83.7 % are expected
+
+
+def test_json_says_the_same(images, capsys):
+    assert cli.main(['predict', str(images / 'cat.png'), str(images / 'dog.png'), '--top', '2', '--json']) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found['model'] == 'coc_tiny_plain.cifar10'
+    assert [image['image'] for image in found['images']] == [str(images / 'cat.png'), str(images / 'dog.png')]
+    assert cli.main(['predict', str(images / 'cat.png'), str(images / 'dog.png'), '--top', '2']) == 0
+    printed = re.findall(r'(\d+\.\d) %  (\w+)', capsys.readouterr().out)
+    ranked = [one for image in found['images'] for one in image['classes']]
+    assert [(f'{100 * one["probability"]:.1f}', one['label']) for one in ranked] == printed
+    assert all(CLASSES[one['index']] == one['label'] for one in ranked)
+    assert all(image.keys() == {'image', 'classes'} for image in found['images'])
+
+
+@pytest.mark.parametrize('form', ['text', 'json'])
+def test_what_can_not_be_read_does_not_keep_the_rest_from_being_classified(form, images, tmp_path, capsys):
+    (tmp_path / 'damaged.png').write_bytes((images / 'cat.png').read_bytes()[:100])
+    names = [str(tmp_path / 'damaged.png'), str(images / 'cat.png'), str(tmp_path / 'missing.png')]
+    assert cli.main(['predict', *names, *['--json'] * (form == 'json')]) == 1
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert len(lines) == 2 and lines[0].startswith(f'error: {names[0]}: ') and 'truncated' in lines[0]
+    assert lines[1] == f'error: {names[2]}: no such file or folder'
+    if form == 'text':
+        assert out.startswith(names[1] + '\n') and len(out.splitlines()) == 6
+    else:
+        first, second, third = json.loads(out)['images']
+        assert first.keys() == third.keys() == {'image', 'error'} and len(second['classes']) == 5
+
+
+def test_no_image_at_all_is_an_error_before_any_model_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, 'load_classifier', None)
+    (tmp_path / 'notes.txt').touch()
+    assert cli.main(['predict', str(tmp_path), str(tmp_path / 'missing.png'), '--json']) == 2
+    out, err = capsys.readouterr()
+    assert out == ''
+    assert err.splitlines() == [
+        f'error: {tmp_path}: no image in this folder',
+        f'error: {tmp_path}/missing.png: no such file or folder',
+        'error: no image to classify',
+    ]
+
+
+def test_standard_input(images, monkeypatch, capsys):
+    content = (images / 'ship.png').read_bytes()
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(content)))
+    assert cli.main(['predict', '-', '--json']) == 0
+    piped = json.loads(capsys.readouterr().out)['images']
+    assert cli.main(['predict', str(images / 'ship.png'), '--json']) == 0
+    named = json.loads(capsys.readouterr().out)['images']
+    assert piped[0]['image'] == '-' and piped[0]['classes'] == named[0]['classes']
+
+
+def test_classes_without_names(images, monkeypatch, capsys):
+    model = load_classifier('coc_tiny_plain.cifar10')
+    del model.pretrained_cfg['label_names']
+    monkeypatch.setattr(command, 'load_classifier', lambda name, device: model)
+    assert cli.main(['predict', str(images / 'ship.png'), '--top', '10']) == 0
+    printed = re.findall(r'%  class (\d)$', capsys.readouterr().out, re.MULTILINE)
+    assert sorted(printed) == list('0123456789')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--model', 'coc_smal'], r"there is no model 'coc_smal' \(did you mean coc_small"),
+        (['--model', 'coc_small.in2k'], 'only coc_small.in1k'),
+        (['--model', 'timm/resnet18'], 'hf-hub:timm/resnet18'),
+        (['--model', 'ftp:resnet18'], "Unknown model source 'ftp'"),
+        (['--top', '0'], '0 is not a whole number of at least 1'),
+        (['--batch-size', 'many'], 'many is not a whole number'),
+        (['--device', 'abacus'], 'can not run on abacus'),
+    ],
+)
+def test_wrong_use(arguments, message, capsys):
+    with pytest.raises(SystemExit) as status:
+        cli.main(['predict', 'cat.png', *arguments])
+    out, err = capsys.readouterr()
+    assert status.value.code == 2 and out == '' and re.search(f'^error: argument {arguments[0]}: .*{message}', err)
+
+
+def test_weights_that_nobody_has(images, capsys):
+    assert cli.main(['predict', str(images / 'cat.png'), '--model', 'coc_small.in1k']) == 2
+    out, err = capsys.readouterr()
+    assert out == '' and err.startswith('error: No weights were found for coc_small.in1k')
+    assert 'cluster-zoo fetch coc_small.in1k' in err and 'cluster-zoo import FILE --as coc_small.in1k' in err
+
+
+def test_a_folder_that_is_no_model(images, tmp_path, capsys):
+    assert cli.main(['predict', str(images / 'cat.png'), '--model', f'local-dir:{tmp_path}']) == 2
+    out, err = capsys.readouterr()
+    assert out == '' and re.fullmatch(r"error: 'local-dir:.*' can not be loaded: .*config\.json\n", err)
+
+
+def test_memory_that_runs_out(images, monkeypatch, capsys):
+    def run_out(*args):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+
+    monkeypatch.setattr(command, 'classify', run_out)
+    assert cli.main(['predict', str(images / 'cat.png')]) == 2
+    assert '--batch-size' in capsys.readouterr().err
