@@ -404,15 +404,31 @@ def test_weights_of_a_commit_that_change_are_refused(server, folder, weights, tm
     assert hub.download('org/tiny').read_bytes() == weights
 
 
-def test_a_new_commit_is_taken_whole(server, folder, weights, model):
-    """Not the configuration of one and the weights of another, whatever is pushed between the two requests."""
+def test_configuration_and_weights_are_of_one_commit(server, folder, weights):
+    """Whatever is pushed between the two requests."""
     server.add('org/tiny', folder)
-    hub.download('org/tiny')
+    pushed = threading.Event()
+    server.fail('config.json', method='GET', until=pushed)
+
+    def push():
+        while not server.asked('GET', 'config.json') and not pushed.wait(0.01):
+            pass
+        server.add('org/tiny', {'config.json': b'{}', WEIGHTS: weights[:-1] + b'!'})
+        pushed.set()
+
+    thread = threading.Thread(target=push)
+    thread.start()
+    assert hub.download('org/tiny').read_bytes() == weights
+    thread.join()
+
+
+def test_a_new_commit_is_taken(server, folder, model):
+    server.add('org/tiny', folder)
+    assert _same(timm.create_model('hf-hub:org/tiny', pretrained=True), model)
     newer = timm.create_model('coc_tiny', **TINY)
-    path = Path(folder).parent / 'newer'
-    timm.models.save_for_hf(newer, path, safe_serialization=True)
-    server.add('org/tiny', path)
-    assert hub.download('org/tiny').read_bytes() == (path / WEIGHTS).read_bytes()
+    timm.models.save_for_hf(newer, folder.parent / 'newer', safe_serialization=True)
+    server.add('org/tiny', folder.parent / 'newer')
+    assert _same(timm.create_model('hf-hub:org/tiny', pretrained=True), newer)
 
 
 class _Runs:

@@ -178,6 +178,8 @@ def test_full_disk(home):
     with full_disk(10_000), pytest.raises(CheckpointError) as error, store.new_folder(NAME) as path:
         save_file(model.state_dict(), path / store.WEIGHTS)
     assert 'large' in _message(error) and str(home) in _message(error)
+    with full_disk(10), pytest.raises(CheckpointError, match='large'):
+        store.record('x', 'abc')
     assert _files(home) == set()
     _add()
 
