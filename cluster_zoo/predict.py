@@ -99,7 +99,7 @@ def load_classifier(name: str, device: torch.device | str = 'cpu') -> nn.Module:
         model = timm.create_model(name, pretrained=True)
     except CheckpointError:
         raise
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:  # timm's, the hub client's
+    except Exception as error:  # timm's, the hub client's, or that of a library that reads a damaged file
         raise CheckpointError(f"'{name}' can not be loaded: {_reason(error)}") from error
     if model.num_classes < 1:
         raise OptionError(f"'{name}' has features but no classes: it can not classify.")
@@ -118,11 +118,9 @@ def find_images(sources: Iterable[str | Path]) -> list[str | Classified]:
     """
     images: list[str | Classified] = []
     for source in map(os.fspath, sources):
-        if _is_url(source) or source == STANDARD_INPUT or os.path.isfile(source):
-            images.append(source)
-        elif os.path.isdir(source):
+        if os.path.isdir(source):
             images += _below(source) or [Classified(source, error='no image in this folder')]
-        elif os.path.exists(source):  # a device, a pipe as the shell's <(...) makes it
+        elif _is_url(source) or source == STANDARD_INPUT or os.path.exists(source):
             images.append(source)
         else:
             images.append(Classified(source, error='no such file or folder'))

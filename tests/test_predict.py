@@ -419,6 +419,14 @@ def test_models_that_can_not_be_had(name, message):
         load_classifier(name)
 
 
+@pytest.mark.parametrize('config', ['{}', 'hello', '{"architecture": "resnet18", "pretrained_cfg": {}}', '[]'])
+def test_folders_with_something_else(config, tmp_path):
+    (tmp_path / 'config.json').write_text(config)
+    (tmp_path / 'model.safetensors').write_bytes(b'damaged')
+    with pytest.raises(CheckpointError, match=r"^'local-dir:.*' can not be loaded: "):
+        load_classifier(f'local-dir:{tmp_path}')
+
+
 def test_a_model_without_classes(monkeypatch):
     monkeypatch.setattr(timm, 'create_model', lambda name, pretrained: torch.nn.Identity())
     monkeypatch.setattr(torch.nn.Identity, 'num_classes', 0, raising=False)
