@@ -37,7 +37,6 @@ _STATE_DICT_KEYS = ('state_dict', 'model')
 _EMA_KEYS = ('state_dict_ema', 'model_ema')
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SHOWN = 4  # differing entries that a message names
-_LONGEST = 200  # characters of another library's message
 
 
 def read_checkpoint(path: str | Path) -> Any:
@@ -180,7 +179,7 @@ def _optional_entries(state_dict: dict[str, Tensor], model: nn.Module) -> tuple[
 
 
 def _first(names: list[str]) -> str:
-    return one_line(', '.join(names[:_SHOWN])) + (', ...' if len(names) > _SHOWN else '')
+    return ', '.join(one_line(name) for name in names[:_SHOWN]) + (', ...' if len(names) > _SHOWN else '')
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, use_ema: bool = True) -> None:
@@ -237,5 +236,5 @@ def converted(state_dict: dict[str, Tensor], model: nn.Module, filter_fn: Callab
     except Exception as error:
         raise CheckpointError(
             f'The checkpoint does not fit this {type(model).__name__}: its entries have known names, but shapes that '
-            f'cannot be converted ({one_line(str(error))[:_LONGEST]}).'
+            f'cannot be converted ({one_line(str(error))}).'
         ) from error

@@ -283,6 +283,15 @@ def _promising(path: Path) -> None:
     path.write_bytes(member.tobuf())
 
 
+def _negative(path: Path) -> None:
+    """A file of less than nothing, so that what follows it is the file itself."""
+    header = bytearray(tarfile.TarInfo('model.pth').tobuf())
+    header[124:136] = b'\xff' * 10 + b'\xfe\0'  # -512 in base 256
+    header[148:156] = b' ' * 8
+    header[148:156] = b'%06o\0 ' % sum(header)
+    path.write_bytes(header)
+
+
 def _gigabytes(path: Path) -> None:
     forged.edit_zip(_zip(path, {'model.pth': b'x'}), 'model.pth', size=(1 << 32) - 2)
 
@@ -299,6 +308,7 @@ BOMBS = {
     'header of a tar.gz': (_in_a_header, 'its headers are too large'),
     'sparse': (_sparse, 'neither a plain file'),
     'tar': (_promising, 'would grow to more than'),
+    'tar without end': (_negative, 'has a size of -512'),
 }  # fmt: skip
 
 

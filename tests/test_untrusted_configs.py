@@ -167,6 +167,8 @@ CHANGES = [
     ('label_descriptions', {'a': {}}, 'its label_descriptions is text'),
     ('pretrained_cfg.license', 'mit\x07', 'pretrained_cfg.license has control characters'),
     ('a\x1b[2J', 1, 'a key that is no plain text'),
+    ('model_args.' + 'a' * 10_000, [[[1]]], 'model_args.aaaa'),
+    ('\u202eabc', {'auto_map': 1}, 'abc.auto_map asks'),
     ('notes', _nested(20), 'notes is nested too deeply'),
 ]
 

@@ -169,6 +169,8 @@ LEGACY = {
     'a view of a storage': ({'a': forged.legacy_tensor(4, (4,), view=('v', 0, 1 << 40))}, ['0'], 4, 'in two ways'),
     'storage that is not filled': ({'a': forged.legacy_tensor(4, (4,))}, [], 4, 'list of storages'),
     'storage that nobody needs': ({'a': forged.legacy_tensor(4, (4,))}, ['0', '1'], 4, 'list of storages'),
+    'keys that nest': ({'a': forged.legacy_tensor(4, (4,))}, [['0']], 4, 'list of storages'),
+    'a long key': ({'a': forged.legacy_tensor(2, (2,), key='k' * 10_000)}, ['k' * 10_000], 4, 'describes 8 bytes'),
     'keys that are none': ({'a': forged.legacy_tensor(4, (4,))}, {'0': 1}, 4, 'list of storages'),
     'beyond its storage': ({'a': forged.legacy_tensor(4, (1 << 33,))}, ['0'], 4, 'more than the 4'),
 }  # fmt: skip

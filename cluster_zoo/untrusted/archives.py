@@ -22,6 +22,7 @@ _CHUNK = 2**20
 _SUFFIXES = ('.pth.tar', '.pth', '.pt', '.ckpt', '.bin', '.safetensors')
 _ZIP_MAGIC = b'PK\3\4'
 _GZIP_MAGIC = b'\x1f\x8b'
+_DAMAGE = (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error)  # what `zipfile` raises for it
 
 
 def check_archive(path: str | Path) -> dict[str, tuple[int, int]]:
@@ -54,7 +55,7 @@ def check_archive(path: str | Path) -> dict[str, tuple[int, int]]:
             if len({PurePosixPath(entry.filename).parts[0] for entry in entries}) > 1:
                 raise refused(path, 'its entries are not in one folder')
             return dict(zip(inner, _places(file, entries, start, path)))
-    except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
+    except _DAMAGE as error:
         raise damaged(path, 'a checkpoint', error) from error
 
 
@@ -133,7 +134,7 @@ def is_archive(path: str | Path) -> bool:
             _directory_start(file)
             with zipfile.ZipFile(file) as archive:
                 return not any(name.endswith('/data.pkl') for name in archive.namelist())
-        except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        except _DAMAGE:
             return False
 
 
@@ -167,7 +168,7 @@ def unpack_checkpoint(path: str | Path, folder: str | Path) -> Path:
                 with gzip.GzipFile(fileobj=file) as unzipped:
                     return _unpack_tar(unzipped, path, folder)
             return _unpack_tar(file, path, folder)
-    except (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
+    except (*_DAMAGE, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise damaged(path, 'an archive (.zip, .tar, .tar.gz)', error) from error
 
 
@@ -196,6 +197,8 @@ def _unpack_tar(file: IO[bytes], path: Path, folder: Path) -> Path:
             if not (member.isdir() or member.isreg()) or member.issparse():
                 kind = 'a link' if member.issym() or member.islnk() else 'neither a plain file nor a folder'
                 raise refused(path, f'its entry {quoted(member.name)} is {kind}')
+            if member.size < 0:  # what follows it would be itself, without end
+                raise refused(path, f'its entry {quoted(member.name)} has a size of {member.size}')
             names.append(member.name + '/' * member.isdir())
             if len(names) > _MAX_ENTRIES:
                 raise refused(path, f'it has more than {_MAX_ENTRIES} entries')

@@ -12,7 +12,7 @@ from typing import Any
 import timm
 from timm.models import PretrainedCfg, build_model_with_cfg
 
-from .errors import CheckpointError, damaged, quoted, refused
+from .errors import CheckpointError, damaged, one_line, quoted, refused
 
 _MAX_BYTES = 4 * 2**20  # the names and descriptions of ImageNet-21k take two
 _MAX_DEPTH = 16
@@ -100,7 +100,7 @@ def check_config(config: Any, where: str, architecture: str | None = None) -> No
                 _check_entry(key, config[key])
         _check_model_args(config.get('model_args') or {})
     except _Refused as error:
-        raise CheckpointError(f'{where} was refused: {error}.') from error
+        raise CheckpointError(f'{where} was refused: {one_line(str(error))}.') from error
 
 
 class _Refused(Exception):
@@ -138,7 +138,7 @@ def _walk(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     while pending:
         path, value, depth = pending.pop()
         if depth > _MAX_DEPTH:
-            raise _Refused(f'{path[:100]} is nested too deeply')
+            raise _Refused(f'{path} is nested too deeply')
         yield path, value
         if isinstance(value, dict):
             pending += [(f'{path}.{quoted(key)[1:-1]}'.lstrip('.'), part, depth + 1) for key, part in value.items()]
@@ -204,7 +204,7 @@ _EXPECTED: dict[str, tuple[Any, str]] = {
         ('num_classes', 'num_features'),
         (lambda value: _is_count(value, _MAX_CLASSES), f'a number from 0 to {_MAX_CLASSES:,}'),
     ),
-    'label_offset': (lambda value: _is_count(int(value), 1) if isinstance(value, int) else False, '0 or 1'),
+    'label_offset': (lambda value: _is_count(value, 1), '0 or 1'),
     **dict.fromkeys(('labels', 'label_names', 'label_descriptions', 'notes', 'paper_ids'), (_are_names, 'text')),
     **dict.fromkeys(('first_conv', 'classifier'), (_are_modules, 'names of modules')),
     **dict.fromkeys(

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _SHOWN = 4  # names in one message
-_LONGEST = 200  # characters of what a file says
+_LONGEST = 200  # characters of one of them
+_LONGEST_REASON = 400
 
 
 class CheckpointError(RuntimeError):
@@ -18,15 +19,16 @@ def refused(path: str | Path, reason: str) -> CheckpointError:
 
 def damaged(path: str | Path, what: str, reason: object = '') -> CheckpointError:
     """The error for a file that is not ``what`` it should be, as most often after a broken download."""
-    reason = one_line(str(reason).strip().partition('\n')[0])[:_LONGEST]
+    reason = one_line(str(reason).strip().partition('\n')[0])
     return CheckpointError(
         f"'{path}' is truncated, damaged or not {what}{f' ({reason})' if reason else ''}. Get the file again."
     )
 
 
 def one_line(text: str) -> str:
-    """Text that a file may have chosen, for a message: in one line, without what a terminal would act on."""
-    return ''.join(c if c.isprintable() else '?' for c in text)
+    """Text that a file may have chosen, for a message: one line, not long, without what a terminal would act on."""
+    shown = ''.join(c if c.isprintable() else '?' for c in text[:_LONGEST_REASON])
+    return shown if len(text) <= _LONGEST_REASON else f'{shown}...'
 
 
 def first(names: Iterable[object]) -> str:

@@ -160,7 +160,7 @@ def _check_legacy(path: Path) -> None:
         result = _run(pickletools.genops(content), storage)
         _check_nesting(result)
         keys = run(pickletools.genops(content))
-        if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(sizes):
+        if not isinstance(keys, list) or {*map(type, keys)} - {str} or sorted(keys) != sorted(sizes):
             raise _Refused('its list of storages is not what its tensors need')
         position = content.tell()
         for key in keys:
