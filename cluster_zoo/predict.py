@@ -42,6 +42,7 @@ STANDARD_INPUT = '-'
 MAX_BYTES = 64 * 2**20  # of a URL or of standard input
 TIMEOUT = 30.0  # seconds that a server may be silent
 DEADLINE = 120.0  # seconds that a whole download may take
+MAX_RATIO = 100  # of the sides: models see the middle of what is resized to their height, however long that is
 
 # Formats that are nothing but pixels. EPS, which Pillow would hand to Ghostscript as the program that it is, is not.
 _FORMATS = (
@@ -293,7 +294,10 @@ def classify(
         if isinstance(image, Classified):
             return image
         try:
-            return transform(read_image(image).convert(mode))
+            pixels = read_image(image).convert(mode)
+            if max(pixels.size) > MAX_RATIO * min(pixels.size):
+                raise ImageError(f'{pixels.width} x {pixels.height} pixels are too narrow to be classified')
+            return transform(pixels)
         except ImageError as error:
             return Classified(image, error=str(error))
 

@@ -381,6 +381,15 @@ def test_more_classes_than_there_are(model, photograph, tmp_path):
     assert sum(ranked.probability for ranked in result.classes) == pytest.approx(1)
 
 
+def test_lines_are_not_blown_up(model, tmp_path):
+    """Resized to the model's height, this image would have three thousand million pixels."""
+    Image.new('1', (3_000_000, 1)).save(tmp_path / 'line.png')
+    Image.new('1', (100, 1)).save(tmp_path / 'narrow.png')
+    line, narrow = classify(model, [str(tmp_path / 'line.png'), str(tmp_path / 'narrow.png')])
+    assert line.error == '3000000 x 1 pixels are too narrow to be classified'
+    assert narrow.error is None
+
+
 def test_gray_models_and_models_of_other_channels(photograph, tmp_path):
     photograph.save(tmp_path / 'image.png')
 
