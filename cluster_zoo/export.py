@@ -110,7 +110,7 @@ def export_model(
         to: ``'onnx'``, ``'torchscript'`` or ``'pt2'``.
         image_size: Height and width, or one number for both, of the only size that the file has to take. None: all
             that can be had, see `Sizes`; models of a fixed size, such as Swin, have only theirs.
-        opset: Of ONNX, at least 18.
+        opset: Of ONNX, from 18 to the newest that the package onnx knows.
 
     Raises:
         ExportError: There is no such format, size or opset; a package is missing; the model cannot be traced; or the
@@ -144,8 +144,11 @@ def _check_request(model: nn.Module, path: Path, form: 'Format', opset: int) -> 
     missing = [name for name in form.packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"This format needs {', '.join(missing)}: pip install 'cluster_zoo[onnx]'")
-    if opset < OPSET:
-        raise ExportError(f'ONNX is written with opset {OPSET} or later, got {opset}.')
+    if form.packages:
+        import onnx
+
+        if not OPSET <= opset <= onnx.defs.onnx_opset_version():
+            raise ExportError(f'Opset is one of {OPSET} to {onnx.defs.onnx_opset_version()}, got {opset}.')
     if path.is_dir():
         raise ExportError(f"'{path}' is a folder: name the file to write.")
     if not path.absolute().parent.is_dir():
