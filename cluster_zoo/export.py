@@ -6,7 +6,8 @@ behind and no file is replaced.
 
 TorchScript takes images of any size, as the model does. A traced graph, ONNX and pt2, has no branches: where the points
 of an image are cut into regions or pooled two by two it takes the sizes that divide, which are multiples of 32 for most
-variants (`Sizes`), and refuses others. For any other size a graph can be made for that size alone.
+variants (`Sizes`), and refuses others. For any other size a graph can be made for that size alone. FEC's pooling has no
+blocks in a graph: all points meet all centers at once, which takes memory with the square of the number of points.
 """
 
 import copy

@@ -21,9 +21,9 @@ def add_parser(commands: Commands) -> None:
         help='write a model as ONNX, TorchScript or pt2',
         description='Write a model to a file that other programs run, and compare the file with the model: it is\n'
         f'opened again and has to give the same logits within {TOLERANCE:.0e}, for several batches and image sizes.\n\n'
-        'Batches may have any size. TorchScript takes images of any size from 32 px. ONNX and pt2 take those that\n'
-        'the model needs not pad, multiples of 32 px for most variants, and refuse others; --img-size makes a file\n'
-        'for one size, which may be any. Mean, std, input size and class names are in the file.',
+        'Batches may have any size. TorchScript takes images of any size. ONNX and pt2 take those that the model\n'
+        'need not pad, multiples of 32 px for most variants, and refuse others; --img-size makes a file for one\n'
+        'size, which may be any. Mean, std, input size and class names are in the file.',
         epilog='examples:\n'
         '  cluster-zoo export coc_tiny_plain.cifar10 --to onnx\n'
         '  cluster-zoo export coc_small.in1k --to onnx --img-size 225 300 --output small.onnx\n'
@@ -61,8 +61,12 @@ def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         parser.error('--img-size takes a side, or a height and a width')
     size = tuple(args.img_size * 2)[:2] if args.img_size else None
     output = args.output or Path(args.name.rpartition(':')[2].rstrip('/').rpartition('/')[2] + FORMATS[args.to].suffix)
+    model = _model(args, size)
+    if not args.json:  # tracing takes a while
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(f'{args.name}: {parameters / 1e6:.2f} M parameters{", random" * args.untrained}', flush=True)
     try:
-        export = export_model(_model(args, size), output, args.to, size, args.opset)
+        export = export_model(model, output, args.to, size, args.opset)
     except ExportError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
@@ -87,8 +91,6 @@ def _model(args: argparse.Namespace, size: tuple[int, int] | None) -> nn.Module:
 def _print(export: Export, args: argparse.Namespace) -> None:
     shapes = ', '.join(f'{batch} x {height} x {width}' for batch, height, width in export.checked)
     print(f'{export.path}: {export.path.stat().st_size / 1e6:.1f} MB' + f', opset {args.opset}' * (args.to == 'onnx'))
-    if args.untrained:
-        print('weights: random')
     why = ' alone, as the model has a fixed size' if export.sizes.fixed and not args.img_size else ''
     print(f'images: {export.sizes}{why}, in batches of any size')
     print(f'compared: {export.images} images, as {shapes} px')
