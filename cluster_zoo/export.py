@@ -215,7 +215,8 @@ def _sizes(model: nn.Module, form: 'Format', image_size: int | tuple[int, int] |
         return Sizes(smallest=smallest), native
     # torch.export takes sizes of one for constants, and so must never see one where another may stand: the last
     # stage's map, or a region of it, needs two points a side.
-    traced = max(multiple * max(2, model.feature_info[-1]['reduction'] // multiple + 1), _up(smallest, multiple))
+    reduction = model.feature_info[-1]['reduction'] if getattr(model, 'feature_info', None) else _SMALLEST
+    traced = max(multiple * max(2, reduction // multiple + 1), _up(smallest, multiple))
     sizes = Sizes(None, multiple, traced if form.guards else _up(smallest, multiple))
     return sizes, (traced, traced + multiple)
 
@@ -342,9 +343,7 @@ def _trace(model: nn.Module, sizes: Sizes, traced: tuple[int, int]) -> torch.exp
             side = torch.export.Dim(name, min=smallest)
             dynamic[axis] = side if sizes.multiple == 1 else sizes.multiple * side
     try:
-        program = torch.export.export(
-            _Input(model, sizes.multiple), (image,), dynamic_shapes={'image': dynamic}, strict=False
-        )
+        program = torch.export.export(_Input(model, sizes.multiple), (image,), dynamic_shapes={'image': dynamic})
     except Exception as error:  # torch.export's own, and whatever a model raises
         hint = '' if sizes.fixed else ' Name an image size for a file that takes only that one.'
         raise ExportError(f'This model can not be traced for images of {sizes}: {_first_line(error)}{hint}') from error

@@ -147,7 +147,7 @@ def _suits_transformers(config: dict[str, Any]) -> bool:
 
 def _results(facts: Facts) -> str:
     published = (
-        'Published by the authors: no figure is known for these weights.\n\n'
+        'Published: no figure is known for these weights.\n\n'
         if facts.published_top1 is None
         else f'Published by the authors: {facts.published_top1} % top-1 on ImageNet-1k. This figure is theirs.\n\n'
     )
@@ -173,7 +173,7 @@ def _classes(config: dict[str, Any], cfg: dict[str, Any]) -> str:
 
 
 def _origin(config: dict[str, Any]) -> str:
-    lines = [f'- {_text(key)}: {_code(value)}' for key, value in _entries(config.get('source'))]
+    lines = [f'- Source {_text(key)}: {_code(value)}' for key, value in _entries(config.get('source'))]
     if not lines:
         lines = ['- Where the weights come from is not known.']
     if config.get('sha256'):

@@ -54,7 +54,7 @@ def test_published_tag(tmp_path):
     assert "pipeline('image-classification', model='my-lab/coc_tiny.in1k')" in card
     assert '`tench, Tinca tinca`' in card and ' and 980 more.' in card
     origin = _section(card, 'Origin')
-    assert 'url: `https://example.org/a`' in origin and f'`{"0123456789abcdef" * 4}`' in origin
+    assert '- Source url: `https://example.org/a`' in origin and f'`{"0123456789abcdef" * 4}`' in origin
     assert 'Image as Set of Points' in _section(card, 'Citation')
 
 
