@@ -21,7 +21,7 @@ from .model_card import model_card
 from .untrusted import is_archive, unpack_checkpoint
 from .weights import CheckpointError, load_weights, read_checkpoint, state_dict_of
 
-__all__ = ['import_checkpoint']
+__all__ = ['import_checkpoint', 'write_folder']
 
 _DATA = ('input_size', 'img_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
@@ -76,7 +76,7 @@ def import_checkpoint(
     logits = _run(model, data)
     source = source or dict(file=path.name, sha256=store.sha256(path))
     with store.new_folder(name, root, replace) as folder:
-        _write(model, folder, name, data, labels, source)
+        write_folder(model, folder, name, labels, source, data)
         again = timm.create_model(f'local-dir:{folder}', pretrained=True)
         if not torch.equal(_run(again, data), logits):
             raise CheckpointError(f'{name} gives other results from the converted file than from {path.name}.')
@@ -163,15 +163,25 @@ def _run(model: nn.Module, data: dict[str, Any]) -> Tensor:
     return logits
 
 
-def _write(
+def write_folder(
     model: nn.Module,
     folder: Path,
     name: str,
-    data: dict[str, Any],
     labels: dict[str, Any],
     source: dict[str, Any],
+    data_config: dict[str, Any] | None = None,
 ) -> None:
-    timm.models.save_for_hf(model, folder, safe_serialization=True, data_config=data, model_config=labels)
+    """Write a model as a model folder.
+
+    Args:
+        model: A model of timm's factory.
+        folder: Where to.
+        name: Its tag, for the model card.
+        labels: ``label_names`` and ``label_descriptions`` as timm's hub layout has them, or neither.
+        source: Where the weights come from, for the record.
+        data_config: See `import_checkpoint`.
+    """
+    timm.models.save_for_hf(model, folder, safe_serialization=True, data_config=data_config, model_config=labels)
     config = json.loads((folder / store.CONFIG).read_text(encoding='utf-8'))
     config |= dict(sha256=store.sha256(folder / store.WEIGHTS), source=source)
     (folder / store.CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import yaml
-from timm.utils import ParseKwargs
+from timm.utils import ParseKwargs as TimmParseKwargs
 
 from .recipes import PUBLISHED_CENTROIDS, RECIPES, recipe_for
 
@@ -26,6 +26,16 @@ _UNSET = object()
 
 class OptionError(ValueError):
     """A combination of options, or a value, that cannot work; the message says what to change."""
+
+
+class ParseKwargs(TimmParseKwargs):
+    """timm's action for words like ``name=value``, with an error for other words."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *args: Any) -> None:
+        for word in values:
+            if not word.partition('=')[0].isidentifier() or '=' not in word:
+                raise argparse.ArgumentError(self, f"'{word}' is not of the form name=value")
+        super().__call__(parser, namespace, values, *args)
 
 
 class Parser(argparse.ArgumentParser):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import authors, hub, store, tags
 from .untrusted import check_config
-from .weights import CheckpointError, check_fit, load_state_dict
+from .weights import CheckpointError, check_fit, converted, load_state_dict
 
 __all__ = ['WeightsNotFoundError', 'build_model', 'find_weights', 'where']
 
@@ -72,7 +72,7 @@ def build_model(
 
     def filter_and_check(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         if pretrained_filter_fn:
-            state_dict = pretrained_filter_fn(dict(state_dict), model)
+            state_dict = converted(state_dict, model, pretrained_filter_fn)
         head = state_dict.get(f'{cfg.classifier}.weight')
         if head is not None and len(head) == model.num_classes and cfg.num_classes >= 0:  # below 0: leave it out
             model.pretrained_cfg['num_classes'] = model.num_classes  # or timm would drop a head that fits

@@ -147,7 +147,7 @@ def label_names(pretrained_cfg: dict[str, Any]) -> list[str] | None:
 
     Args:
         pretrained_cfg: A model's ``pretrained_cfg``. Its ``label_names`` and ``label_descriptions`` are what counts;
-            where there are none, a tag that starts with ``in1k`` stands for ImageNet-1k's classes in their usual order.
+            where there are none, ``in1k`` in the tag stands for ImageNet-1k's classes in their usual order.
 
     Returns:
         A name for each class, or None if there are none or not as many as classes.
@@ -156,7 +156,7 @@ def label_names(pretrained_cfg: dict[str, Any]) -> list[str] | None:
     if names:
         described = pretrained_cfg.get('label_descriptions') or {}
         names = [str(described.get(name, name)) for name in names]
-    elif str(pretrained_cfg.get('tag')).startswith('in1k'):
+    elif 'in1k' in str(pretrained_cfg.get('tag')).split('_'):
         names = imagenet_labels()[1]
     return list(names) if names and len(names) == num_classes else None
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from timm.utils import ParseKwargs
-
-from .options import LEFT_OUT, Parser, add_dataset_options, add_input_options, add_runtime_options
+from .options import LEFT_OUT, ParseKwargs, Parser, add_dataset_options, add_input_options, add_runtime_options
 from .recipes import RECIPES
 
 

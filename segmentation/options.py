@@ -9,9 +9,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from timm.utils import ParseKwargs
-
-from cluster_zoo.options import OptionError
+from cluster_zoo.options import OptionError, ParseKwargs
 
 from .configs import SegmenterConfig, segmenter_config
 from .inference import MODES

@@ -11,9 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from timm.utils import ParseKwargs
-
-from cluster_zoo.options import OptionError, Parser
+from cluster_zoo.options import OptionError, ParseKwargs, Parser
 from cluster_zoo.train_options import add_centroid_learning_options
 
 from .configs import SegmenterConfig, segmenter_config

@@ -17,7 +17,6 @@ import torch
 from hardship import full_disk, read_only
 from hub_server import GUEST, OWNER, HubServer
 from huggingface_hub import constants
-from huggingface_hub.utils import close_session
 from processes import run_processes
 
 import cluster_zoo
@@ -49,9 +48,7 @@ def client(url: str, home: Path):
         patch.setenv('NO_PROXY', '*')
         sleep = time.sleep
         patch.setattr(time, 'sleep', lambda seconds: sleep(min(seconds, 0.002)))  # the client waits before it retries
-        close_session()
         yield patch
-        close_session()
 
 
 @pytest.fixture

@@ -185,7 +185,7 @@ def test_replacing(tmp_path, home, monkeypatch):
     def fails(*args):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(importing, '_write', fails)
+    monkeypatch.setattr(importing, 'write_folder', fails)
     before = _snapshot(home)
     with pytest.raises(CheckpointError, match='No space left'):
         import_checkpoint(tmp_path / 'a.pth', 'coc_tiny.mine', model_args=args, replace=True)
@@ -194,13 +194,13 @@ def test_replacing(tmp_path, home, monkeypatch):
 
 def test_results_that_change_in_conversion_are_refused(tmp_path, home, monkeypatch):
     torch.save(_tiny().state_dict(), tmp_path / 'a.pth')
-    write = importing._write
+    write = importing.write_folder
 
     def writes_something_else(model, *args):
         torch.nn.init.normal_(model.head.fc.weight)
         write(model, *args)
 
-    monkeypatch.setattr(importing, '_write', writes_something_else)
+    monkeypatch.setattr(importing, 'write_folder', writes_something_else)
     with pytest.raises(CheckpointError, match='other results'):
         import_checkpoint(tmp_path / 'a.pth', 'coc_tiny.mine', model_args=dict(TINY, num_classes=5))
     assert not (home / 'coc_tiny.mine').exists()

@@ -177,3 +177,13 @@ def test_centroid_dtype_is_one_of_three(capsys):
     with pytest.raises(SystemExit):
         train_parser().resolve(['--centroid-dtype', 'int8'])
     assert "invalid choice: 'int8'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('word', ['a', '=3', '1x=3'])
+def test_keyword_options_are_names_with_values(word, capsys):
+    assert validate_parser().resolve(['--model-kwargs', 'proposals=3', 'global_pool=max']).model_kwargs == dict(
+        proposals=3, global_pool='max'
+    )
+    with pytest.raises(SystemExit):
+        validate_parser().resolve(['--model-kwargs', word])
+    assert f"--model-kwargs: '{word}' is not of the form name=value" in capsys.readouterr().err

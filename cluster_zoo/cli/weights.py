@@ -280,9 +280,6 @@ def _copy(name: str, folder: Path) -> None:
     elif status == 'package':
         model = timm.create_model(name, pretrained=True)
         labels = dict(label_names=tags.label_names(model.pretrained_cfg))
-        timm.models.save_for_hf(model, folder, safe_serialization=True, model_config=labels)
-        config = json.loads((folder / store.CONFIG).read_text(encoding='utf-8'))
-        config |= dict(sha256=store.sha256(folder / store.WEIGHTS), source=dict(package=f'cluster_zoo {__version__}'))
-        (folder / store.CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        importing.write_folder(model, folder, name, labels, dict(package=f'cluster_zoo {__version__}'))
     else:
         raise CheckpointError(f'The weights of {name} are not on this machine: cluster-zoo fetch {name} comes first.')
