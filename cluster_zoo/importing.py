@@ -183,6 +183,7 @@ def write_folder(
     """
     timm.models.save_for_hf(model, folder, safe_serialization=True, data_config=data_config, model_config=labels)
     config = json.loads((folder / store.CONFIG).read_text(encoding='utf-8'))
+    config.get('model_args', {}).pop('num_classes', None)  # is there already; transformers' wrapper would pass it twice
     config |= dict(sha256=store.sha256(folder / store.WEIGHTS), source=source)
     (folder / store.CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     (folder / store.CARD).write_text(model_card(config, tags.facts(name)), encoding='utf-8')
