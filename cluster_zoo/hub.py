@@ -15,7 +15,7 @@ from . import store
 from .untrusted import read_config_file
 from .weights import CheckpointError
 
-__all__ = ['download', 'organisation', 'push']
+__all__ = ['check_first_use', 'download', 'fetch', 'organisation', 'push']
 
 _WEIGHTS = (store.WEIGHTS, 'pytorch_model.bin')  # in the order in which they are preferred
 
@@ -73,6 +73,24 @@ def download(repo_id: str, revision: str | None = None, cache_dir: str | Path | 
             f'{store.CONFIG} states it, or as it was when first used.'
         )
     check_first_use(source, path)
+    return path
+
+
+def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
+    """The weights of a tag from the organisation that the user names, which have to stay those first used.
+
+    Args:
+        name: Architecture and tag, which is what the repository is called.
+        cache_dir: See `download`.
+
+    Raises:
+        CheckpointError: No organisation is named, or see `download`; or it has other weights by now.
+    """
+    named = organisation()
+    if named is None:
+        raise CheckpointError('not asked, CLUSTER_ZOO_HUB names no organisation')
+    path = download(f'{named}/{name}', cache_dir=cache_dir)
+    check_first_use(f'hub:{named}/{name}', path)
     return path
 
 

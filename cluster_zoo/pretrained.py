@@ -215,13 +215,6 @@ def _store_folder(name: str, cache_dir: Any) -> Path:
         raise CheckpointError(str(error)) from error
 
 
-def _from_hub(name: str, cache_dir: Any) -> Path:
-    organisation = hub.organisation()
-    if organisation is None:
-        raise CheckpointError('not asked, CLUSTER_ZOO_HUB names no organisation')
-    return hub.download(f'{organisation}/{name}', cache_dir=cache_dir)
-
-
 def _from_authors(name: str, cache_dir: Any) -> Path:
     url = authors.publication(name)
     if url is None:
@@ -234,7 +227,7 @@ def _from_authors(name: str, cache_dir: Any) -> Path:
 _SOURCES = (
     ('the package', _from_package),
     ('the local store', _from_store),
-    ('Hugging Face', _from_hub),
+    ('Hugging Face', hub.fetch),
     ('the authors', _from_authors),
 )
 

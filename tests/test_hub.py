@@ -20,7 +20,8 @@ from huggingface_hub import constants
 from processes import run_processes
 
 import cluster_zoo
-from cluster_zoo import hub
+from cluster_zoo import hub, store
+from cluster_zoo.pretrained import WeightsNotFoundError
 from cluster_zoo.weights import CheckpointError
 
 TINY = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_heads=(2, 2, 2, 2), head_dim=4, num_classes=5)
@@ -426,6 +427,20 @@ def test_a_new_commit_is_taken(server, folder, model):
     timm.models.save_for_hf(newer, folder.parent / 'newer', safe_serialization=True)
     server.add('org/tiny', folder.parent / 'newer')
     assert _same(timm.create_model('hf-hub:org/tiny', pretrained=True), newer)
+
+
+def test_a_tag_keeps_the_weights_first_used(server, settings, folder, model):
+    settings.setenv('CLUSTER_ZOO_HUB', 'org')
+    server.add('org/coc_tiny.in1k', folder)
+    assert _same(timm.create_model('coc_tiny', pretrained=True, **TINY), model)
+    newer = timm.create_model('coc_tiny', **TINY)
+    timm.models.save_for_hf(newer, folder.parent / 'other', safe_serialization=True)
+    server.add('org/coc_tiny.in1k', folder.parent / 'other')
+    with pytest.raises(WeightsNotFoundError, match=r'refused: .* was .* when hub:org/coc_tiny\.in1k was first used'):
+        timm.create_model('coc_tiny', pretrained=True, **TINY)
+    records = store.home() / 'sha256.json'  # as the message says
+    records.write_text(json.dumps({k: v for k, v in json.loads(records.read_text()).items() if '@' in k}))
+    assert _same(timm.create_model('coc_tiny', pretrained=True, **TINY), newer)
 
 
 class _Runs:

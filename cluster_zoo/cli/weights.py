@@ -79,7 +79,7 @@ def _download(args: argparse.Namespace) -> tuple[str, Path]:
     if organisation and not (args.force or args.file):  # which concern the publication
         with _hub_progress(progress):
             try:
-                return f'from {organisation} on Hugging Face', hub.download(f'{organisation}/{name}')
+                return f'from {organisation} on Hugging Face', hub.fetch(name)
             except CheckpointError as error:
                 if url is None:
                     raise
