@@ -140,16 +140,11 @@ def _build(name: str, model_args: dict[str, Any]) -> nn.Module:
 
 
 def _labels(model: nn.Module, given: Sequence[str] | None, saved: Sequence[str] | None) -> dict[str, Any]:
-    """The names of the classes, as timm's hub layout has them."""
+    """The names of the classes, as timm's hub layout has them; none for ImageNet, whose names everybody knows."""
     if given is not None and len(given) != model.num_classes:
         raise CheckpointError(f'There are {len(given)} label names for {model.num_classes} classes.')
     names = given or (saved if saved and len(saved) == model.num_classes else None)
-    if names:
-        return dict(label_names=list(names))
-    if not tags.label_names(dict(model.pretrained_cfg, num_classes=model.num_classes)):
-        return {}
-    synsets, names = tags.imagenet_labels()
-    return dict(label_names=list(synsets), label_descriptions=dict(zip(synsets, names)))
+    return dict(label_names=list(names)) if names else {}
 
 
 @torch.inference_mode()

@@ -105,7 +105,9 @@ def verified_weights(path: Path) -> Path:
     Raises:
         CheckpointError: There is no such file, or it is not the one that was written.
     """
-    weights, expected = Path(path) / WEIGHTS, read_config(path).get('sha256')
+    weights, config = Path(path) / WEIGHTS, read_config(path)
+    # transformers copies the key to weights that it has trained further.
+    expected = None if 'transformers_version' in config else config.get('sha256')
     if not weights.is_file():
         raise CheckpointError(f"'{path}' holds no {WEIGHTS}.")
     if expected and sha256(weights) != expected:

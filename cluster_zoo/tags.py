@@ -157,13 +157,11 @@ def label_names(pretrained_cfg: dict[str, Any]) -> list[str] | None:
         described = pretrained_cfg.get('label_descriptions') or {}
         names = [str(described.get(name, name)) for name in names]
     elif 'in1k' in str(pretrained_cfg.get('tag')).split('_'):
-        names = imagenet_labels()[1]
+        names = _imagenet_labels()
     return list(names) if names and len(names) == num_classes else None
 
 
 @cache
-def imagenet_labels() -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """ImageNet-1k's 1,000 classes in their usual order: WordNet identifiers, and names for people."""
+def _imagenet_labels() -> tuple[str, ...]:
     info = timm.data.ImageNetInfo('imagenet-1k')
-    synsets = info.label_names()
-    return tuple(synsets), tuple(info.label_name_to_description(name) for name in synsets)
+    return tuple(info.label_name_to_description(name) for name in info.label_names())

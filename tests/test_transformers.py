@@ -101,11 +101,14 @@ def test_a_step_of_training_and_saving_again(tmp_path):
     ).train()
     wrapped(torch.randn(2, 3, 64, 64), labels=torch.tensor([0, 2])).loss.backward()
     assert all(parameter.grad is not None for parameter in wrapped.parameters())
+    torch.optim.SGD(wrapped.parameters(), lr=0.1).step()
     wrapped.save_pretrained(tmp_path / 'b')
     again = transformers.TimmWrapperForImageClassification.from_pretrained(tmp_path / 'b')
     for name, value in wrapped.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value)
     assert again.config.id2label == dict(enumerate(LABELS))
+    model = timm.create_model(f'local-dir:{tmp_path / "b"}', pretrained=True)  # whose SHA-256 was that of the first
+    torch.testing.assert_close(model.state_dict(), wrapped.timm_model.state_dict())
 
 
 def test_without_the_package_the_architecture_is_unknown(tmp_path, monkeypatch):
