@@ -6,6 +6,7 @@ that anyone could register is no reason to trust what lies under it.
 
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from textwrap import shorten
@@ -13,9 +14,10 @@ from typing import Any
 
 from . import store
 from .untrusted import read_config_file
+from .untrusted.errors import quoted
 from .weights import CheckpointError
 
-__all__ = ['check_first_use', 'download', 'fetch', 'organisation', 'push']
+__all__ = ['download', 'fetch', 'organisation', 'push']
 
 _WEIGHTS = (store.WEIGHTS, 'pytorch_model.bin')  # in the order in which they are preferred
 
@@ -34,7 +36,13 @@ def organisation() -> str | None:
     return named or None
 
 
-def download(repo_id: str, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
+def download(
+    repo_id: str,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    filename: str | None = None,
+    architecture: str | None = None,
+) -> Path:
     """The weights file of a repository in timm's hub layout, in Hugging Face's cache beside its ``config.json``.
 
     The file's SHA-256 has to be the one that the Hub states, that ``config.json`` has and that it had when it was first
@@ -44,23 +52,23 @@ def download(repo_id: str, revision: str | None = None, cache_dir: str | Path | 
         repo_id: ``organisation/name``.
         revision: Branch, tag or commit; None for the main branch.
         cache_dir: Hugging Face's cache; None for its default.
+        filename: The weights file; None for ``model.safetensors``, or ``pytorch_model.bin`` where there is none.
+        architecture: The one that ``config.json`` has to name; None for any that timm knows.
 
     Raises:
         CheckpointError: It cannot be had, or is not what it should be.
     """
+    if filename is not None and not re.fullmatch(r'\w[\w.-]*', filename):
+        raise CheckpointError(
+            f'{quoted(filename)} is no name of a file at the top of {repo_id}, such as {_WEIGHTS[0]}.'
+        )
     config_file = _get(repo_id, store.CONFIG, revision, cache_dir)
-    stated = read_config_file(config_file).get('sha256')
+    stated = read_config_file(config_file, architecture).get('sha256')
     commit = config_file.parent.name  # both files from one commit, whatever is pushed in between
-    for filename in _WEIGHTS:
-        with suppress(FileNotFoundError):
-            path = _get(repo_id, filename, commit, cache_dir)
-            break
-    else:
-        raise CheckpointError(f'{repo_id} on the Hugging Face Hub holds no weights: no {" and no ".join(_WEIGHTS)}.')
+    filename, path = _first_of([filename] if filename else _WEIGHTS, repo_id, commit, cache_dir)
     source = f'hub:{repo_id}@{commit}/{filename}'
-    expected = {_stated_by_the_hub(path), stated if filename == store.WEIGHTS else None, store.recorded(source)} - {
-        None
-    }
+    by_config = stated if filename == store.WEIGHTS else None
+    expected = {_stated_by_the_hub(path), by_config, store.recorded(source)} - {None}
     if expected - {store.sha256(path)}:  # damaged in the cache or on its way there: the client compares sizes only
         try:
             path = _get(repo_id, filename, commit, cache_dir, force_download=True)
@@ -72,8 +80,16 @@ def download(repo_id: str, revision: str | None = None, cache_dir: str | Path | 
             f"'{filename}' of {repo_id} was refused: its SHA-256 is {found}, and not {digest}, as the Hub or "
             f'{store.CONFIG} states it, or as it was when first used.'
         )
-    check_first_use(source, path)
+    store.check_first_use(source, path)
     return path
+
+
+def _first_of(filenames: Sequence[str], repo_id: str, commit: str, cache_dir: Any) -> tuple[str, Path]:
+    """The first of some files that the repository has."""
+    for filename in filenames:
+        with suppress(FileNotFoundError):
+            return filename, _get(repo_id, filename, commit, cache_dir)
+    raise CheckpointError(f'{repo_id} on the Hugging Face Hub holds no weights: no {" and no ".join(filenames)}.')
 
 
 def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
@@ -89,26 +105,9 @@ def fetch(name: str, cache_dir: str | Path | None = None) -> Path:
     named = organisation()
     if named is None:
         raise CheckpointError('not asked, CLUSTER_ZOO_HUB names no organisation')
-    path = download(f'{named}/{name}', cache_dir=cache_dir)
-    check_first_use(f'hub:{named}/{name}', path)
+    path = download(f'{named}/{name}', cache_dir=cache_dir, architecture=name.partition('.')[0])
+    store.check_first_use(f'hub:{named}/{name}', path)
     return path
-
-
-def check_first_use(source: str, path: Path) -> None:
-    """Compare a file's SHA-256 with what it was when its source was first used, or remember it.
-
-    Raises:
-        CheckpointError: It is another file.
-    """
-    digest, known = store.sha256(path), store.recorded(source)
-    if known not in (None, digest):
-        raise CheckpointError(
-            f"'{path}' was refused: its SHA-256 is {digest}, and was {known} when {source} was first used. If you know "
-            f"why it has changed, remove that line from '{store.home() / 'sha256.json'}'."
-        )
-    if known is None:
-        with suppress(CheckpointError):  # a store that cannot be written to remembers nothing
-            store.record(source, digest)
 
 
 def _get(repo_id: str, filename: str, revision: str | None, cache_dir: Any, force_download: bool = False) -> Path:
@@ -130,7 +129,7 @@ def _get(repo_id: str, filename: str, revision: str | None, cache_dir: Any, forc
     except Exception as error:  # of the client, or of the HTTP library under it, which changes between versions
         if isinstance(error, LocalEntryNotFoundError):  # the Hub said nothing, or nothing of use; the cause says more
             error = error.__cause__ or error
-        elif isinstance(error, EntryNotFoundError) and filename in _WEIGHTS:
+        elif isinstance(error, EntryNotFoundError) and filename != store.CONFIG:
             raise FileNotFoundError(filename) from error
         raise CheckpointError(
             f"'{filename}' of {repo_id} on the Hugging Face Hub could not be had: {_reason(error)}"

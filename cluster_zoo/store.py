@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,16 @@ from timm.models import DefaultCfg, PretrainedCfg
 from .untrusted import read_config_file
 from .weights import CheckpointError
 
-__all__ = ['add_stored_tags', 'entries', 'folder', 'home', 'new_folder', 'read_config', 'verified_weights']
+__all__ = [
+    'add_stored_tags',
+    'check_first_use',
+    'entries',
+    'folder',
+    'home',
+    'new_folder',
+    'read_config',
+    'verified_weights',
+]
 
 WEIGHTS = 'model.safetensors'
 CONFIG = 'config.json'
@@ -41,9 +50,12 @@ _logger = logging.getLogger(__name__)
 
 
 def home() -> Path:
-    """The store's folder: ``CLUSTER_ZOO_HOME``, by default ``cluster_zoo`` in torch hub's folder. It need not exist."""
+    """The store's folder: ``CLUSTER_ZOO_HOME``, by default ``cluster_zoo`` in torch hub's folder. It need not exist.
+
+    The path is absolute, so that weights found by it are found later too, wherever the process has gone.
+    """
     named = os.environ.get('CLUSTER_ZOO_HOME')
-    return Path(named).expanduser() if named else Path(torch.hub.get_dir()) / 'cluster_zoo'
+    return (Path(named).expanduser() if named else Path(torch.hub.get_dir()) / 'cluster_zoo').absolute()
 
 
 def folder(name: str, root: str | Path | None = None) -> Path:
@@ -220,6 +232,27 @@ def record(source: str, digest: str, root: str | Path | None = None) -> None:
     with lock(_RECORDS, root), _writing(root):
         records = _records(root) | {source: digest}
         write_atomically(Path(root or home()) / _RECORDS, json.dumps(records, indent=2, sort_keys=True) + '\n')
+
+
+def check_first_use(source: str, path: Path) -> None:
+    """Compare a file's SHA-256 with what it was when its source was first used, or remember it.
+
+    Args:
+        source: What the records call it.
+        path: The file.
+
+    Raises:
+        CheckpointError: It is another file, or the store's records are damaged.
+    """
+    digest, known = sha256(path), recorded(source)
+    if known not in (None, digest):
+        raise CheckpointError(
+            f"'{path}' was refused: its SHA-256 is {digest}, and was {known} when {source} was first used. If you know "
+            f"why it has changed, remove that line from '{home() / _RECORDS}'."
+        )
+    if known is None:
+        with suppress(CheckpointError):  # a store that cannot be written to remembers nothing
+            record(source, digest)
 
 
 def write_atomically(path: Path, text: str) -> None:
