@@ -13,7 +13,7 @@ from timm.models import get_pretrained_cfg
 
 from .. import authors, hub, store, tags
 from ..options import OptionError, nearest
-from ..pretrained import where
+from ..sources import where
 from .parser import Commands, our_tag
 
 _SHOWN_LABELS = 5

@@ -17,7 +17,7 @@ from timm.models import get_pretrained_cfg
 from .. import __version__, authors, hub, importing, store, tags
 from ..model_card import model_card
 from ..options import OptionError, nearest
-from ..pretrained import where
+from ..sources import where
 from ..weights import CheckpointError
 from .parser import Commands, our_tag, positive
 
