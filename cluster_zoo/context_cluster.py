@@ -6,6 +6,7 @@ A network is a stem that turns patches into points, and four stages of blocks in
 of a region exchange what they hold through a few centers. Between stages a strided convolution reduces the points.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -37,9 +38,12 @@ from torch import Tensor
 from . import published
 from .grids import pad_to_multiple
 from .mixer import ClusterMixer
-from .pretrained import ASSETS, build_model
+from .pretrained import build_model
+from .sources import ASSETS
 from .store import add_stored_tags
-from .weights import as_named_by
+from .weights import converted
+
+_logger = logging.getLogger(__name__)
 
 __all__ = ['ContextCluster']  # register_model adds the entry points
 
@@ -336,7 +340,9 @@ class ContextCluster(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of any module; also takes the authors' names, so that timm's ``checkpoint_path`` does."""
-        return super().load_state_dict(as_named_by(self, state_dict), strict, assign)
+        if 'patch_embed.proj.weight' in state_dict:
+            state_dict = converted(state_dict, self, checkpoint_filter_fn)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> normalised features of the last stage [B, D, ceil(H / 32), ceil(W / 32)]"""
@@ -368,6 +374,12 @@ def _init_weights(module: nn.Module) -> None:
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The authors' checkpoint, old or new, under this package's names; one of ours as it is."""
+    trained = published.context_cluster_args(state_dict)
+    if trained and any(module.weighted_mean for module in model.modules() if isinstance(module, ClusterMixer)):
+        _logger.warning(
+            'These weights are of the first publication, until June 2023, and were trained with weighted_mean=False. '
+            'Create the model with it for the results that they had.'
+        )
     return published.context_cluster(state_dict)
 
 
@@ -380,6 +392,7 @@ def _create_context_cluster(variant: str, pretrained: bool = False, **kwargs: An
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
         variant_args=VARIANTS[variant],
+        args_from_weights=published.context_cluster_args,
         **kwargs,
     )
 

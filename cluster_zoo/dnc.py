@@ -21,7 +21,7 @@ from .centroids import CentroidLearning, NearestCentroidHead
 from .context_cluster import cfg
 from .pretrained import build_model
 from .store import add_stored_tags
-from .weights import as_named_by, load_checkpoint
+from .weights import converted, load_checkpoint
 
 # register_model adds the entry points
 __all__ = ['CentroidLearning', 'NearestCentroidHead', 'NearestCentroidMixin', 'nearest_centroid']
@@ -56,7 +56,9 @@ class NearestCentroidMixin(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of any module; also takes the authors' names, so that timm's ``checkpoint_path`` does."""
-        return super().load_state_dict(as_named_by(self, state_dict), strict, assign)
+        if any(published.is_nearest_centroid_head(name) for name in state_dict):
+            state_dict = converted(state_dict, self, checkpoint_filter_fn)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def embed(self, x: Tensor) -> Tensor:
         """Images [B, C, H, W] to what is compared with the centroids: unit vectors [B, D]."""
@@ -206,7 +208,9 @@ def _adapt_classes(state_dict: dict[str, Tensor], model: NearestCentroidMixin) -
     prefix = f'{model.classifier_name}.'
     if model.num_classes == 0:
         return {name: value for name, value in state_dict.items() if not name.startswith(prefix)}
-    if model.num_classes != model.pretrained_cfg['num_classes']:
+    centroids, expected = state_dict.get(f'{prefix}prototypes'), model.pretrained_cfg['num_classes']
+    found = expected if centroids is None or expected < 0 else len(centroids)  # below 0: a head of its own
+    if found != model.num_classes:
         state_dict[f'{prefix}prototypes'] = model.get_classifier().prototypes
         for name in NearestCentroidHead.optional_entries:  # images of the other classes
             state_dict.pop(f'{prefix}{name}', None)

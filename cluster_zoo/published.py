@@ -1,6 +1,7 @@
 """The authors' checkpoint names as ours."""
 
 import re
+from typing import Any
 
 from torch import Tensor
 
@@ -41,12 +42,12 @@ def context_cluster(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def is_before_june_2023(state_dict: dict[str, Tensor]) -> bool:
-    """Whether a Context Cluster checkpoint is of the first publication, whose names it has.
+def context_cluster_args(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    """Arguments of the Context Cluster that a checkpoint of the authors belongs to, as far as its names tell.
 
-    Those networks were trained with ``weighted_mean=False``: every member of a cluster counts one.
+    Until June 2023 they were others, of networks in which every member of a cluster counts one.
     """
-    return any('.token_mixer.fc_v.' in name for name in state_dict)
+    return dict(weighted_mean=False) if any('.token_mixer.fc_v.' in name for name in state_dict) else {}
 
 
 # The head's names, which may stand behind the `head.` of the authors' framework.

@@ -153,12 +153,16 @@ def label_names(pretrained_cfg: dict[str, Any]) -> list[str] | None:
         A name for each class, or None if there are none or not as many as classes.
     """
     names, num_classes = pretrained_cfg.get('label_names'), pretrained_cfg.get('num_classes')
-    if names:
+    if isinstance(names, dict):
+        names = list(names.values())
+    if isinstance(names, list | tuple) and names:
         described = pretrained_cfg.get('label_descriptions') or {}
-        names = [str(described.get(name, name)) for name in names]
-    elif 'in1k' in str(pretrained_cfg.get('tag')).split('_'):
-        names = _imagenet_labels()
-    return list(names) if names and len(names) == num_classes else None
+        found = [str(described.get(name, name)) for name in names]
+    elif not names and 'in1k' in str(pretrained_cfg.get('tag')).split('_'):
+        found = list(_imagenet_labels())
+    else:
+        return None
+    return found if len(found) == num_classes else None
 
 
 @cache

@@ -6,6 +6,7 @@ import tempfile
 import numpy as np
 import pytest
 import torch
+from parity_cases import save_published
 from PIL import Image
 from processes import script
 
@@ -27,6 +28,29 @@ def train():
 @pytest.fixture(scope='session')
 def validate():
     return script('validate')
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty local store."""
+    monkeypatch.setenv('CLUSTER_ZOO_HOME', str(tmp_path / 'home'))
+    return tmp_path / 'home'
+
+
+@pytest.fixture(scope='session')
+def published_file(tmp_path_factory):
+    """Weights of coc_tiny in a file as its authors publish them."""
+    return save_published('coc_tiny', tmp_path_factory.mktemp('published') / 'model_best.pth.tar')
+
+
+@pytest.fixture(scope='session')
+def imported(published_file, tmp_path_factory):
+    """A store that has them as coc_tiny.in1k."""
+    from cluster_zoo.importing import import_checkpoint
+
+    root = tmp_path_factory.mktemp('store')
+    import_checkpoint(published_file, 'coc_tiny.in1k', root=root)
+    return root
 
 
 @pytest.fixture(scope='session')
