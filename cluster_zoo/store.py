@@ -5,8 +5,13 @@
       sha256.json                       of every source that was used, the SHA-256 that its file had then
       downloads/                        what an interrupted download left, to go on from
 
-A folder appears in one step, complete, or not at all; its config.json has the SHA-256 of the weights, which is compared
-whenever they are read. One process at a time writes an entry. Nothing is written where weights are only read.
+A folder appears in one step, complete, or not at all. Where its config.json has the SHA-256 of the weights, as it does
+in every folder that this package writes, the weights are compared with it whenever they are read. One process at a time
+writes an entry. Nothing is written where weights are only read.
+
+An entry is replaced in two steps: the former folder is renamed to `.old-NAME`, the new one to NAME. A reader that looks
+in between waits a moment for the new one; after a crash in between it is given the former one, which the next process
+to write the entry puts back.
 """
 
 import hashlib
@@ -15,7 +20,7 @@ import logging
 import os
 import re
 import shutil
-import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +31,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from timm.models import DefaultCfg, PretrainedCfg
 
+from . import tags
 from .untrusted import read_config_file
 from .weights import CheckpointError
 
@@ -68,6 +74,11 @@ def folder(name: str, root: str | Path | None = None) -> Path:
     Raises:
         ValueError: The name is not of that form.
     """
+    return _present(_target(name, root))
+
+
+def _target(name: str, root: str | Path | None) -> Path:
+    """Where an entry belongs."""
     if not _NAME.fullmatch(name):
         raise ValueError(
             f"'{name}' is no name for weights: expected an architecture and a tag, such as coc_small.in1k; "
@@ -76,13 +87,28 @@ def folder(name: str, root: str | Path | None = None) -> Path:
     return Path(root or home()) / name
 
 
+def _present(path: Path) -> Path:
+    """Where an entry is to be read: its folder, or the former one if another was about to take its place."""
+    former = _former(path)
+    if os.path.lexists(path) or not former.is_dir():
+        return path
+    time.sleep(0.1)  # two renames take less, unless the process was killed
+    return path if os.path.lexists(path) else former
+
+
+def _former(path: Path) -> Path:
+    """The name that an entry's folder has while another takes its place. No entry can be called so."""
+    return path.with_name(f'.old-{path.name}')
+
+
 def entries(root: str | Path | None = None) -> dict[str, Path]:
     """The store's model folders by name, in alphabetical order. None if there is no store."""
     try:
-        found = sorted(Path(root or home()).iterdir())
+        names = {path.name.removeprefix('.old-') for path in Path(root or home()).iterdir()}
     except OSError:
         return {}
-    return {path.name: path for path in found if _NAME.fullmatch(path.name) and (path / CONFIG).is_file()}
+    found = {name: folder(name, root) for name in sorted(names) if _NAME.fullmatch(name)}
+    return {name: path for name, path in found.items() if (path / CONFIG).is_file()}
 
 
 def read_config(path: Path, architecture: str | None = None) -> dict[str, Any]:
@@ -117,27 +143,48 @@ def verified_weights(path: Path) -> Path:
     Raises:
         CheckpointError: There is no such file, or it is not the one that was written.
     """
-    weights, config = Path(path) / WEIGHTS, read_config(path)
-    # transformers copies the key to weights that it has trained further.
-    expected = None if 'transformers_version' in config else config.get('sha256')
-    if not weights.is_file():
-        raise CheckpointError(f"'{path}' holds no {WEIGHTS}.")
-    if expected and sha256(weights) != expected:
-        raise CheckpointError(f"'{weights}' is damaged: its SHA-256 is not {expected}, which {CONFIG} has.")
+    path = Path(path)
+    weights = path / WEIGHTS
+    try:
+        config = read_config(path)
+        # transformers copies the key to weights that it has trained further.
+        expected = None if 'transformers_version' in config else config.get('sha256')
+        if not weights.is_file():
+            raise CheckpointError(f"'{path}' holds no {WEIGHTS}.")
+        if expected and sha256(weights) != expected:
+            raise CheckpointError(f"'{weights}' is damaged: its SHA-256 is not {expected}, which {CONFIG} has.")
+    except CheckpointError as error:
+        if path.parent == home() and _NAME.fullmatch(path.name):
+            raise CheckpointError(f'{error} {_remedy(path.name)}') from error
+        raise
     return weights
 
 
-def lock(name: str, root: str | Path | None = None) -> FileLock:
-    """What one process at a time holds while it writes an entry; the same process may take it again.
+def _remedy(name: str) -> str:
+    """How a damaged entry is replaced."""
+    command = f'fetch {name}' if tags.is_published(name) else f'import FILE --as {name} --force'
+    return f'To have it anew: cluster-zoo {command}'
+
+
+@contextmanager
+def lock(name: str, root: str | Path | None = None) -> Iterator[None]:
+    """One process at a time writes an entry: others wait here. The same process may enter again.
+
+    Args:
+        name: See `folder`, or a file of the store.
+        root: See `folder`.
 
     Raises:
         CheckpointError: The store cannot be written to.
     """
-    locks = Path(root or home()) / '.locks'
+    path = Path(root or home()) / '.locks' / f'{name}.lock'
+    if path.is_symlink():
+        raise CheckpointError(f"'{path}' is a link, and nothing is written where it leads. Remove it.")
     with _writing(root):
-        locks.mkdir(parents=True, exist_ok=True)
-        with open(locks / f'{name}.lock', 'a'):
-            return FileLock(locks / f'{name}.lock', is_singleton=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(path, is_singleton=True).acquire()
+    with held:
+        yield
 
 
 @contextmanager
@@ -147,8 +194,8 @@ def _writing(root: str | Path | None) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"The store '{root or home()}' can not be written to ({getattr(error, 'strerror', None) or error}): "
-            'make room there, or let CLUSTER_ZOO_HOME name a folder that can be written to.'
+            f"The store '{root or home()}' can not be written to ({getattr(error, 'strerror', None) or error}). "
+            'Change that, or let CLUSTER_ZOO_HOME name a folder that can be written to.'
         ) from error
 
 
@@ -164,35 +211,49 @@ def new_folder(name: str, root: str | Path | None = None, replace: bool = False)
     Raises:
         CheckpointError: The entry exists and is not to be replaced, or the store cannot be written to.
     """
-    target = folder(name, root)
+    target = _target(name, root)
     with lock(name, root), _writing(root):
-        if target.exists() and not replace:
+        scratch = target.with_name(f'.new-{name}')
+        _tidy(scratch, target)
+        if os.path.lexists(target) and not replace:
             raise CheckpointError(f"The store has {name} already, at '{target}'. With --force it is replaced.")
-        for left in target.parent.glob(f'.new-{name}-*'):  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f'.new-{name}-', dir=target.parent))
         try:
             fresh = scratch / name
-            fresh.mkdir()
+            fresh.mkdir(parents=True)
             yield fresh
             for path in fresh.iterdir():
                 _flush(path)
-            _put(fresh, target, aside=scratch / 'old')
+            _put(fresh, target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _put(fresh: Path, target: Path, aside: Path) -> None:
+def _tidy(scratch: Path, target: Path) -> None:
+    """Puts back or removes what a process left that was killed."""
+    former = _former(target)
+    if os.path.lexists(former):
+        _remove(former) if os.path.lexists(target) else former.rename(target)
+    if scratch.exists():
+        shutil.rmtree(scratch)
+
+
+def _put(fresh: Path, target: Path) -> None:
     """Gives a folder its name; what had the name before comes back if that fails."""
-    if not target.exists():
-        fresh.rename(target)
-        return
-    target.rename(aside)
+    former = _former(target)
+    if os.path.lexists(target):
+        target.rename(former)
     try:
         fresh.rename(target)
     except OSError:
-        aside.rename(target)
+        if os.path.lexists(former):
+            former.rename(target)
         raise
+    _remove(former)
+
+
+def _remove(path: Path) -> None:
+    """A folder, or what somebody has put in the place of one: a file, a link."""
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:
@@ -280,7 +341,7 @@ def add_stored_tags(default_cfgs: dict[str, DefaultCfg]) -> None:
         if known is None or tag in known.cfgs:
             continue
         try:
-            cfg = _pretrained_cfg(path, architecture)
+            cfg = _pretrained_cfg(path, architecture) | dict(file=str(_target(name, None) / WEIGHTS))
         except CheckpointError as error:
             _logger.warning(f'{name} of the local store is left out: {error}')
             continue
@@ -289,7 +350,7 @@ def add_stored_tags(default_cfgs: dict[str, DefaultCfg]) -> None:
 
 
 def _pretrained_cfg(path: Path, architecture: str) -> dict[str, Any]:
-    """timm's pretrained configuration of a model folder, with its weights as the file to load."""
+    """timm's pretrained configuration of a model folder."""
     config = read_config(path, architecture)
     named = {key: config[key] for key in ('num_classes', 'label_names', 'label_descriptions') if key in config}
-    return {**config['pretrained_cfg'], **named, 'file': str(path / WEIGHTS)}
+    return config['pretrained_cfg'] | named

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -62,6 +63,9 @@ def test_where_the_store_is(monkeypatch, tmp_path):
     monkeypatch.delenv('CLUSTER_ZOO_HOME')
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     assert store.home() == tmp_path / 'torch/hub/cluster_zoo'
+    monkeypatch.setenv('CLUSTER_ZOO_HOME', 'zoo')
+    monkeypatch.chdir(tmp_path)
+    assert store.home() == tmp_path / 'zoo'  # and stays there if the process goes elsewhere
     assert not any(tmp_path.iterdir())  # asking makes nothing
 
 
@@ -152,7 +156,7 @@ def test_what_a_killed_process_left_is_never_an_entry_and_is_tidied(home):
     assert store.verified_weights(store.folder(NAME)).read_bytes() == b'weights'
 
 
-def test_one_process_at_a_time_writes_an_entry():
+def test_one_process_at_a_time_writes_an_entry(home):
     here, there = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
@@ -160,12 +164,14 @@ def test_one_process_at_a_time_writes_an_entry():
             os.write(here[1], b'locked')
             os.read(there[0], 1)  # until the parent has looked
         os._exit(0)
-    assert os.read(here[0], 6) == b'locked'
-    with pytest.raises(filelock.Timeout):
-        store.lock(NAME).acquire(timeout=0)
-    with store.lock('coc_tiny.other'):
-        pass
-    os.write(there[1], b'x')
+    try:
+        assert os.read(here[0], 6) == b'locked'
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(home / f'.locks/{NAME}.lock').acquire(timeout=0)
+        with store.lock('coc_tiny.other'):
+            pass
+    finally:
+        os.write(there[1], b'x')
     assert os.waitpid(child, 0)[1] == 0
     with store.lock(NAME), store.lock(NAME):  # taken twice by one process
         pass
@@ -206,6 +212,89 @@ def test_a_store_below_a_file(tmp_path, monkeypatch):
     _message(error)
 
 
+def test_an_entry_may_be_written_while_another_is_whose_name_goes_on():
+    with store.new_folder('coc_tiny.a-b') as longer:
+        _fill(longer)
+        _add('coc_tiny.a')
+        assert (longer / store.WEIGHTS).is_file()
+    assert list(store.entries()) == ['coc_tiny.a', 'coc_tiny.a-b']
+
+
+def _killed_while_replacing(renames: int) -> None:
+    """A process that replaces the entry is killed after so many renames, of which there are two."""
+
+    def replace():
+        rename, done = Path.rename, []
+
+        def rename_or_die(self, target):
+            if len(done) == renames:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done.append(rename(self, target))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, 'rename', rename_or_die)
+            patch.setattr(shutil, 'rmtree', lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL))
+            with store.new_folder(NAME, replace=True) as path:
+                _fill(path, b'newer')
+
+    in_a_process_that_is_killed(replace)
+
+
+@pytest.mark.parametrize('renames, weights', [(0, b'weights'), (1, b'weights'), (2, b'newer')])
+def test_a_process_that_is_killed_while_it_replaces_an_entry_loses_none(home, renames, weights):
+    _add()
+    _killed_while_replacing(renames)
+    assert store.verified_weights(store.folder(NAME)).read_bytes() == weights
+    assert list(store.entries()) == [NAME]
+    assert store.verified_weights(store.entries()[NAME]).read_bytes() == weights
+    with pytest.raises(CheckpointError, match='has .* already'), store.new_folder(NAME):
+        raise AssertionError('it was entered')
+    assert _files(home) == {NAME}  # put back, and tidied
+    assert store.verified_weights(home / NAME).read_bytes() == weights
+    with store.new_folder(NAME, replace=True) as path:
+        _fill(path, b'newest')
+    assert _files(home) == {NAME} and store.verified_weights(home / NAME).read_bytes() == b'newest'
+
+
+def test_what_a_killed_process_left_can_be_read_where_nothing_can_be_written(home):
+    _add()
+    _killed_while_replacing(1)
+    assert not (home / NAME).exists()
+    with read_only(home):
+        assert store.verified_weights(store.folder(NAME)).read_bytes() == b'weights'
+        assert list(store.entries()) == [NAME]
+
+
+@pytest.mark.parametrize('kind', ['file', 'link to a folder', 'dangling link'])
+def test_what_somebody_has_put_in_the_place_of_an_entry(home, tmp_path, kind):
+    home.mkdir()
+    (tmp_path / 'elsewhere').mkdir()
+    _fill(tmp_path / 'elsewhere', b'another')
+    if kind == 'file':
+        (home / NAME).write_text('')
+    else:
+        (home / NAME).symlink_to(tmp_path / ('elsewhere' if kind == 'link to a folder' else 'nowhere'))
+    with pytest.raises(CheckpointError, match='has .* already.*--force') as error, store.new_folder(NAME):
+        raise AssertionError('it was entered')
+    assert str(home / NAME) in _message(error)
+    with store.new_folder(NAME, replace=True) as path:
+        _fill(path)
+    assert store.verified_weights(home / NAME).read_bytes() == b'weights' and not (home / NAME).is_symlink()
+    assert (tmp_path / 'elsewhere' / store.WEIGHTS).read_bytes() == b'another'
+    assert _files(home) == {NAME}
+
+
+def test_nothing_is_written_where_a_lock_leads(home, tmp_path):
+    (home / '.locks').mkdir(parents=True)
+    (tmp_path / 'victim').write_text('keep')
+    (home / f'.locks/{NAME}.lock').symlink_to(tmp_path / 'victim')
+    before = (tmp_path / 'victim').stat().st_mtime_ns
+    with pytest.raises(CheckpointError, match='is a link') as error:
+        _add()
+    assert f'{NAME}.lock' in _message(error)
+    assert (tmp_path / 'victim').read_text() == 'keep' and (tmp_path / 'victim').stat().st_mtime_ns == before
+
+
 # Reading
 
 
@@ -215,9 +304,21 @@ def test_weights_are_compared_with_what_was_written():
     with pytest.raises(CheckpointError, match='damaged') as error:
         store.verified_weights(weights.parent)
     assert str(weights) in _message(error)
+    assert 'cluster-zoo import FILE --as coc_tiny.mine --force' in _message(error)
     weights.unlink()
     with pytest.raises(CheckpointError, match='holds no model'):
         store.verified_weights(weights.parent)
+
+
+def test_damaged_weights_of_the_authors_can_be_fetched(tmp_path):
+    path = _add('coc_tiny.in1k')
+    (path / store.WEIGHTS).write_bytes(b'Weights')
+    with pytest.raises(CheckpointError, match=r'cluster-zoo fetch coc_tiny\.in1k'):
+        store.verified_weights(path)
+    path.rename(tmp_path / 'coc_tiny.in1k')  # a folder of the user's own
+    with pytest.raises(CheckpointError, match='damaged') as error:
+        store.verified_weights(tmp_path / 'coc_tiny.in1k')
+    assert 'cluster-zoo' not in _message(error)
 
 
 @pytest.mark.parametrize('text', [None, '', '{', '[]', '"config"', '\x00\xff'])
@@ -279,6 +380,18 @@ def test_a_killed_process_leaves_records_whole(home):
     assert store.recorded('x') == 'a' and store.recorded('y') is None
     store.record('y', 'b')
     assert store.recorded('y') == 'b'
+
+
+def test_the_first_use_of_a_source(tmp_path):
+    (tmp_path / 'w').write_bytes(b'first')
+    store.check_first_use('url:x', tmp_path / 'w')
+    store.check_first_use('url:x', tmp_path / 'w')
+    first = store.recorded('url:x')
+    (tmp_path / 'w').write_bytes(b'second')
+    with pytest.raises(CheckpointError, match='url:x was first used') as error:
+        store.check_first_use('url:x', tmp_path / 'w')
+    assert first in _message(error) and store.recorded('url:x') == first
+    store.check_first_use('url:y', tmp_path / 'w')
 
 
 # As timm's names
