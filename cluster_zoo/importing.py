@@ -39,6 +39,9 @@ def import_checkpoint(
 ) -> Path:
     """Put a checkpoint into the store, as the weights of a tag.
 
+    A tag of one's own is known to timm by its name in processes that start later; in this one the folder is loaded by
+    ``timm.create_model(f'local-dir:{folder}', pretrained=True)``.
+
     Args:
         path: See `weights.read_checkpoint`; or a zip or tar archive that holds one checkpoint.
         name: One of the package's published tags, such as ``'coc_small.in1k'``, or an architecture with a tag of one's
@@ -57,8 +60,9 @@ def import_checkpoint(
         The model folder.
 
     Raises:
-        CheckpointError: The file cannot be read, is refused, does not fit, or gives results that are not finite; the
-            name is taken or means nothing. The store is then as it was.
+        CheckpointError: The file cannot be read, is refused, does not fit, says that it is of another model, or gives
+            results that are not finite; the name is taken, means nothing, or is published for other images or classes.
+            The store is then as it was.
     """
     path = Path(path)
     _check_name(name, replace, root)
@@ -66,20 +70,22 @@ def import_checkpoint(
         file = unpack_checkpoint(path, Path(scratch)) if is_archive(path) else path
         checkpoint = read_checkpoint(file)
     state_dict = state_dict_of(checkpoint, path, use_ema)
-    saved = {} if tags.is_published(name) or not isinstance(checkpoint, dict) else checkpoint
-    model_args = _saved_model_args(saved) | _formula(state_dict) | (model_args or {})
+    saved = checkpoint if isinstance(checkpoint, dict) else {}
+    _check_architecture(saved, name, path)
+    if tags.is_published(name):  # of which everything else is known
+        saved = {}
+    model_args = _saved_model_args(saved) | published.context_cluster_args(state_dict) | (model_args or {})
     model = _build(name, {key: value for key, value in model_args.items() if value is not None})
-    load_weights(model, state_dict)
-
     data = _saved_data_config(saved) | (data_config or {})
     labels = _labels(model, label_names, saved.get('label_names'))
+    if tags.is_published(name):
+        _check_as_published(model, name, data, labels)
+    load_weights(model, state_dict)
     logits = _run(model, data)
     source = source or dict(file=path.name, sha256=store.sha256(path))
     with store.new_folder(name, root, replace) as folder:
         write_folder(model, folder, name, labels, source, data)
-        again = timm.create_model(f'local-dir:{folder}', pretrained=True)
-        if not torch.equal(_run(again, data), logits):
-            raise CheckpointError(f'{name} gives other results from the converted file than from {path.name}.')
+        _check_results(folder, name, data, logits)
     return store.folder(name, root)
 
 
@@ -99,6 +105,50 @@ def _check_name(name: str, replace: bool, root: Any) -> None:
         raise CheckpointError(f"The store has {name} already, at '{target}'. With --force it is replaced.")
 
 
+def _check_architecture(saved: dict[str, Any], name: str, path: Path) -> None:
+    """A file may say which model it is of. The weights of one may fit another, and mean nothing there."""
+    architecture = name.partition('.')[0]
+    for said in (saved.get('arch'), _saved_options(saved).get('model')):
+        other = said.partition('.')[0] if isinstance(said, str) else architecture
+        if other != architecture and tags.is_ours(other):
+            raise CheckpointError(
+                f"'{path}' was refused: it says that it is of {other}, which is another model than {architecture}. "
+                f'Import it as {other}.TAG, or save its state_dict alone if you know that it says so by mistake.'
+            )
+
+
+def _check_as_published(model: nn.Module, name: str, data: dict[str, Any], labels: dict[str, Any]) -> None:
+    """Whoever loads a published tag gets the images and classes that it is known for, whatever its folder says."""
+    cfg = model.pretrained_cfg
+    resolve = timm.data.resolve_data_config
+    differing = [
+        what
+        for what, differs in (
+            (f'{model.num_classes} classes', model.num_classes != cfg['num_classes']),
+            (f'{model.in_chans} channels', model.in_chans != cfg['input_size'][0]),
+            ('images prepared in another way', resolve(data, model=model) != resolve({}, model=model)),
+            ('other label names', labels.get('label_names') not in (None, tags.label_names(cfg))),
+        )
+        if differs
+    ]
+    if differing:
+        raise CheckpointError(
+            f'{name} is known for {cfg["num_classes"]} classes and images of {list(cfg["input_size"])}, so weights for '
+            f'{", ".join(differing)} can not have its name. Take a tag of your own, such as '
+            f'{name.partition(".")[0]}.mine.'
+        )
+
+
+def _check_results(folder: Path, name: str, data: dict[str, Any], logits: Tensor) -> None:
+    """The folder gives the results of the model that it was written from, and so does its name if timm knows that."""
+    ways = [dict(model_name=f'local-dir:{folder}')]
+    if tags.is_published(name):
+        ways.append(dict(model_name=name, cache_dir=folder.parent))
+    for way in ways:
+        if not torch.equal(_run(timm.create_model(**way, pretrained=True), data), logits):
+            raise CheckpointError(f'{name} gives other results from the converted file than before it was written.')
+
+
 def _saved_options(saved: dict[str, Any]) -> dict[str, Any]:
     """The options of the training script, timm's or this package's."""
     options = saved.get('args')
@@ -116,10 +166,6 @@ def _saved_data_config(saved: dict[str, Any]) -> dict[str, Any]:
     """What this package's script has resolved, or else the options that timm's would have resolved."""
     found = saved.get('data_config') or _saved_options(saved)
     return {key: found[key] for key in _DATA if found.get(key)}
-
-
-def _formula(state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    return dict(weighted_mean=False) if published.is_before_june_2023(state_dict) else {}
 
 
 def _build(name: str, model_args: dict[str, Any]) -> nn.Module:

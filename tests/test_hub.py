@@ -21,7 +21,7 @@ from processes import run_processes
 
 import cluster_zoo
 from cluster_zoo import hub, store
-from cluster_zoo.pretrained import WeightsNotFoundError
+from cluster_zoo.sources import WeightsNotFoundError
 from cluster_zoo.weights import CheckpointError
 
 TINY = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_heads=(2, 2, 2, 2), head_dim=4, num_classes=5)

@@ -162,6 +162,7 @@ def test_what_is_refused_changes_nothing(tmp_path, home):
         ('good.pth', 'coc_tiny.untrained', {}, 'take another tag'),
         ('good.pth', 'coc_tiny_plain.cifar10', {}, 'part of the package'),
         ('good.pth', 'coc_tiny.in1k', {}, 'does not fit'),
+        ('good.pth', 'coc_tiny.in1k', dict(model_args=args), 'known for 1000 classes .* for 5 classes can not'),
         ('good.pth', 'coc_tiny.b', dict(model_args=dict(args, colour=3)), 'can not be built'),
         ('good.pth', 'coc_tiny.b', dict(model_args=args, label_names=['a']), '1 label names for 5'),
         ('missing.pth', 'coc_tiny.b', {}, 'No checkpoint at'),
@@ -171,6 +172,82 @@ def test_what_is_refused_changes_nothing(tmp_path, home):
         with pytest.raises(CheckpointError, match=words):
             import_checkpoint(tmp_path / file, name, **kwargs)
         assert _snapshot(home) == before
+
+
+@pytest.mark.parametrize('kwargs, words', [
+    (dict(model_args=dict(num_classes=7)), '7 classes'),
+    (dict(model_args=dict(in_chans=1)), '1 channels'),
+    (dict(data_config=dict(img_size=64)), 'images prepared in another way'),
+    (dict(data_config=dict(crop_pct=0.5)), 'images prepared in another way'),
+    (dict(label_names=[f'class {i}' for i in range(1000)]), 'other label names'),
+])  # fmt: skip
+def test_a_published_tag_stays_what_it_is_known_as(tmp_path, home, kwargs, words):
+    """What its folder says of images and classes would not reach those who load it by its name."""
+    path = save_published('coc_tiny', tmp_path / 'model_best.pth.tar')
+    with pytest.raises(CheckpointError, match=rf'coc_tiny\.in1k is known for .* {words} .*coc_tiny\.mine'):
+        import_checkpoint(path, 'coc_tiny.in1k', **kwargs)
+    assert not store.entries()
+
+
+def test_what_is_said_of_a_published_tag_may_be_what_is_known(tmp_path):
+    path = save_published('coc_tiny', tmp_path / 'model_best.pth.tar')
+    known = timm.create_model('coc_tiny.in1k').pretrained_cfg
+    kwargs = dict(model_args=dict(num_classes=1000), data_config=dict(img_size=224, crop_pct=0.9))
+    import_checkpoint(path, 'coc_tiny.in1k', label_names=tags.label_names(known), **kwargs)
+    assert store.verified_weights(store.folder('coc_tiny.in1k')).is_file()
+
+
+def test_a_published_tag_is_checked_as_users_load_it(tmp_path, home, monkeypatch):
+    path = save_published('coc_tiny', tmp_path / 'model_best.pth.tar')
+    create, names = timm.create_model, []
+
+    def create_model(model_name, **kwargs):
+        model = create(model_name, **kwargs)
+        names.append(model_name)
+        if kwargs.get('cache_dir'):
+            torch.nn.init.normal_(model.head.fc.weight)
+        return model
+
+    monkeypatch.setattr(timm, 'create_model', create_model)
+    with pytest.raises(CheckpointError, match='other results'):
+        import_checkpoint(path, 'coc_tiny.in1k')
+    assert names[-1] == 'coc_tiny.in1k' and not store.entries()
+
+
+def _says(path, **saved):
+    torch.save(dict(state_dict=_tiny().state_dict(), **saved), path)
+    return path
+
+
+@pytest.mark.parametrize('saved', [
+    dict(arch='coc_tiny_plain'),
+    dict(arch='coc_tiny_plain.cifar10'),
+    dict(args=Namespace(model='coc_tiny_plain')),
+    dict(args=dict(model='coc_tiny_plain'), arch='coc_tiny'),
+    dict(arch='dnc_coc_tiny'),
+])  # fmt: skip
+def test_weights_of_another_model_are_refused_though_they_fit(tmp_path, saved):
+    args = dict(TINY, num_classes=5)
+    path = _says(tmp_path / 'c.pth', **saved)
+    for replace in (False, True):  # which is no question of replacing
+        with pytest.raises(CheckpointError, match='another model than coc_tiny') as error:
+            import_checkpoint(path, 'coc_tiny.mine', model_args=args, replace=replace)
+        assert '\n' not in str(error.value)
+        with pytest.raises(CheckpointError, match='another model than coc_tiny'):
+            import_checkpoint(path, 'coc_tiny.in1k', replace=replace)
+    assert not store.entries()
+
+
+@pytest.mark.parametrize('saved', [
+    dict(arch='ContextCluster-Ti'),
+    dict(arch='resnet50', args=Namespace(model='hf-hub:org/coc_tiny_plain')),
+    dict(arch=['coc_tiny_plain'], args=dict(model=None)),
+    dict(arch='coc_tiny.in1k', args=Namespace(model='coc_tiny')),
+])  # fmt: skip
+def test_names_of_other_libraries_are_no_reason_to_refuse(tmp_path, saved):
+    path = _says(tmp_path / 'c.pth', **saved)
+    folder = import_checkpoint(path, 'coc_tiny.mine', model_args=dict(TINY, num_classes=5))
+    assert _same(_loaded(folder), _tiny())
 
 
 def test_replacing(tmp_path, home, monkeypatch):

@@ -247,7 +247,7 @@ def test_a_process_that_is_killed_while_it_replaces_an_entry_loses_none(home, re
     assert store.verified_weights(store.folder(NAME)).read_bytes() == weights
     assert list(store.entries()) == [NAME]
     assert store.verified_weights(store.entries()[NAME]).read_bytes() == weights
-    with pytest.raises(CheckpointError, match='has .* already'), store.new_folder(NAME):
+    with pytest.raises(CheckpointError, match=r'has .* already'), store.new_folder(NAME):
         raise AssertionError('it was entered')
     assert _files(home) == {NAME}  # put back, and tidied
     assert store.verified_weights(home / NAME).read_bytes() == weights
@@ -274,7 +274,7 @@ def test_what_somebody_has_put_in_the_place_of_an_entry(home, tmp_path, kind):
         (home / NAME).write_text('')
     else:
         (home / NAME).symlink_to(tmp_path / ('elsewhere' if kind == 'link to a folder' else 'nowhere'))
-    with pytest.raises(CheckpointError, match='has .* already.*--force') as error, store.new_folder(NAME):
+    with pytest.raises(CheckpointError, match=r'has .* already.*--force') as error, store.new_folder(NAME):
         raise AssertionError('it was entered')
     assert str(home / NAME) in _message(error)
     with store.new_folder(NAME, replace=True) as path:
