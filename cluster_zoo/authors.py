@@ -14,7 +14,7 @@ from typing import Any
 
 import timm
 
-from . import store
+from . import store, tags
 from .untrusted import check_archive, is_archive
 from .weights import CheckpointError
 
@@ -140,17 +140,15 @@ def _choose(name: str, files: list[tuple[str, str]], member: str | None) -> tupl
             raise CheckpointError(f"The authors' folder has {len(found)} files '{member}'; it holds {offered}.")
         return found[0]
 
-    def words(path: str) -> set[str]:
-        return set(re.split(r'[^a-z0-9]+', path.lower()))
-
     architecture = name.partition('.')[0]
     found = [(file_id, path) for file_id, path in files if path.lower().endswith(_SUFFIXES)]
+    found = [(file_id, path) for file_id, path in found if architecture in (_named(path) or {architecture})]
     for keep in (
-        lambda path: not words(path) & _OTHER_TASKS,
-        lambda path: set(architecture.split('_')) <= words(path),  # where one folder has several models
-        lambda path: {architecture.split('_')[-1]} <= words(path),
-        lambda path: 'best' in words(path),
-        lambda path: 'last' in words(path),
+        lambda path: not _words(path) & _OTHER_TASKS,
+        lambda path: architecture in _named(path),  # where one folder has several models
+        lambda path: {architecture.split('_')[-1]} <= _words(path),
+        lambda path: 'best' in _words(path),
+        lambda path: 'last' in _words(path),
     ):
         kept = [(file_id, path) for file_id, path in found if keep(path)]
         found = kept or found
@@ -160,6 +158,17 @@ def _choose(name: str, files: list[tuple[str, str]], member: str | None) -> tupl
             f'cluster-zoo fetch {name} --file PATH'
         )
     return found[0]
+
+
+def _words(path: str) -> set[str]:
+    return set(re.split(r'[^a-z0-9]+', path.lower()))
+
+
+def _named(path: str) -> set[str]:
+    """The architectures that a path names. Where a name is part of another, the longer one is meant."""
+    words = _words(path)
+    found = {name: set(name.split('_')) for name in tags.our_models() if words.issuperset(name.split('_'))}
+    return {name for name, own in found.items() if not any(own < others for others in found.values())}
 
 
 def _download(file_id: str, path: str, folder: Path, progress: bool) -> Path:

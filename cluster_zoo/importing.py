@@ -72,8 +72,7 @@ def import_checkpoint(
     state_dict = state_dict_of(checkpoint, path, use_ema)
     saved = checkpoint if isinstance(checkpoint, dict) else {}
     _check_architecture(saved, name, path)
-    if tags.is_published(name):  # of which everything else is known
-        saved = {}
+    saved = {} if tags.is_published(name) else saved  # everything else is known of published tags
     model_args = _saved_model_args(saved) | published.context_cluster_args(state_dict) | (model_args or {})
     model = _build(name, {key: value for key, value in model_args.items() if value is not None})
     data = _saved_data_config(saved) | (data_config or {})

@@ -197,6 +197,29 @@ def test_a_file_that_can_not_be_told_is_not_guessed(server):
     assert server.sent(FILE) == []
 
 
+@pytest.mark.parametrize('paths, chosen', [
+    (['coc_tiny/last.pth.tar', 'coc_tiny_plain/model_best.pth.tar'], 'coc_tiny/last.pth.tar'),
+    (['CoC-Tiny/last.pth.tar', 'CoC-Tiny-Plain/model_best.pth.tar', 'coc_small.pth'], 'CoC-Tiny/last.pth.tar'),
+    (['last.pth.tar', 'coc_tiny_plain/model_best.pth.tar'], 'last.pth.tar'),
+    (['coc_tiny_plain/model_best.pth.tar'], None),
+    (['coc_tiny_plain/model_best.pth.tar', 'fec_small/tiny_best.pth'], None),
+])  # fmt: skip
+def test_the_file_of_another_model_is_never_taken(server, content, paths, chosen):
+    folders = {}
+    for i, path in enumerate(paths):
+        *above, file = path.split('/')
+        for name in above:
+            folders.setdefault(name, server.add_folder(f'{i}'.ljust(33, '-'), name, FOLDER))
+        body = content[:1000] + path.encode()
+        server.add_file(f'{i}'.ljust(33, '0'), file, body, folders[above[0]] if above else FOLDER)
+    if chosen is None:
+        assert paths[0] in _refused()
+        assert [server.sent(f'{i}'.ljust(33, '0')) for i in range(len(paths))] == [[]] * len(paths)
+    else:
+        authors.fetch(NAME, progress=False)
+        assert _stored() == content[:1000] + chosen.encode()
+
+
 def test_names_on_the_server_name_no_paths_here(server, content, tmp_path):
     server.add_file(FILE, '../../../escaped.pth', content, FOLDER)
     authors.fetch(NAME, progress=False)

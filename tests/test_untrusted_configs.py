@@ -47,6 +47,14 @@ def test_what_timm_saves_is_accepted_and_makes_the_model_again(name, args, tmp_p
     assert {n: v.shape for n, v in again.state_dict().items()} == {n: v.shape for n, v in model.state_dict().items()}
 
 
+def test_what_is_left_out_says_nothing_and_what_is_small_is_accepted():
+    cfg = dict(label_names={'0': 'cat', '1': 'dog'}, label_offset=0, crop_pct=2, num_classes=2, url='', file=None)
+    check_config(dict(architecture='coc_tiny', pretrained_cfg=cfg, sha256=None, source=None, label_names=None), 'here')
+    check_config(dict(architecture='resnet18', pretrained_cfg=cfg | dict(label_offset=1)), 'here')  # timm does so
+    for size in (None, 64, [96, 64], 4096):
+        check_config(dict(architecture='dnc_swin_tiny', pretrained_cfg=cfg, model_args=dict(img_size=size)), 'here')
+
+
 def test_backbones_of_ones_own_are_accepted(tmp_path):
     save_for_hf(nearest_centroid('resnet10t', num_classes=3), tmp_path, safe_serialization=True)
     assert read_config_file(tmp_path / 'config.json')['architecture'] == 'resnet10t'
@@ -72,7 +80,7 @@ def test_the_earlier_layout_is_accepted():
     config = dict(architecture='resnet18', num_features=512, labels=['a', 'b'], num_classes=2, mean=[0.5], std=[0.5])
     check_config(config, 'here')
     assert 'its url leads to other weights' in _refusal(check_config, config | dict(url='http://x'), 'here')
-    assert 'its labels is text' in _refusal(check_config, config | dict(labels=[1]), 'here')
+    assert 'its labels is a list of text' in _refusal(check_config, config | dict(labels=[1]), 'here')
 
 
 # What is refused
@@ -123,6 +131,9 @@ CHANGES = [
     ('model_args.pretrained_cfg', 'in1k', 'model_args.pretrained_cfg is no argument'),
     ('model_args.pretrained_cfg_overlay', {'file': '/x'}, 'model_args.pretrained_cfg_overlay is no argument'),
     ('model_args.pretrained_strict', False, 'model_args.pretrained_strict is no argument'),
+    ('model_args.pretrained_filter_fn', 'x', 'model_args.pretrained_filter_fn is no argument'),
+    ('model_args.variant_args', 1, 'model_args.variant_args is no argument'),
+    ('model_args.args_from_weights', 1, 'model_args.args_from_weights is no argument'),
     ('model_args.features_only', True, 'model_args.features_only is no argument'),
     ('model_args.feature_cls', 'hook', 'model_args.feature_cls is no argument'),
     ('model_args.cache_dir', 'x', 'model_args.cache_dir is no argument'),
@@ -138,7 +149,20 @@ CHANGES = [
     ('model_args.dims', [8] * 1000, 'model_args.dims is no number'),
     ('model_args.dims', [10**9, 8, 8, 8], 'model_args.dims is no number'),
     ('model_args.head_dim', 10**9, 'model_args.head_dim is no number'),
+    ('model_args.img_size', 4097, 'model_args.img_size is one or two sides of up to 4096 pixels'),
+    ('model_args.img_size', [28672, 28672], 'model_args.img_size is one or two sides'),
+    ('model_args.img_size', [64, 64, 64], 'model_args.img_size is one or two sides'),
+    ('model_args.img_size', 'large', 'model_args.img_size is one or two sides'),
     ('model_args', [1], 'its model_args are an object'),
+    # Where the weights are from
+    ('sha256', '', 'its sha256 is 64 hexadecimal digits'),
+    ('sha256', ['a'], 'its sha256 is 64 hexadecimal digits'),
+    ('sha256', 'g' * 64, 'its sha256 is 64 hexadecimal digits'),
+    ('sha256', '0' * 63, 'its sha256 is 64 hexadecimal digits'),
+    ('source', 'somewhere', 'its source is an object of short text'),
+    ('source', {'file': 1}, 'its source is an object of short text'),
+    ('source', {'file': 'a' * 501}, 'its source is an object of short text'),
+    ('source', dict.fromkeys(map(str, range(100)), ''), 'its source is an object of short text'),
     # Wrong types and sizes
     ('num_classes', '7', 'its num_classes is a number from 0 to 1,000,000'),
     ('num_classes', 10**9, 'its num_classes'),
@@ -148,6 +172,7 @@ CHANGES = [
     ('pretrained_cfg.input_size', [3, 224], 'its input_size is channels, height and width'),
     ('pretrained_cfg.input_size', [3, 0, 224], 'its input_size'),
     ('pretrained_cfg.input_size', [3, 10**6, 10**6], 'its input_size'),
+    ('pretrained_cfg.input_size', [3, 4097, 224], 'its input_size'),
     ('pretrained_cfg.input_size', 224, 'its input_size'),
     ('pretrained_cfg.test_input_size', ['3', 1, 1], 'its test_input_size'),
     ('pretrained_cfg.mean', 0.5, 'its mean is one number a channel'),
@@ -157,14 +182,21 @@ CHANGES = [
     ('pretrained_cfg.std', [0.0, 0.5, 0.5], 'its std is one positive number a channel'),
     ('pretrained_cfg.crop_pct', 0, 'its crop_pct'),
     ('pretrained_cfg.crop_pct', '0.9', 'its crop_pct'),
+    ('pretrained_cfg.crop_pct', 0.01, 'its crop_pct is a part of the image, from 0.1 to 2'),
+    ('pretrained_cfg.test_crop_pct', 2.5, 'its test_crop_pct is a part of the image'),
     ('pretrained_cfg.interpolation', 3, 'its interpolation is text'),
     ('pretrained_cfg.first_conv', 7, 'its first_conv is names of modules'),
     ('pretrained_cfg.classifier', 'a(b)', 'its classifier is names of modules'),
     ('pretrained_cfg.pool_size', ['a', 7], 'its pool_size is a size'),
     ('pretrained_cfg.fixed_input_size', 'no', 'its fixed_input_size is true or false'),
     ('label_names', 'a\x1b[2Jb', 'label_names has control characters'),
-    ('label_names', [1, 2], 'its label_names is text'),
-    ('label_descriptions', {'a': {}}, 'its label_descriptions is text'),
+    ('label_names', [1, 2], 'its label_names is a list of text'),
+    ('label_names', 'ab', 'its label_names is a list of text'),
+    ('pretrained_cfg.label_names', {'0': ['a']}, 'its label_names is a list of text'),
+    ('label_descriptions', {'a': {}}, 'its label_descriptions is text for each label'),
+    ('label_descriptions', ['a'], 'its label_descriptions is text for each label'),
+    ('pretrained_cfg.label_offset', 1, 'its label_offset leaves classes out'),
+    ('pretrained_cfg.label_offset', -1, 'its label_offset is 0 or 1'),
     ('pretrained_cfg.license', 'mit\x07', 'pretrained_cfg.license has control characters'),
     ('a\x1b[2J', 1, 'a key that is no plain text'),
     ('model_args.' + 'a' * 10_000, [[[1]]], 'model_args.aaaa'),

@@ -12,13 +12,16 @@ from typing import Any
 import timm
 from timm.models import PretrainedCfg, build_model_with_cfg
 
+from ..tags import is_ours
 from .errors import CheckpointError, damaged, one_line, quoted, refused
 
 _MAX_BYTES = 4 * 2**20  # the names and descriptions of ImageNet-21k take two
 _MAX_DEPTH = 16
 _MAX_CLASSES = 1_000_000
-_MAX_ARGUMENT = 65_536  # channels, blocks, pixels, ...
+_MAX_ARGUMENT = 65_536  # channels, blocks, ...
+_MAX_SIDE = 4096  # pixels of an image: its square is what is allocated
 _MAX_LIST = 64
+_MAX_TEXT = 500  # characters of a note on where weights come from
 
 # By these keys configurations name code to import, or ask for a loader of the model's own
 _CODE = {'auto_map', 'trust_remote_code', 'custom_load', 'custom_pipelines', 'custom_objects', '_target_'}
@@ -30,7 +33,7 @@ _CONTROL = re.compile(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]')  # all but tab and line 
 _FACTORY = {
     *inspect.signature(timm.create_model).parameters,
     *inspect.signature(build_model_with_cfg).parameters,
-    *('features_only', 'out_indices', 'feature_cls', 'pruned', 'device', 'dtype'),
+    *('features_only', 'out_indices', 'feature_cls', 'pruned', 'device', 'dtype', 'variant_args', 'args_from_weights'),
 }
 
 
@@ -95,9 +98,13 @@ def check_config(config: Any, where: str, architecture: str | None = None) -> No
         _check_architecture(config.get('architecture'), architecture)
         pretrained_cfg = config.get('pretrained_cfg', _early_layout(config))
         _check_pretrained_cfg(pretrained_cfg)
-        for key in ('num_classes', 'num_features', 'labels', 'label_names', 'label_descriptions'):
+        if pretrained_cfg.get('label_offset') and is_ours(config['architecture']):  # the others' heads timm cuts
+            raise _Refused('its label_offset leaves classes out, which no model of this package does')
+        for key in ('num_classes', 'num_features', 'labels', 'label_names', 'label_descriptions', 'sha256'):
             if config.get(key) is not None:
                 _check_entry(key, config[key])
+        if 'pretrained_cfg' in config and config.get('source') is not None:  # before, it was one of its keys
+            _check_source(config['source'])
         _check_model_args(config.get('model_args') or {})
     except _Refused as error:
         raise CheckpointError(f'{where} was refused: {one_line(str(error))}.') from error
@@ -167,7 +174,11 @@ def _is_count(value: Any, largest: int) -> bool:
 
 
 def _is_image_size(value: Any) -> bool:
-    return _is_list(value, 3, 3) and all(_is_count(n, _MAX_ARGUMENT) and n > 0 for n in value)
+    return _is_list(value, 3, 3) and all(_is_count(n, _MAX_SIDE) and n > 0 for n in value)
+
+
+def _are_sides(value: Any) -> bool:
+    return all(_is_count(n, _MAX_SIDE) and n > 0 for n in (value if _is_list(value, 1, 2) else [value]))
 
 
 def _is_list(value: Any, shortest: int, longest: int) -> bool:
@@ -178,12 +189,16 @@ def _are_statistics(value: Any) -> bool:
     return _is_list(value, 1, _MAX_LIST) and all(_is_number(x) and abs(x) <= 1000 for x in value)
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text_by_key(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, value.values()))
+
+
 def _are_names(value: Any) -> bool:
-    if isinstance(value, str):
-        return True
-    return isinstance(value, list | tuple | dict) and all(
-        isinstance(name, str) for name in (value.values() if isinstance(value, dict) else value)
-    )
+    return _is_text_by_key(value) or (isinstance(value, list | tuple) and all(map(_is_text, value)))
 
 
 def _are_modules(value: Any) -> bool:
@@ -198,14 +213,21 @@ _EXPECTED: dict[str, tuple[Any, str]] = {
     'mean': (_are_statistics, 'one number a channel'),
     'std': (lambda value: _are_statistics(value) and min(value) > 0, 'one positive number a channel'),
     **dict.fromkeys(
-        ('crop_pct', 'test_crop_pct'), (lambda value: _is_number(value) and 0 < value <= 10, 'a part of the image')
+        ('crop_pct', 'test_crop_pct'),
+        (lambda value: _is_number(value) and 0.1 <= value <= 2, 'a part of the image, from 0.1 to 2'),
     ),
     **dict.fromkeys(
         ('num_classes', 'num_features'),
         (lambda value: _is_count(value, _MAX_CLASSES), f'a number from 0 to {_MAX_CLASSES:,}'),
     ),
     'label_offset': (lambda value: _is_count(value, 1), '0 or 1'),
-    **dict.fromkeys(('labels', 'label_names', 'label_descriptions', 'notes', 'paper_ids'), (_are_names, 'text')),
+    **dict.fromkeys(('labels', 'label_names'), (_are_names, 'a list of text')),
+    'label_descriptions': (_is_text_by_key, 'text for each label'),
+    **dict.fromkeys(('notes', 'paper_ids'), (lambda value: _is_text(value) or _are_names(value), 'text')),
+    'sha256': (
+        lambda value: _is_text(value) and bool(re.fullmatch('[0-9a-f]{64}', value)),
+        '64 hexadecimal digits, in lower case',
+    ),
     **dict.fromkeys(('first_conv', 'classifier'), (_are_modules, 'names of modules')),
     **dict.fromkeys(
         ('pool_size', 'test_pool_size'),
@@ -217,7 +239,7 @@ _EXPECTED: dict[str, tuple[Any, str]] = {
         'the name of a file beside the configuration',
     ),
 }
-_IS_TEXT = (lambda value: isinstance(value, str), 'text')
+_IS_TEXT = (_is_text, 'text')
 
 
 def _check_entry(key: str, value: Any) -> None:
@@ -242,6 +264,11 @@ def _check_pretrained_cfg(cfg: Any) -> None:
         raise _Refused(f'its mean and std have {channels} numbers, one for each channel of an image')
 
 
+def _check_source(source: Any) -> None:
+    if not _is_text_by_key(source) or len(source) > _MAX_LIST or any(len(x) > _MAX_TEXT for x in source.values()):
+        raise _Refused(f'its source is an object of short text, not {quoted(source)}')
+
+
 def _check_model_args(arguments: Any) -> None:
     if not isinstance(arguments, dict):
         raise _Refused(f'its model_args are an object, not {quoted(arguments)}')
@@ -250,6 +277,8 @@ def _check_model_args(arguments: Any) -> None:
             raise _Refused(f'model_args.{key} is no argument of a model, but of what builds and loads it')
         if not _is_argument(value):
             raise _Refused(f'model_args.{key} is no number, no choice and no list of these: {quoted(value)}')
+        if key == 'img_size' and value is not None and not _are_sides(value):
+            raise _Refused(f'model_args.img_size is one or two sides of up to {_MAX_SIDE} pixels, not {quoted(value)}')
 
 
 def _is_argument(value: Any, nested: bool = False) -> bool:

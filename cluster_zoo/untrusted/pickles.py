@@ -268,7 +268,7 @@ _MAKE = {
     'EMPTY_LIST': list,
     'EMPTY_TUPLE': tuple,
 }
-_TUPLES = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3}
+_TAKEN = {'TUPLE1': 1, 'TUPLE2': 2, 'TUPLE3': 3, 'APPEND': 1, 'SETITEM': 2}  # from the stack; others: since the mark
 
 
 def _run(instructions: Iterable[tuple], storage: Callable[..., _Storage] | None) -> Any:
@@ -296,20 +296,15 @@ def _run(instructions: Iterable[tuple], storage: Callable[..., _Storage] | None)
             case 'MARK':
                 outer.append(stack)
                 stack = []
-            case 'TUPLE':
-                items, stack = stack, outer.pop()
+            case 'TUPLE' | 'TUPLE1' | 'TUPLE2' | 'TUPLE3' as name:
+                items, stack = _take(name, stack, outer)
                 stack.append(tuple(items))
-            case 'TUPLE1' | 'TUPLE2' | 'TUPLE3' as name:
-                n = _TUPLES[name]
-                stack[-n:] = [tuple(stack[-n:])]
-            case 'APPENDS' | 'SETITEMS' as name:
-                items, stack = stack, outer.pop()
-                _extend(stack[-1], items, name == 'SETITEMS')
-            case 'APPEND':
-                _extend(stack[-2], [stack.pop()], False)
-            case 'SETITEM':
-                value, key = stack.pop(), stack.pop()
-                _extend(stack[-1], [key, value], True)
+            case 'APPENDS' | 'APPEND' as name:
+                items, stack = _take(name, stack, outer)
+                _extend(stack[-1], items, False)
+            case 'SETITEMS' | 'SETITEM' as name:
+                items, stack = _take(name, stack, outer)
+                _extend(stack[-1], items, True)
             case 'GLOBAL':
                 stack.append(_name(argument))
             case 'BINPERSID':
@@ -332,6 +327,18 @@ def _run(instructions: Iterable[tuple], storage: Callable[..., _Storage] | None)
             case name:
                 raise _Refused(f'it has an instruction ({name}) that torch.save does not write')
     raise ValueError('no end')
+
+
+def _take(name: str, stack: list[Any], outer: list[list[Any]]) -> tuple[list[Any], list[Any]]:
+    """The items that an instruction works on, and the stack without them."""
+    count = _TAKEN.get(name)
+    if count is None:
+        return stack, outer.pop()
+    if count > len(stack):
+        raise IndexError('the stack runs empty')
+    items = stack[-count:]
+    del stack[-count:]
+    return items, stack
 
 
 def _extend(target: Any, items: list[Any], pairs: bool) -> None:
