@@ -1,13 +1,15 @@
 """Models as files that other programs run: ONNX, TorchScript and torch.export's pt2.
 
 A file is compared with its model before it gets its name: it is opened again, by onnxruntime if it is ONNX, and has to
-give the same logits for batches and image sizes other than those it was traced with. Whatever fails, nothing is left
-behind and no file is replaced.
+give the same logits for batches and image sizes other than those it was traced with. As long as layer scales are near
+zero the branches behind them hardly count, so both are compared once more with these scales raised. Whatever fails,
+nothing is left behind and no file is replaced.
 
 TorchScript takes images of any size, as the model does. A traced graph, ONNX and pt2, has no branches: where the points
 of an image are cut into regions or pooled two by two it takes the sizes that divide, which are multiples of 32 for most
 variants (`Sizes`), and refuses others. For any other size a graph can be made for that size alone. FEC's pooling has no
 blocks in a graph: all points meet all centers at once, which takes memory with the square of the number of points.
+A model whose own size is none of these becomes a file for its own size alone.
 """
 
 import copy
@@ -29,24 +31,19 @@ import torch.nn as nn
 from torch import Tensor
 
 from . import __version__
+from .comparison import RAISED, TOLERANCE, ExportError, compare, first_line, little_scales, raise_scales
 from .context_cluster import ContextCluster
 from .fec import ClusterPool
 from .mixer import ClusterMixer
 from .tags import label_names
 
-__all__ = ['FORMATS', 'OPSET', 'TOLERANCE', 'Export', 'ExportError', 'Sizes', 'export_model']
+__all__ = ['FORMATS', 'OPSET', 'TOLERANCE', 'Export', 'ExportError', 'Sizes', 'check_request', 'export_model']
 
 OPSET = 18  # the oldest that torch.onnx writes, and so the one that most programs read
-TOLERANCE = 1e-4  # largest difference of a logit, float32
 
 _SMALLEST = 32  # pixels, of the models themselves
 _STEP = 37  # pixels from one side to another that is checked, unless sizes are multiples of something
-_DRAWS = 5  # images at each place of a batch, of which one has to be within the tolerance, see `_compare`
 _METADATA = 'cluster_zoo.json'  # in TorchScript and pt2, which are archives
-
-
-class ExportError(RuntimeError):
-    """A model cannot be exported as asked, or what was exported is not the model. The message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,12 @@ class Sizes:
     fixed: tuple[int, int] | None = None
     multiple: int = 1
     smallest: int = _SMALLEST
+
+    def take(self, height: int, width: int) -> bool:
+        """Whether these are among them."""
+        if self.fixed:
+            return (height, width) == self.fixed
+        return all(side >= self.smallest and side % self.multiple == 0 for side in (height, width))
 
     def __str__(self) -> str:
         if self.fixed:
@@ -81,6 +84,7 @@ class Export:
         images: Images that were compared.
         undecided: Of these, how many differ by more, because of a point that lies between two centers.
         undecided_difference: By how much.
+        raised: Layer scales near zero, which were raised in both for a second comparison of as many images.
     """
 
     path: Path
@@ -90,6 +94,7 @@ class Export:
     images: int
     undecided: int = 0
     undecided_difference: float = 0.0
+    raised: int = 0
 
 
 def export_model(
@@ -110,19 +115,18 @@ def export_model(
         path: File to write. One that is there is replaced when all is done.
         to: ``'onnx'``, ``'torchscript'`` or ``'pt2'``.
         image_size: Height and width, or one number for both, of the only size that the file has to take. None: all
-            that can be had, see `Sizes`; models of a fixed size, such as Swin, have only theirs.
+            that can be had, see `Sizes`, and the model's own; models of a fixed size, such as Swin, have only theirs.
         opset: Of ONNX, from 18 to the newest that the package onnx knows.
 
     Raises:
-        ExportError: There is no such format, size or opset; a package is missing; the model cannot be traced; or the
-            file does not give the model's logits.
+        ExportError: See `check_request`; the model is no classifier or cannot be traced; or the file does not give the
+            model's logits.
         OSError: The file cannot be written.
     """
-    if to not in FORMATS:
-        raise ExportError(f"There is no format '{to}': one of {', '.join(FORMATS)}.")
+    check_request(path, to, image_size, opset)
+    if not isinstance(getattr(model, 'num_classes', None), int) or not hasattr(model, 'pretrained_cfg'):
+        raise ExportError(f'{type(model).__name__} is no classifier of timm: make one without features_only.')
     path, form = Path(path), FORMATS[to]
-    _check_request(model, path, form, opset)
-    metadata = _metadata(model)
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     with (
         _quiet(),
@@ -131,17 +135,32 @@ def export_model(
     ):
         sizes, traced = _sizes(model, form, image_size)
         temporary = Path(folder) / path.name
-        metadata |= dict(sizes=str(sizes))
-        form.write(model, temporary, sizes, traced, metadata, opset)
+        form.write(model, temporary, sizes, traced, _metadata(model, sizes), opset)
         shapes = _shapes(model, sizes)
-        near, far, images = _compare(model, form.load(temporary), shapes)
+        near, far, images = compare(model, form.load(temporary, ()), shapes)
+        if little := little_scales(model):
+            raise_scales(model.parameters(), little)
+            compare(model, form.load(temporary, little), shapes, f', with layer scales of {RAISED},')
         temporary.replace(path)
-    return Export(path, sizes, shapes, near, images, len(far), max(far, default=0.0))
+    return Export(path, sizes, shapes, near, images, len(far), max(far, default=0.0), len(little))
 
 
-def _check_request(model: nn.Module, path: Path, form: 'Format', opset: int) -> None:
-    if not isinstance(getattr(model, 'num_classes', None), int) or not hasattr(model, 'pretrained_cfg'):
-        raise ExportError(f'{type(model).__name__} is no classifier of timm: make one without features_only.')
+def check_request(
+    path: str | Path, to: str = 'onnx', image_size: int | tuple[int, int] | None = None, opset: int = OPSET
+) -> None:
+    """Everything about an export that can be wrong before there is a model.
+
+    Args:
+        path, to, image_size, opset: See `export_model`.
+
+    Raises:
+        ExportError: There is no such format, size or opset; a package is missing; the file cannot be written, or its
+            name is that of another format.
+    """
+    if to not in FORMATS:
+        raise ExportError(f"There is no format '{to}': one of {', '.join(FORMATS)}.")
+    path, form = Path(path), FORMATS[to]
+    _fixed_size(image_size)
     missing = [name for name in form.packages if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(f"This format needs {', '.join(missing)}: pip install 'cluster_zoo[onnx]'")
@@ -150,10 +169,27 @@ def _check_request(model: nn.Module, path: Path, form: 'Format', opset: int) -> 
 
         if not OPSET <= opset <= onnx.defs.onnx_opset_version():
             raise ExportError(f'Opset is one of {OPSET} to {onnx.defs.onnx_opset_version()}, got {opset}.')
+    others = {other.suffix: name for name, other in FORMATS.items() if name != to}
+    if path.suffix.lower() in others:
+        raise ExportError(f"'{path.name}' is a name for {others[path.suffix.lower()]}, not for {to}: {form.suffix}")
     if path.is_dir():
         raise ExportError(f"'{path}' is a folder: name the file to write.")
-    if not path.absolute().parent.is_dir():
-        raise ExportError(f"There is no folder '{path.absolute().parent}'.")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise ExportError(f"There is no folder '{folder}'.")
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ExportError(f"Nothing can be written into the folder '{folder}': {error.strerror}.") from error
+
+
+def _fixed_size(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    if image_size is None:
+        return None
+    fixed = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(fixed) != 2 or min(fixed) < _SMALLEST:
+        raise ExportError(f'An image size is a height and a width of at least {_SMALLEST} px, got {image_size}.')
+    return fixed
 
 
 @contextmanager
@@ -172,10 +208,17 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _metadata(model: nn.Module) -> dict[str, str]:
+def _data_config(model: nn.Module) -> dict[str, Any]:
+    """How images are prepared in validation."""
+    return timm.data.resolve_model_data_config(model, use_test_size=True)
+
+
+def _metadata(model: nn.Module, sizes: Sizes) -> dict[str, str]:
     """What is needed to use the file, as strings."""
     cfg = model.pretrained_cfg
-    data = timm.data.resolve_model_data_config(model)
+    data = _data_config(model)
+    if sizes.fixed:
+        data['input_size'] = (data['input_size'][0], *sizes.fixed)
     known = dict(
         producer=f'cluster_zoo {__version__}',
         architecture=cfg.get('architecture'),
@@ -185,6 +228,7 @@ def _metadata(model: nn.Module) -> dict[str, str]:
         num_classes=model.num_classes,
         label_names=label_names({**cfg, 'num_classes': model.num_classes}),
         **{key: data[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')},
+        sizes=str(sizes),
     )
     return {
         key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -198,27 +242,24 @@ def _metadata(model: nn.Module) -> dict[str, str]:
 
 def _sizes(model: nn.Module, form: 'Format', image_size: int | tuple[int, int] | None) -> tuple[Sizes, tuple[int, int]]:
     """Sizes that the file will take, and the one to trace."""
-    native = timm.data.resolve_model_data_config(model)['input_size'][1:]
+    native, fixed = _data_config(model)['input_size'][1:], _fixed_size(image_size)
     if model.pretrained_cfg.get('fixed_input_size'):
-        if image_size not in (None, native[0] if native[0] == native[1] else None, native):
+        if fixed not in (None, native):
             raise ExportError(
                 f'This model takes images of {native[0]} x {native[1]} px alone: create it with the img_size you need.'
             )
         return Sizes(native), native
-    if image_size is not None:
-        fixed = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        if len(fixed) != 2 or min(fixed) < _SMALLEST:
-            raise ExportError(f'An image size is a height and a width of at least {_SMALLEST} px, got {image_size}.')
+    if fixed:
         return Sizes(fixed), fixed
     multiple, smallest = _grid(model)
-    if not form.traces:
-        return Sizes(smallest=smallest), native
-    # torch.export takes sizes of one for constants, and so must never see one where another may stand: the last
-    # stage's map, or a region of it, needs two points a side.
-    reduction = model.feature_info[-1]['reduction'] if getattr(model, 'feature_info', None) else _SMALLEST
-    traced = max(multiple * max(2, reduction // multiple + 1), _up(smallest, multiple))
-    sizes = Sizes(None, multiple, traced if form.guards else _up(smallest, multiple))
-    return sizes, (traced, traced + multiple)
+    sizes, traced = Sizes(smallest=smallest), native
+    if form.traces:
+        # torch.export takes sizes of one for constants, and so must never see one where another may stand: the last
+        # stage's map, or a region of it, needs two points a side.
+        reduction = model.feature_info[-1]['reduction'] if getattr(model, 'feature_info', None) else _SMALLEST
+        side = max(multiple * max(2, reduction // multiple + 1), _up(smallest, multiple))
+        sizes, traced = Sizes(None, multiple, side if form.guards else _up(smallest, multiple)), (side, side + multiple)
+    return (sizes, traced) if sizes.take(*native) else (Sizes(native), native)
 
 
 def _grid(model: nn.Module) -> tuple[int, int]:
@@ -249,70 +290,8 @@ def _shapes(model: nn.Module, sizes: Sizes) -> tuple[tuple[int, int, int], ...]:
         return ((1, *sizes.fixed), (3, *sizes.fixed))
     multiple, small = sizes.multiple, sizes.smallest
     step = _up(_STEP, multiple)
-    height, width = (
-        max(small, _up(side, multiple)) for side in timm.data.resolve_model_data_config(model)['input_size'][1:]
-    )
+    height, width = _data_config(model)['input_size'][1:]
     return ((1, small, small), (3, small, small + step), (2, height, width), (1, height + step, width))
-
-
-# ---- Comparing ----
-
-
-def _compare(
-    model: nn.Module, run: Callable[[Tensor], Tensor], shapes: Sequence[tuple[int, int, int]]
-) -> tuple[float, list[float], int]:
-    """Compare a file with its model.
-
-    Where a point lies between two centers, as near as float32 can tell, rounding decides which it joins, and an image
-    in some dozens has such a point: its logits differ by more than rounding. A graph that is wrong for a size, or for a
-    place in the batch, is wrong for every image there. So at each place one image has to be right, of a few.
-
-    Returns:
-        The largest difference within the tolerance, those beyond it, and how many images were compared.
-    """
-    draws = _DRAWS if any(isinstance(module, ClusterMixer) for module in model.modules()) else 1
-    generator = torch.Generator().manual_seed(0)
-    near, far, images = 0.0, [], 0
-    for shape in shapes:
-        right = torch.zeros(shape[0], dtype=torch.bool)
-        for _ in range(draws):
-            image = torch.randn(shape[0], model.in_chans, *shape[1:], generator=generator)
-            difference = _difference(run, image, model(image))
-            images += shape[0]
-            right |= difference <= TOLERANCE
-            near = max([near, *difference[difference <= TOLERANCE].tolist()])
-            far += difference[difference > TOLERANCE].tolist()
-            if right.all():
-                break
-        else:
-            raise ExportError(
-                f'The file is not the model: for {_described(shape)} their outputs differ by {max(far):.1e}, '
-                f'more than {TOLERANCE:.0e}.'
-            )
-    return near, far, images
-
-
-def _difference(run: Callable[[Tensor], Tensor], image: Tensor, expected: Tensor) -> Tensor:
-    """Of each image [B], infinite where one of the two is not a number."""
-    shape = (len(image), *image.shape[2:])
-    try:
-        found = run(image)
-    except Exception as error:  # whatever the runtime raises
-        raise ExportError(f'The file does not run on {_described(shape)}: {_first_line(error)}') from error
-    if found.shape != expected.shape:
-        raise ExportError(
-            f'The file is not the model: for {_described(shape)} it gives {list(found.shape)}, '
-            f'the model {list(expected.shape)}.'
-        )
-    return (found - expected).abs().nan_to_num(math.inf, posinf=math.inf).flatten(1).amax(1)
-
-
-def _described(shape: tuple[int, ...]) -> str:
-    return f'{shape[0]} image{"s" * (shape[0] > 1)} of {shape[1]} x {shape[2]} px'
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ---- Formats ----
@@ -346,7 +325,7 @@ def _trace(model: nn.Module, sizes: Sizes, traced: tuple[int, int]) -> torch.exp
         program = torch.export.export(_Input(model, sizes.multiple), (image,), dynamic_shapes={'image': dynamic})
     except Exception as error:  # torch.export's own, and whatever a model raises
         hint = '' if sizes.fixed else ' Name an image size for a file that takes only that one.'
-        raise ExportError(f'This model can not be traced for images of {sizes}: {_first_line(error)}{hint}') from error
+        raise ExportError(f'This model can not be traced for images of {sizes}: {first_line(error)}{hint}') from error
     for module in program.graph_module.modules():  # nobody needs to know where the source files lay
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.pop('stack_trace', None)
@@ -369,7 +348,7 @@ def _write_onnx(
             output_names=[output],
         ).model_proto
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(f'torch.onnx can not write this model: {_first_line(error)}') from error
+        raise ExportError(f'torch.onnx can not write this model: {first_line(error)}') from error
     written = next(entry.version for entry in proto.opset_import if entry.domain in ('', 'ai.onnx'))
     if written != opset:
         raise ExportError(f'This model can not be written with opset {opset}, but with {written}.')
@@ -401,12 +380,20 @@ def _tidy(graph: Any, sizes: Sizes) -> None:
             node.name, tensor = name, node.output[0]
 
 
-def _load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+def _load_onnx(path: Path, scales: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    import onnx
     import onnxruntime
+
+    proto = onnx.load(path)
+    for stored in proto.graph.initializer if scales else ():
+        values = torch.from_numpy(onnx.numpy_helper.to_array(stored).copy())
+        raise_scales([values], scales)
+        stored.CopyFrom(onnx.numpy_helper.from_array(values.numpy(), stored.name))
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised as well
-    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+    content = proto.SerializeToString() if scales else path
+    session = onnxruntime.InferenceSession(content, options, providers=['CPUExecutionProvider'])
     return lambda image: torch.from_numpy(session.run(None, {'image': image.numpy()})[0])
 
 
@@ -416,8 +403,14 @@ def _write_torchscript(
     try:
         scripted = torch.jit.script(model)
     except Exception as error:  # the compiler's own, and whatever it meets
-        raise ExportError(f'TorchScript can not compile {type(model).__name__}: {_first_line(error)}') from error
+        raise ExportError(f'TorchScript can not compile {type(model).__name__}: {first_line(error)}') from error
     torch.jit.save(scripted, path, _extra_files={_METADATA: json.dumps(metadata, ensure_ascii=False)})
+
+
+def _load_torchscript(path: Path, scales: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    scripted = torch.jit.load(path)
+    raise_scales(scripted.parameters(), scales)
+    return scripted
 
 
 def _write_pt2(
@@ -427,6 +420,12 @@ def _write_pt2(
     torch.export.save(program, path, extra_files={_METADATA: json.dumps(metadata, ensure_ascii=False)})
 
 
+def _load_pt2(path: Path, scales: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    module = torch.export.load(path).module()
+    raise_scales(module.parameters(), scales)
+    return module
+
+
 @dataclass(frozen=True)
 class Format:
     """How a format is written and read.
@@ -434,7 +433,7 @@ class Format:
     Attributes:
         suffix: Of its files.
         write: Writes a model.
-        load: Opens a file, as a function from images to logits.
+        load: Opens a file, as a function from images to logits, with some layer scales raised.
         traces: It is a graph without branches.
         guards: It insists on the smallest size that torch.export can promise to be right.
         packages: What it needs beside torch.
@@ -442,7 +441,7 @@ class Format:
 
     suffix: str
     write: Callable[..., None]
-    load: Callable[[Path], Callable[[Tensor], Tensor]]
+    load: Callable[[Path, Sequence[Tensor]], Callable[[Tensor], Tensor]]
     traces: bool = True
     guards: bool = False
     packages: tuple[str, ...] = ()
@@ -450,6 +449,6 @@ class Format:
 
 FORMATS = {
     'onnx': Format('.onnx', _write_onnx, _load_onnx, packages=('onnx', 'onnxscript', 'onnxruntime')),
-    'torchscript': Format('.pt', _write_torchscript, torch.jit.load, traces=False),
-    'pt2': Format('.pt2', _write_pt2, lambda path: torch.export.load(path).module(), guards=True),
+    'torchscript': Format('.pt', _write_torchscript, _load_torchscript, traces=False),
+    'pt2': Format('.pt2', _write_pt2, _load_pt2, guards=True),
 }

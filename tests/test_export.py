@@ -1,16 +1,19 @@
-"""cluster_zoo.export and its command: each format against the model, sizes, what is in the file, what fails."""
+"""cluster_zoo.export: each format against the model, sizes, what is in the file, what is found wrong, what fails."""
 
+import copy
 import dataclasses
 import importlib.util
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 
-from cluster_zoo import cli, export
+from cluster_zoo import export
 from cluster_zoo.export import FORMATS, ExportError, export_model
+from cluster_zoo.mixer import ClusterMixer
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*torch.jit.*is deprecated')  # the test's own calls
 
@@ -27,13 +30,14 @@ NETWORKS = {
 LABELS = ('red', 'green "G"', 'bläu')
 
 
-def _model(name, **kwargs):
+def _model(name, side=32, scale=0.5, **kwargs):
+    """A small network; ``scale`` of the residual branches: half, so that they count."""
     torch.manual_seed(0)
-    overlay = dict(input_size=(3, 32, 32), label_names=LABELS, num_classes=3)
+    overlay = dict(input_size=(3, side, side), label_names=LABELS, num_classes=3)
     model = timm.create_model(name, num_classes=3, pretrained_cfg_overlay=overlay, **{**NETWORKS[name], **kwargs})
     for key, parameter in model.named_parameters():
         if key.endswith('.gamma'):
-            torch.nn.init.constant_(parameter, 0.5)  # residual branches that count
+            torch.nn.init.constant_(parameter, scale)
     return model.eval()
 
 
@@ -68,7 +72,7 @@ def onnx_file(tmp_path_factory):
 def test_onnx_takes_any_batch_and_the_sizes_that_divide(onnx_file):
     model, exported = onnx_file
     assert str(exported.sizes) == 'multiples of 8 from 32 px'
-    assert exported.difference <= 1e-4 and exported.images >= 7 and exported.undecided == 0
+    assert exported.difference <= 1e-4 and exported.images == 14 and exported.undecided == exported.raised == 0
     assert {batch for batch, *_ in exported.checked} >= {1, 2, 3}
     assert any(height != width for _, height, width in exported.checked)
     run = _onnx(exported.path)
@@ -103,11 +107,11 @@ def test_onnx_says_what_it_is(onnx_file):
 
 
 def test_fec_pools_in_larger_images_than_it_was_traced_with(tmp_path):
-    model = _model('fec_small')
+    model = _model('fec_small', depths=(0, 0))
     exported = export_model(model, tmp_path / 'fec.onnx')
     assert max(height * width for _, height, width in exported.checked) <= 128 * 128
-    # In the largest 8,192 points meet 2,048 centers, which the model treats in blocks and the graph at once.
-    _agree(model, _onnx(exported.path), (1, 32, 32), (3, 64, 32), (1, 256, 512))
+    # In the largest 2,560 points meet 640 centers, which the model treats in blocks and the graph at once.
+    _agree(model, _onnx(exported.path), (1, 32, 32), (3, 64, 32), (1, 160, 256))
 
 
 def test_dnc_on_a_resnet_takes_any_size(tmp_path):
@@ -133,10 +137,35 @@ def test_one_size_may_be_any(tmp_path):
     model = _model('fec_small', regions=2)
     exported = export_model(model, tmp_path / 'fixed.onnx', image_size=(37, 50), opset=20)
     assert str(exported.sizes) == '37 x 50 px'
+    metadata = {entry.key: entry.value for entry in pytest.importorskip('onnx').load(exported.path).metadata_props}
+    assert metadata['sizes'] == '37 x 50 px' and json.loads(metadata['input_size']) == [3, 37, 50]
     run = _onnx(exported.path)
     _agree(model, run, (1, 37, 50), (4, 37, 50))
     with pytest.raises(Exception, match='Got: 38 Expected: 37'):
         run(_images(1, 38, 50))
+
+
+@pytest.mark.parametrize(
+    ('name', 'side', 'to', 'dynamic', 'own'),
+    [
+        ('coc_tiny', 32, 'onnx', 'multiples of 8 from 64 px', '32 x 32 px'),
+        ('coc_tiny', 68, 'onnx', 'multiples of 8 from 64 px', '68 x 68 px'),
+        ('coc_tiny', 32, 'torchscript', 'any from 64 px', '32 x 32 px'),
+        ('dnc_resnet18', 32, 'pt2', 'any from 33 px', '32 x 32 px'),
+    ],
+)
+def test_a_model_of_another_size_than_those_that_can_be_had_keeps_its_own(name, side, to, dynamic, own, tmp_path):
+    options = dict(proposals=8) if name == 'coc_tiny' else dict(layers=(1, 1, 1, 2))  # four stages, 32 px to a point
+    model, common = _model(name, side, **options), _model(name, 128, **options)
+    form = FORMATS[to]
+    assert str(export._sizes(common, form, None)[0]) == dynamic
+    assert str(export._sizes(model, form, None)[0]) == own
+    if to == 'torchscript':
+        export_model(model, tmp_path / 'model.pt', to)
+        extra = {'cluster_zoo.json': ''}
+        _agree(model, torch.jit.load(tmp_path / 'model.pt', _extra_files=extra), (2, side, side))
+        metadata = json.loads(extra['cluster_zoo.json'])
+        assert metadata['sizes'] == own and json.loads(metadata['input_size']) == [3, side, side]
 
 
 @pytest.mark.parametrize('name', NETWORKS)
@@ -154,7 +183,7 @@ def test_torchscript(name, tmp_path):
 
 @pytest.mark.parametrize('name', ['dnc_coc_tiny', 'dnc_resnet18'])
 def test_pt2(name, tmp_path):
-    model = _model(name)
+    model = _model(name, side=40)
     exported = export_model(model, tmp_path / 'model.pt2', to='pt2')
     multiple = 4 if 'coc' in name else 1
     assert (exported.sizes.multiple, exported.sizes.smallest) == (multiple, 32 if 'coc' in name else 33)
@@ -166,67 +195,61 @@ def test_pt2(name, tmp_path):
         program.module()(_images(1, 36, 31))
 
 
-# ---- What the comparison finds ----
+# ---- What the comparison finds; test_comparison.py has the rest ----
 
 
 @pytest.fixture
 def tampered(monkeypatch):
-    """Calls of `export_model` to TorchScript whose file is opened as if its outputs were others."""
+    """Calls of `export_model` whose file is that of a model that was changed before it was written."""
 
-    def run(model, path, change):
-        load = FORMATS['torchscript'].load
-        altered = dataclasses.replace(
-            FORMATS['torchscript'], load=lambda file: lambda images: change(load(file)(images), images)
-        )
-        monkeypatch.setitem(FORMATS, 'torchscript', altered)
+    def run(model, path, to, change, **options):
+        def write(exported, *args):
+            wrong = copy.deepcopy(exported)
+            change(wrong)
+            form.write(wrong, *args)
+
+        form = FORMATS[to]
+        monkeypatch.setitem(FORMATS, to, dataclasses.replace(form, write=write))
         try:
-            return export_model(model, path, to='torchscript')
+            return export_model(model, path, to, **options)
         finally:
             monkeypatch.undo()
 
     return run
 
 
-def _nan(logits, images):
-    logits[-1] = torch.nan
-    return logits
+def _without_clusters(model):
+    for module in model.modules():
+        if isinstance(module, ClusterMixer):
+            torch.nn.init.zeros_(module.proj.weight)
+            torch.nn.init.zeros_(module.proj.bias)
 
 
 @pytest.mark.parametrize(
-    ('change', 'message'),
+    ('name', 'to', 'scale'),
     [
-        (lambda logits, images: logits + 2e-4, 'differ by 2.0e-04, more than 1e-04'),
-        (lambda logits, images: logits + (images.shape[2] > images.shape[3]), 'for 1 image of 69 x 32 px'),
-        (lambda logits, images: logits + (torch.arange(len(images)) == 2).unsqueeze(1), 'for 3 images of 32 x 69 px'),
-        (_nan, 'differ by inf'),
-        (lambda logits, images: logits[:1], r'for 3 images of 32 x 69 px it gives \[1, 3\], the model \[3, 3\]'),
-        (lambda logits, images: 1 / 0, 'does not run on 1 image of 32 x 32 px: division by zero'),
+        ('coc_tiny', 'torchscript', 1e-5),
+        ('coc_tiny', 'torchscript', 0.05),
+        ('coc_tiny', 'torchscript', 0.5),
+        ('fec_small', 'torchscript', 1e-5),
+        ('dnc_coc_tiny', 'onnx', 1e-5),
     ],
 )
-@pytest.mark.parametrize('name', ['coc_tiny', 'dnc_resnet18'])
-def test_a_file_that_is_not_the_model_is_not_kept(name, change, message, tampered, tmp_path):
+def test_a_file_that_does_not_cluster_is_found_before_and_after_training(name, to, scale, tampered, tmp_path):
+    model, path = _model(name, scale=scale), tmp_path / f'model{FORMATS[to].suffix}'
+    with pytest.raises(ExportError, match='The file is not the model: for 1 image of 32 x 32 px'):
+        tampered(model, path, to, _without_clusters, image_size=32)
+    assert list(tmp_path.iterdir()) == []
+    exported = export_model(model, path, to, image_size=32)
+    assert exported.raised == (0 if scale == 0.5 else 2)
+
+
+def test_a_file_that_is_not_the_model_is_not_kept(tampered, tmp_path):
     path = tmp_path / 'model.pt'
     path.write_text('mine')
-    with pytest.raises(ExportError, match=message):
-        tampered(_model(name), path, change)
+    with pytest.raises(ExportError, match=r'differ by 2\.0e-04, more than 1e-04'):
+        tampered(_model('coc_tiny'), path, 'torchscript', lambda model: model.head.fc.bias.add_(2e-4))
     assert path.read_text() == 'mine' and list(tmp_path.iterdir()) == [path]
-
-
-def test_an_image_with_an_undecided_point_is_counted_and_no_error(tampered, tmp_path):
-    seen = []
-
-    def one_in_a_batch(logits, images):
-        seen.append(len(images))
-        logits[0] += 0.01 if len(seen) == 2 else 0
-        return logits
-
-    exported = tampered(_model('coc_tiny'), tmp_path / 'model.pt', one_in_a_batch)
-    assert seen == [1, 3, 3, 2, 1] and exported.images == 10  # the second batch once more
-    assert exported.undecided == 1 and exported.undecided_difference == pytest.approx(0.01, rel=1e-2)
-    assert exported.difference <= 1e-4
-    seen.clear()
-    with pytest.raises(ExportError, match=r'1\.0e-02'):  # nothing to decide without centers among points
-        tampered(_model('dnc_resnet18'), tmp_path / 'model.pt', one_in_a_batch)
 
 
 # ---- What fails before that ----
@@ -256,6 +279,8 @@ def test_an_interrupted_export_leaves_nothing(error, monkeypatch, tmp_path):
         (dict(image_size=(64, 64, 3)), 'a height and a width'),
         (dict(path='.'), 'is a folder'),
         (dict(path='nowhere/model.onnx'), 'There is no folder'),
+        (dict(path='model.pt'), "'model.pt' is a name for torchscript, not for onnx: .onnx"),
+        (dict(path='model.onnx', to='pt2'), "'model.onnx' is a name for onnx, not for pt2: .pt2"),
     ],
 )
 def test_wrong_requests(options, message, monkeypatch, tmp_path):
@@ -263,6 +288,15 @@ def test_wrong_requests(options, message, monkeypatch, tmp_path):
     with pytest.raises(ExportError, match=message):
         export_model(_model('coc_tiny'), **{'path': 'model.onnx', **options})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_nothing_can_be_written_into(monkeypatch, tmp_path):
+    def refuse(**kwargs):
+        raise PermissionError(13, 'Permission denied', 'a name that nobody knows')
+
+    monkeypatch.setattr(tempfile, 'TemporaryFile', refuse)  # root may write into any
+    with pytest.raises(ExportError, match=rf"^Nothing can be written into the folder '{tmp_path}': Permission denied"):
+        export_model(_model('coc_tiny'), tmp_path / 'model.pt', to='torchscript')
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch, tmp_path):
@@ -300,71 +334,6 @@ def test_features_instead_of_logits(tmp_path):
     model.reset_classifier(0)
     export_model(model, tmp_path / 'model.pt', to='torchscript')
     _agree(model, torch.jit.load(tmp_path / 'model.pt'), (2, 32, 32))
-
-
-# ---- The command ----
-
-
-def test_command_with_the_bundled_weights(tmp_path, monkeypatch, capsys, recwarn):
-    monkeypatch.chdir(tmp_path)
-    assert cli.main(['export', 'coc_tiny_plain.cifar10', '--to', 'torchscript']) == 0
-    out, err = capsys.readouterr()
-    assert err == '' and not recwarn.list
-    assert out.startswith('coc_tiny_plain.cifar10: 5.25 M parameters\ncoc_tiny_plain.cifar10.pt: 2')
-    assert 'images: any from 64 px, in batches of any size' in out
-    assert 'largest difference of a logit: ' in out and 'random' not in out
-    model = timm.create_model('coc_tiny_plain.cifar10', pretrained=True).eval()
-    _agree(model, torch.jit.load('coc_tiny_plain.cifar10.pt'), (2, 64, 64))
-
-
-def test_command_never_has_random_weights_unless_told(tmp_path, monkeypatch, capsys):
-    for variable in ('CLUSTER_ZOO_HUB', 'CLUSTER_ZOO_AUTHORS'):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv('CLUSTER_ZOO_HOME', str(tmp_path / 'store'))
-    command = ['export', 'dnc_resnet18_cifar', '--to', 'torchscript', '--output', str(tmp_path / 'model.pt')]
-    assert cli.main(command) == 2
-    out, err = capsys.readouterr()
-    assert out == '' and err.startswith('error: ') and 'Traceback' not in err
-    assert not (tmp_path / 'model.pt').exists()
-
-    assert cli.main([*command, '--untrained', '--num-classes', '3', '--json']) == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert shown['path'] == str(tmp_path / 'model.pt') and shown['sizes'] == 'any from 32 px'
-    assert shown['difference'] <= 1e-4 and len(shown['checked']) == 4
-
-
-def test_command_with_a_checkpoint(tmp_path, capsys):
-    model = timm.create_model('dnc_resnet18_cifar', num_classes=3).eval()
-    torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
-    command = ['export', 'dnc_resnet18_cifar', '--checkpoint', str(tmp_path / 'last.pth.tar'), '--to', 'torchscript']
-    command += ['--output', str(tmp_path / 'model.pt'), '--img-size', '40', '48']
-    assert cli.main(command) == 2 and 'does not fit' in capsys.readouterr().err
-    assert cli.main([*command, '--num-classes', '3']) == 0
-    assert 'images: 40 x 48 px, in batches' in capsys.readouterr().out
-    _agree(model, torch.jit.load(tmp_path / 'model.pt'), (1, 40, 48))
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (['no_such_model'], 'no_such_model'),
-        (['coc_tiny', '--to', 'tflite'], 'tflite'),
-        (['coc_tiny', '--untrained', '--checkpoint', 'x'], 'not allowed with'),
-        (['coc_tiny', '--num-classes', '3'], '--num-classes is of --checkpoint or --untrained'),
-        (['coc_tiny', '--img-size', '1', '2', '3'], '--img-size takes'),
-    ],
-)
-def test_wrong_use_of_the_command(arguments, message, capsys):
-    with pytest.raises(SystemExit) as status:
-        cli.main(['export', *arguments])
-    assert status.value.code == 2 and message in capsys.readouterr().err
-
-
-def test_errors_of_the_command_are_one_message(tmp_path, capsys):
-    command = ['export', 'coc_tiny', '--untrained', '--output', str(tmp_path / 'nowhere' / 'model.onnx')]
-    assert cli.main(command) == 2
-    out, err = capsys.readouterr()
-    assert 'px' not in out and err.startswith('error: There is no folder') and err.count('\n') == 1
 
 
 def test_the_oldest_opset_is_the_default():
