@@ -335,10 +335,10 @@ def test_push_and_load_back(hub, home, monkeypatch):
     Image.new('RGB', (64, 64), 'green').save(picture)
     pushed, again, loaded, bundled, fetched = in_a_new_process(
         ['push', name, '--to', f'my-lab/{name}', '--private', '--message', 'A first model', '--json'],
-        ['push', name, '--to', 'my-lab/coc_tiny.in1k', '--json'],  # stands for another model's weights
+        ['push', name, '--to', 'my-lab/coc_tiny_plain.in1k', '--json'],  # stands for another tag's weights
         ['predict', str(picture), '--model', f'hf-hub:my-lab/{name}', '--json'],
         ['predict', str(picture), '--json'],
-        ['fetch', 'coc_tiny', '--json'],
+        ['fetch', 'coc_tiny_plain.in1k', '--json'],
     )
     assert pushed['name'] == f'hf-hub:my-lab/{name}' and pushed['url'].startswith(hub.url)
     repository = hub.repositories[f'my-lab/{name}']
