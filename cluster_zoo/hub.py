@@ -63,7 +63,10 @@ def download(
             f'{quoted(filename)} is no name of a file at the top of {repo_id}, such as {_WEIGHTS[0]}.'
         )
     config_file = _get(repo_id, store.CONFIG, revision, cache_dir)
-    stated = read_config_file(config_file, architecture).get('sha256')
+    try:
+        stated = read_config_file(config_file, architecture).get('sha256')
+    except CheckpointError as error:
+        raise CheckpointError(f'{repo_id} on the Hugging Face Hub holds no model to load: {error}') from error
     commit = config_file.parent.name  # both files from one commit, whatever is pushed in between
     filename, path = _first_of([filename] if filename else _WEIGHTS, repo_id, commit, cache_dir)
     source = f'hub:{repo_id}@{commit}/{filename}'

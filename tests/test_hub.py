@@ -443,6 +443,32 @@ def test_a_tag_keeps_the_weights_first_used(server, settings, folder, model):
     assert _same(timm.create_model('coc_tiny', pretrained=True, **TINY), newer)
 
 
+def test_the_weights_file_may_be_named(server, folder, weights):
+    """It is told from the usual one in everything: the SHA-256 of the configuration is not its own."""
+    config, other = (folder / 'config.json').read_bytes(), weights[:-1] + b'!'
+    server.add('org/tiny', {'config.json': config, WEIGHTS: weights, 'ema.safetensors': other})
+    assert hub.download('org/tiny', filename='ema.safetensors').read_bytes() == other
+    assert not server.asked('GET', WEIGHTS)
+    assert hub.download('org/tiny', filename=WEIGHTS).read_bytes() == weights
+    message = _refused(filename='missing.safetensors')
+    assert 'no missing.safetensors' in message and 'pytorch_model.bin' not in message
+    asked = len(server.requests)
+    for name in ('../ema.safetensors', '/ema.safetensors', 'a/b.bin', '', '..', '.hidden', 'a\\b', 'a\n'):
+        assert 'no name of a file' in _refused(filename=name)
+    assert len(server.requests) == asked
+
+
+def test_a_repository_of_another_architecture_is_no_source(server, settings, folder):
+    settings.setenv('CLUSTER_ZOO_HUB', 'org')
+    server.add('org/tiny', folder)
+    server.add('org/coc_tiny_plain.in1k', folder)  # whose weights would fit
+    assert "'coc_tiny', not coc_tiny_plain" in _refused('org/coc_tiny_plain.in1k', architecture='coc_tiny_plain')
+    with pytest.raises(CheckpointError, match="'coc_tiny', not coc_tiny_plain"):
+        hub.fetch('coc_tiny_plain.in1k')
+    assert not server.asked('GET', WEIGHTS)
+    assert hub.download('org/tiny', architecture='coc_tiny').is_file()
+
+
 class _Runs:
     def __reduce__(self):
         return os.mkdir, ('pwned',)
