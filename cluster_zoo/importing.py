@@ -8,6 +8,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from . import published, store, tags
 from .model_card import model_card
-from .untrusted import is_archive, unpack_checkpoint
+from .pretrained import check_size
+from .untrusted import check_config, is_archive, unpack_checkpoint
 from .weights import CheckpointError, load_weights, read_checkpoint, state_dict_of
 
 __all__ = ['import_checkpoint', 'write_folder']
@@ -74,8 +76,10 @@ def import_checkpoint(
     _check_architecture(saved, name, path)
     saved = {} if tags.is_published(name) else saved  # everything else is known of published tags
     model_args = _saved_model_args(saved) | published.context_cluster_args(state_dict) | (model_args or {})
-    model = _build(name, {key: value for key, value in model_args.items() if value is not None})
-    data = _saved_data_config(saved) | (data_config or {})
+    model_args = {key: value for key, value in model_args.items() if value is not None}
+    data = _data_config(saved, data_config or {})
+    _check_described(path, name, model_args, data, label_names or saved.get('label_names'))
+    model = _build(path, name, model_args, state_dict)
     labels = _labels(model, label_names, saved.get('label_names'))
     if tags.is_published(name):
         _check_as_published(model, name, data, labels)
@@ -158,30 +162,42 @@ def _saved_options(saved: dict[str, Any]) -> dict[str, Any]:
 def _saved_model_args(saved: dict[str, Any]) -> dict[str, Any]:
     options = _saved_options(saved)
     named = (('num_classes', 'num_classes'), ('in_chans', 'in_chans'), ('global_pool', 'gp'))
-    return dict(options.get('model_kwargs') or {}, **{argument: options.get(option) for argument, option in named})
+    further = options.get('model_kwargs')
+    further = further if isinstance(further, dict) else {}
+    return dict(further, **{argument: options.get(option) for argument, option in named})
 
 
-def _saved_data_config(saved: dict[str, Any]) -> dict[str, Any]:
-    """What this package's script has resolved, or else the options that timm's would have resolved."""
-    found = saved.get('data_config') or _saved_options(saved)
-    return {key: found[key] for key in _DATA if found.get(key)}
+def _data_config(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What this package's script has resolved, or else the options that timm's would have, under what is given."""
+    found = saved.get('data_config')
+    found = found if isinstance(found, dict) else _saved_options(saved)
+    size = {'img_size', 'input_size'}
+    replaced = size if size & given.keys() else set()  # two ways to say the same
+    return {key: found[key] for key in _DATA if found.get(key) and key not in replaced} | given
 
 
-def _build(name: str, model_args: dict[str, Any]) -> nn.Module:
+def _check_described(path: Path, name: str, model_args: dict[str, Any], data: dict[str, Any], labels: Any) -> None:
+    """What a file says of its model and images is as little to be trusted as what a configuration says."""
+    described = {key: value for key, value in data.items() if key != 'img_size'}
+    if 'img_size' in data:
+        described['input_size'] = [3, data['img_size'], data['img_size']]
+    architecture = name.partition('.')[0]
+    config = dict(architecture=architecture, pretrained_cfg=described, model_args=model_args)
+    check_config(config | (dict(label_names=labels) if labels else {}), f"'{path}'", architecture)
+
+
+def _build(path: Path, name: str, model_args: dict[str, Any], state_dict: dict[str, Tensor]) -> nn.Module:
     architecture, _, tag = name.partition('.')
+    check_size(partial(timm.create_model, architecture, **model_args), state_dict, f"'{path}'")
     overlay = {}
     if not tags.is_published(name):
         # What the architecture's own tag says of its weights does not hold for these.
         overlay |= dict.fromkeys(('url', 'file', 'license', 'origin_url', 'label_names', 'description'))
         overlay |= dict(tag=tag, architecture=architecture)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model = timm.create_model(
-                name if tags.is_published(name) else architecture, pretrained_cfg_overlay=overlay, **model_args
-            )
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise CheckpointError(f'{architecture} can not be built with {model_args}: {error}') from error
-    return model
+    with torch.random.fork_rng(devices=[]):
+        return timm.create_model(
+            name if tags.is_published(name) else architecture, pretrained_cfg_overlay=overlay, **model_args
+        )
 
 
 def _labels(model: nn.Module, given: Sequence[str] | None, saved: Sequence[str] | None) -> dict[str, Any]:

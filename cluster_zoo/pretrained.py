@@ -16,7 +16,7 @@ from .sources import Weights, entry, find_weights
 from .untrusted import check_config
 from .weights import CheckpointError, check_fit, converted
 
-__all__ = ['build_model']
+__all__ = ['build_model', 'check_size']
 
 _FOREIGN = ('hf-hub', 'local-dir')  # where timm takes a configuration as it finds it
 _LARGEST = 250_000_000  # numbers that a foreign configuration may ask for without having them; the largest here has 87
@@ -70,7 +70,7 @@ def build_model(
     build = partial(build_model_with_cfg, model_cls, variant, pretrained_cfg=pretrained_cfg)
     arguments = {**(variant_args or {}), **stored, **kwargs}
     if foreign:
-        _check_size(partial(build, **copy.deepcopy(arguments)), state_dict, _origin(pretrained_cfg))
+        check_size(partial(build, **copy.deepcopy(arguments)), state_dict, _origin(pretrained_cfg))
     model = build(
         pretrained=pretrained,
         pretrained_cfg_overlay=overlay,
@@ -99,8 +99,17 @@ def _check_origin(pretrained_cfg: dict[str, Any], variant: str, model_args: dict
     return dict(classifier=own.classifier, first_conv=own.first_conv)
 
 
-def _check_size(build: Callable[..., nn.Module], state_dict: dict[str, Tensor] | None, origin: str) -> None:
-    """Builds the model that a foreign configuration describes without memory for it."""
+def check_size(build: Callable[..., nn.Module], state_dict: dict[str, Tensor] | None, origin: str) -> None:
+    """Build a model that somebody else describes without memory for it, and see that it has a size to expect.
+
+    Args:
+        build: Builds it, called with ``pretrained=False``.
+        state_dict: What there is to fill it; None if it is to stay empty.
+        origin: What messages call the description.
+
+    Raises:
+        CheckpointError: It can not be built, or is much larger than what there is to fill it.
+    """
     try:
         with torch.device('meta'):
             model = build(pretrained=False)

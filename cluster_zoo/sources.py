@@ -74,7 +74,8 @@ def entry(cfg: PretrainedCfg) -> Path | None:
     path = Path(cfg.file) if cfg.file and not cfg.source else None
     if path is None or path.name != store.WEIGHTS or path.parent.name != f'{cfg.architecture}.{cfg.tag}':
         return None
-    return path.parent if (path.parent / store.CONFIG).is_file() else None
+    folder = store.folder(path.parent.name, path.parent.parent)  # which may be elsewhere while it is replaced
+    return folder if (folder / store.CONFIG).is_file() else None
 
 
 def _from_file(cfg: PretrainedCfg) -> Weights:

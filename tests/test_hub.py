@@ -429,6 +429,24 @@ def test_a_new_commit_is_taken(server, folder, model):
     assert _same(timm.create_model('hf-hub:org/tiny', pretrained=True), newer)
 
 
+def test_weights_and_arguments_are_of_one_commit(server, settings, folder):
+    """timm asks for the configuration, this package for the weights; another version is pushed in between."""
+    server.add('org/tiny', folder)
+    newer = timm.create_model('coc_tiny', weighted_mean=False, **TINY)
+    timm.models.save_for_hf(newer, folder.parent / 'by other means', safe_serialization=True)
+    download = hub.download
+
+    def pushed_before(*args, **kwargs):
+        server.add('org/tiny', folder.parent / 'by other means')
+        return download(*args, **kwargs)
+
+    settings.setattr(hub, 'download', pushed_before)
+    with pytest.raises(CheckpointError, match='org/tiny has changed while it was loaded'):
+        timm.create_model('hf-hub:org/tiny', pretrained=True)
+    settings.setattr(hub, 'download', download)
+    assert _same(timm.create_model('hf-hub:org/tiny', pretrained=True), newer)
+
+
 def test_a_tag_keeps_the_weights_first_used(server, settings, folder, model):
     settings.setenv('CLUSTER_ZOO_HUB', 'org')
     server.add('org/coc_tiny.in1k', folder)

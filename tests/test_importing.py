@@ -117,6 +117,27 @@ def test_a_run_of_this_package_needs_no_options(train, tmp_path):
     data = timm.data.resolve_model_data_config(loaded)
     assert (data['input_size'], data['crop_pct']) == ((3, 32, 32), 1.0)
     assert len(loaded.stages[0].blocks) == 1
+    folder = import_checkpoint(tmp_path / 'run' / 'last.pth.tar', 'coc_tiny.large', data_config=dict(img_size=96))
+    assert timm.data.resolve_model_data_config(_loaded(folder))['input_size'] == (3, 96, 96)
+
+
+@pytest.mark.parametrize(
+    ('saved', 'message'),
+    [
+        (dict(args=dict(model_kwargs=dict(checkpoint_path='/etc/hostname'))), 'checkpoint_path'),
+        (dict(args=dict(model_kwargs=dict(dims=[2000, 2000, 2000, 30000]))), 'describes a model of'),
+        (dict(args=dict(num_classes=10**9)), 'num_classes'),
+        (dict(data_config=dict(input_size=(3, 100000, 100000))), 'input_size'),
+        (dict(data_config=dict(input_size='x', mean='abc')), 'input_size'),
+        (dict(label_names=['a\x1b[31m', 'b']), 'control characters'),
+        (dict(label_names=7), 'label_names'),
+    ],
+)
+def test_what_a_file_says_of_its_model_is_not_to_be_trusted(saved, message, tmp_path, home):
+    torch.save(dict(state_dict=_tiny().state_dict(), **saved), tmp_path / 'evil.pth')
+    with pytest.raises(CheckpointError, match=message) as error:
+        import_checkpoint(tmp_path / 'evil.pth', 'coc_tiny.mine')
+    assert 'evil.pth' in str(error.value) and not (home / 'coc_tiny.mine').exists()
 
 
 def test_arguments_and_labels_that_are_given(tmp_path):
@@ -163,7 +184,7 @@ def test_what_is_refused_changes_nothing(tmp_path, home):
         ('good.pth', 'coc_tiny_plain.cifar10', {}, 'part of the package'),
         ('good.pth', 'coc_tiny.in1k', {}, 'does not fit'),
         ('good.pth', 'coc_tiny.in1k', dict(model_args=args), 'known for 1000 classes .* for 5 classes can not'),
-        ('good.pth', 'coc_tiny.b', dict(model_args=dict(args, colour=3)), 'can not be built'),
+        ('good.pth', 'coc_tiny.b', dict(model_args=dict(args, colour=3)), 'no model that can be built'),
         ('good.pth', 'coc_tiny.b', dict(model_args=args, label_names=['a']), '1 label names for 5'),
         ('missing.pth', 'coc_tiny.b', {}, 'No checkpoint at'),
         ('cut.pth', 'coc_tiny.b', {}, 'damaged'),
