@@ -178,8 +178,8 @@ def push(folder: str | Path, repo_id: str, private: bool = False, message: str =
             commit_message=message,
         )
     except Exception as error:  # see `_get`
-        raise CheckpointError(
-            f'The Hugging Face Hub did not take {repo_id}: {_reason(error)} '
-            'Are you logged in (`hf auth login`, or HF_TOKEN), with the right to write there?'
-        ) from error
+        refused = getattr(getattr(error, 'response', None), 'status_code', None) in (401, 403)
+        hint = '. Are you logged in (`hf auth login`, or HF_TOKEN), with the right to write there?' if refused else ''
+        reason = _reason(error).rstrip('.') if refused else _reason(error)
+        raise CheckpointError(f'The Hugging Face Hub did not take {repo_id}: {reason}{hint}') from error
     return str(commit.commit_url)
