@@ -210,7 +210,9 @@ def _quiet() -> Iterator[None]:
 
 def _data_config(model: nn.Module) -> dict[str, Any]:
     """How images are prepared in validation."""
-    return timm.data.resolve_model_data_config(model, use_test_size=True)
+    data = timm.data.resolve_model_data_config(model, use_test_size=True)
+    data['input_size'] = (model.in_chans, *data['input_size'][1:])  # timm's sizes for testing always say three
+    return data
 
 
 def _metadata(model: nn.Module, sizes: Sizes) -> dict[str, str]:

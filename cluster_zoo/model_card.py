@@ -124,6 +124,10 @@ def _use(config: dict[str, Any], repo_id: str | None, name: str) -> str:
         ),
         'python',
     )
+    example = (
+        'First install cluster_zoo as its README says: it is on no package index, and `pip install .` in its checkout '
+        f'does it.\n\n{example}'
+    )
     if not repo_id or not _suits_transformers(config):
         return example
     in_transformers = _block(

@@ -10,6 +10,7 @@ one that can not be read is a result with an error, which stops nothing.
 
 import io
 import os
+import re
 import string
 import sys
 import time
@@ -21,7 +22,8 @@ from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from textwrap import shorten
+from typing import Any, BinaryIO
 from urllib.parse import quote
 
 import timm
@@ -36,7 +38,7 @@ from .options import OptionError
 from .tags import label_names
 from .weights import CheckpointError
 
-__all__ = ['Classified', 'Ranked', 'classify', 'find_images', 'load_classifier', 'read_image']
+__all__ = ['Classified', 'Ranked', 'classify', 'find_images', 'load_classifier', 'load_model', 'read_image']
 
 STANDARD_INPUT = '-'
 MAX_BYTES = 64 * 2**20  # of a URL or of standard input
@@ -70,12 +72,12 @@ class Classified:
     """What became of an image.
 
     Attributes:
-        image: The file, the URL, or ``-``.
+        image: The file, the URL, ``-``, or the image itself where that is what was given.
         classes: The most probable first; empty if the image could not be read.
         error: Why it could not be read, else None.
     """
 
-    image: str
+    image: str | Image.Image
     classes: tuple[Ranked, ...] = ()
     error: str | None = None
 
@@ -84,24 +86,38 @@ class ImageError(ValueError):
     """An image can not be read; the message says why, without its name."""
 
 
-def load_classifier(name: str, device: torch.device | str = 'cpu') -> nn.Module:
-    """A pretrained model, ready to classify.
+def load_model(name: str, pretrained: bool = True, **kwargs: Any) -> nn.Module:
+    """``timm.create_model``, whose errors are those of many libraries, with one kind of error.
 
     Args:
-        name: As for ``timm.create_model``: any model of timm or of this package, with or without a tag,
+        name, pretrained: As for ``timm.create_model``: any model of timm or of this package, with or without a tag,
             ``hf-hub:org/name``, or ``local-dir:/folder``.
-        device: Where it is to run.
+        **kwargs: Likewise.
 
     Raises:
-        OptionError: It has no classes.
-        CheckpointError: There is no such model, or its weights can not be had; the message says what would help.
+        CheckpointError: There is no such model, it can not be built, or its weights can not be had; the message says
+            what would help.
     """
     try:
-        model = timm.create_model(name, pretrained=True)
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
     except CheckpointError:
         raise
     except Exception as error:  # timm's, the hub client's, or that of a library that reads a damaged file
         raise CheckpointError(f"'{name}' can not be loaded: {_reason(error)}") from error
+
+
+def load_classifier(name: str, device: torch.device | str = 'cpu') -> nn.Module:
+    """A pretrained model, ready to classify.
+
+    Args:
+        name: See `load_model`.
+        device: Where it is to run.
+
+    Raises:
+        OptionError: It has no classes.
+        CheckpointError: See `load_model`.
+    """
+    model = load_model(name)
     if model.num_classes < 1:
         raise OptionError(f"'{name}' has features but no classes: it can not classify.")
     return model.to(device).eval()
@@ -123,6 +139,8 @@ def find_images(sources: Iterable[str | Path]) -> list[str | Classified]:
             images += _below(source) or [Classified(source, error='no image in this folder')]
         elif _is_url(source) or source == STANDARD_INPUT or os.path.exists(source):
             images.append(source)
+        elif re.match('[a-z][a-z0-9+.-]+://', source, re.IGNORECASE):
+            images.append(Classified(source, error='no address that can be read: only http:// and https:// are'))
         else:
             images.append(Classified(source, error='no such file or folder'))
     return images
@@ -259,13 +277,13 @@ def _reason(error: object) -> str:
     """An error in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return ' '.join(str(error).split()) or type(error).__name__
+    return shorten(str(error), 400, placeholder=' ...') or type(error).__name__
 
 
 @torch.inference_mode()
 def classify(
     model: nn.Module,
-    images: Iterable[str | Classified],
+    images: Iterable[str | Image.Image | Classified],
     top: int = 5,
     batch_size: int = 32,
 ) -> Iterator[Classified]:
@@ -273,7 +291,7 @@ def classify(
 
     Args:
         model: A classifier of timm or of this package, in evaluation mode, see `load_classifier`.
-        images: From `find_images`; results among them are passed on.
+        images: From `find_images`, or images that were opened already; results among them are passed on.
         top: Classes of each image.
         batch_size: Images that the model sees at once.
 
@@ -283,18 +301,20 @@ def classify(
     Raises:
         OptionError: The model takes other images than those of one or three channels.
     """
-    config = resolve_model_data_config(model)
-    mode = {1: 'L', 3: 'RGB'}.get(config['input_size'][0])
+    config = resolve_model_data_config(model, use_test_size=True)
+    channels = resolve_model_data_config(model)['input_size'][0]  # timm's sizes for testing always say three
+    mode = {1: 'L', 3: 'RGB'}.get(channels)
     if mode is None:
-        raise OptionError(f'the model takes images of {config["input_size"][0]} channels: only 1 or 3 can be read')
-    transform, labels = create_transform(**config), label_names(model.pretrained_cfg)
+        raise OptionError(f'the model takes images of {channels} channels: only 1 or 3 can be read')
+    transform = create_transform(**config)
+    labels = label_names({**model.pretrained_cfg, 'num_classes': model.num_classes})
     device = next(model.parameters()).device
 
-    def prepare(image: str | Classified) -> Tensor | Classified:
+    def prepare(image: str | Image.Image | Classified) -> Tensor | Classified:
         if isinstance(image, Classified):
             return image
         try:
-            pixels = read_image(image).convert(mode)
+            pixels = (image if isinstance(image, Image.Image) else read_image(image)).convert(mode)
             if max(pixels.size) > MAX_RATIO * min(pixels.size):
                 raise ImageError(f'{pixels.width} x {pixels.height} pixels are too narrow to be classified')
             return transform(pixels)

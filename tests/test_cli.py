@@ -1,11 +1,14 @@
 """cluster_zoo.cli: conventional options, exit codes and errors of the whole command, completion, and the demo."""
 
+import io
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -54,7 +57,14 @@ def test_the_examples_of_every_command_can_be_typed(name, capsys, tmp_path, monk
 
 def test_the_exit_status_is_documented(capsys):
     _, out, _ = output_of(['--help'], capsys)
-    assert re.findall(r'^  (\d+) ', out.partition('exit status:')[2], re.MULTILINE) == ['0', '1', '2', '130', '141']
+    assert re.findall(r'^  (\d+) ', out.partition('exit status:')[2], re.MULTILINE) == [
+        '0',
+        '1',
+        '2',
+        '130',
+        '141',
+        '143',
+    ]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +78,8 @@ def test_the_exit_status_is_documented(capsys):
         (['fetch', 'coc_small', '--ye'], r'unknown argument --ye \(did you mean --yes'),  # there are no abbreviations
         (['demo', '--output', 'nowhere/at/all.png'], 'there is no folder'),
         (['demo', '--output', 'picture.txt'], r'picture\.txt names no picture format'),
-        (['demo', '--device', 'abacus'], 'can not run on abacus'),
+        (['demo', '--output', '.png/'], 'names no picture format'),
+        *((['demo', '--device', name], f'can not run on {name}, only on cpu') for name in ('abacus', 'meta', 'mps:7')),
     ],
 )
 def test_wrong_use(arguments, message, capsys):
@@ -84,6 +95,54 @@ def test_errors_are_one_message(monkeypatch, capsys):
     monkeypatch.setattr(timm, 'create_model', refuse)
     assert cli.main(['demo']) == 2
     assert capsys.readouterr() == ('', 'error: the weights are damaged\n')
+
+
+@pytest.mark.parametrize(
+    ('error', 'message'),
+    [
+        (CheckpointError('several lines\n  of our own'), 'several lines\n  of our own'),
+        (CheckpointError('a name \x1b[31m of a file'), 'a name \\x1b[31m of a file'),
+        (OSError('Client error\n\n  of another\tlibrary '), 'Client error of another library'),
+        (PermissionError(), 'PermissionError'),
+    ],
+)
+def test_messages(error, message, monkeypatch, capsys):
+    monkeypatch.setattr(models, 'where', lambda name: exec('raise error', dict(error=error)))
+    assert cli.main(['list', 'coc_tiny']) == 2
+    assert capsys.readouterr() == ('', f'error: {message}\n')
+
+
+def test_terminated(monkeypatch, tmp_path, capsys):
+    """What is temporary goes, and the handler of whoever calls is put back."""
+
+    def work(name):
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError('nothing has ended this')
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(models, 'where', work)
+    status, out, err = output_of(['list', 'coc_tiny'], capsys)
+    assert (status, out, err) == (143, '', '') and list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(('arguments', 'status'), [(['list', 'coc_tiny'], 0), (['list', 'no such'], 2)])
+def test_closed_streams(arguments, status, monkeypatch):
+    for name in ('stdout', 'stderr'):
+        monkeypatch.setattr(sys, name, None)
+    assert cli.main(arguments) == status
+    for name in ('stdout', 'stderr'):
+        getattr(sys, name).close()
+
+
+def test_a_stream_that_knows_few_letters(monkeypatch):
+    printed = io.TextIOWrapper(io.BytesIO(), encoding='ascii', errors='strict')
+    monkeypatch.setattr(sys, 'stdout', printed)
+    monkeypatch.setattr(models, '_summary', lambda name: print('\u00fc \udce9'))
+    monkeypatch.setattr(models.json, 'dumps', lambda rows, indent: 'rows')
+    assert cli.main(['list', 'coc_tiny', '--json']) == 0
+    assert printed.buffer.getvalue().startswith(b'\\xfc \\udce9')
 
 
 def test_interrupted(monkeypatch, capsys):
@@ -144,13 +203,24 @@ def test_completion(bash):
 
 
 def test_completion_of_an_unknown_shell(capsys):
-    pytest.importorskip('shtab')
+    shtab = pytest.importorskip('shtab')
+    _, out, _ = output_of(['--help'], capsys)
+    assert f'({", ".join(shtab.SUPPORTED_SHELLS)})' in ' '.join(out.split())
     status, out, err = output_of(['--print-completion', 'abacus'], capsys)
     assert status == 2 and out == '' and 'not for abacus' in err
 
 
+@pytest.mark.parametrize('shell', ['bash', 'zsh', 'tcsh', 'fish'])
+def test_completion_of_every_shell(shell, capsys):
+    if shell not in pytest.importorskip('shtab').SUPPORTED_SHELLS:
+        pytest.skip('this shtab does not know it')
+    status, out, _ = output_of(['--print-completion', shell], capsys)
+    assert status == 0 and 'cluster-zoo' in out and 'coc_tiny' in out
+
+
 def test_completion_without_shtab(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'shtab', None)
+    assert 'which is not installed' in ' '.join(output_of(['--help'], capsys)[1].split())
     status, out, err = output_of(['--print-completion', 'bash'], capsys)
     assert status == 2 and out == '' and "pip install 'cluster_zoo[completion]'" in err
 
@@ -192,6 +262,19 @@ def test_demo(small_model, tmp_path, capsys):
     assert str(picture) in out
     with Image.open(picture) as image:
         assert image.format == 'PNG' and image.width > 10 * 100 and image.height > 4 * 100
+
+
+def test_a_picture_that_can_not_be_written_is_noticed_before_anything_is_computed(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'folder.png').mkdir()
+    status, out, err = output_of(['demo', '--output', str(tmp_path / 'folder.png')], capsys)
+    assert (status, out) == (2, '') and 'folder.png can not be written to' in err
+
+    def refuse(**kwargs):
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr(tempfile, 'TemporaryFile', refuse)  # root may write into any folder
+    status, out, err = output_of(['demo', '--output', str(tmp_path / 'demo.png')], capsys)
+    assert (status, out) == (2, '') and f'nothing can be written into {tmp_path}: Permission denied' in err
 
 
 def test_bundled_weights_are_as_good_as_the_readme_says(tmp_path, capsys):

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -68,6 +71,46 @@ def test_what_can_not_be_read_does_not_keep_the_rest_from_being_classified(form,
     else:
         first, second, third = json.loads(out)['images']
         assert first.keys() == third.keys() == {'image', 'error'} and len(second['classes']) == 5
+
+
+def test_names_that_can_not_be_printed_as_they_are(images, tmp_path):
+    """Not in the terminal's letters, or at all: every image is classified, each in lines of its own."""
+    content = (images / 'cat.png').read_bytes()
+    for name in (b'lat\xe9.png', 'ü.png'.encode(), b'new\nline.png', b'\x1b[31mred.png', b'dog\n.txt'):
+        try:
+            with open(os.path.join(os.fsencode(tmp_path), name), 'wb') as file:
+                file.write(content)
+        except OSError:
+            pytest.skip('this file system takes no such names')
+    names = [b'\x1b[31mred.png', b'lat\xe9.png', b'new\nline.png', 'ü.png'.encode(), b'no\nsuch\x07.png']
+    run = subprocess.run(
+        [sys.executable, '-m', 'cluster_zoo', 'predict', *names, '--top', '1', '--device', 'cpu'],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONIOENCODING': 'ascii:strict', 'PYTHONPATH': os.pathsep.join(sys.path)},
+        capture_output=True,
+    )
+    assert run.stderr == b'error: no\\nsuch\\x07.png: no such file or folder\n' and run.returncode == 1
+    printed = run.stdout.splitlines()
+    assert printed[::2] == [b'\\x1b[31mred.png', b'lat\\udce9.png', b'new\\nline.png', b'\\xfc.png']
+    assert len(printed) == 8 and len(set(printed[1::2])) == 1
+
+
+def test_labels_that_can_not_be_printed_as_they_are(images, monkeypatch, capsys):
+    model = load_classifier('coc_tiny_plain.cifar10')
+    model.pretrained_cfg['label_names'] = ['a\nb', *'\x1b\x07\u202e\x9b\r', *'6789']
+    monkeypatch.setattr(command, 'load_classifier', lambda name, device: model)
+    assert cli.main(['predict', str(images / 'ship.png'), '--top', '10']) == 0
+    out = capsys.readouterr().out
+    assert r'%  a\nb' in out and r'\u202e' in out and out.replace('\n', '').isprintable() and out.count('\n') == 11
+
+
+def test_addresses_of_another_kind(capsys):
+    assert cli.main(['predict', 'ftp://example.org/cat.png', 'FILE:///cat.png']) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[:2] == [
+        f'error: {name}: no address that can be read: only http:// and https:// are'
+        for name in ('ftp://example.org/cat.png', 'FILE:///cat.png')
+    ]
 
 
 def test_no_image_at_all_is_an_error_before_any_model_is_loaded(tmp_path, monkeypatch, capsys):

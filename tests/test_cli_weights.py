@@ -103,7 +103,7 @@ def test_the_question(answer, agreed, content, terminal, drive, capsys):
     terminal.write(f'{answer}\n'.encode())
     assert cli.main(['fetch', NAME]) == (0 if agreed else 2)
     out, err = capsys.readouterr()
-    question = f'Download the weights of {NAME} from {URL} ? [y/N] '
+    question = f'Downloading the weights of {NAME} from {URL}? [y/N] '
     if agreed:
         assert err == question and (store.folder(NAME) / store.WEIGHTS).read_bytes() == content
     else:
@@ -242,7 +242,12 @@ def test_the_whole_way_of_an_own_model(checkpoint, home):
 def test_import_says_how_to_use_it(checkpoint, capsys):
     arguments = ['import', str(checkpoint), '--as', 'coc_tiny.birds', '--num-classes', '3', *ARGUMENTS]
     assert cli.main(arguments) == 0
-    assert "timm.create_model('coc_tiny.birds', pretrained=True)" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    lines = dict(re.findall(r'^  (\S+(?: \S+)*) {2,}(.*)$', out, re.MULTILINE))
+    assert lines['classes'] == '3, without names' and lines['image size'] == '3 x 224 x 224'
+    assert re.fullmatch(r'\d\.\d\d M', lines['parameters']) and re.fullmatch('[0-9a-f]{64}', lines['SHA-256'])
+    assert 'made with   head_dim=4\n' in out
+    assert "timm.create_model('coc_tiny.birds', pretrained=True)" in out
     assert cli.main(arguments) == 2
     assert '--force' in capsys.readouterr().err
     assert cli.main([*arguments, '--force']) == 0
@@ -257,9 +262,12 @@ def test_import_says_how_to_use_it(checkpoint, capsys):
         (['--as', 'coc_tiny.birds', '--model-kwargs', 'depths'], "'depths' is not of the form name=value"),
         (['--as', 'coc_tiny.birds', '--label-names', 'nowhere.txt'], r'nowhere\.txt can not be read'),
         (['--as', 'coc_tiny.birds', '--num-classes', '-3'], 'not a whole number'),
+        (['--as', 'coc_tiny.birds', '--label-names', 'gaps.txt'], r'gaps\.txt has no name on line 2'),
     ],
 )
-def test_wrong_use_of_import(options, message, checkpoint, capsys):
+def test_wrong_use_of_import(options, message, checkpoint, home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    (home / 'gaps.txt').write_text('robin\n \nwren\n')
     with pytest.raises(SystemExit) as status:
         cli.main(['import', str(checkpoint), *options])
     out, err = capsys.readouterr()
@@ -376,3 +384,10 @@ def test_where_nothing_can_be_pushed(repository, capsys):
     with pytest.raises(SystemExit) as status:
         cli.main(['push', 'coc_tiny_plain.cifar10', '--to', repository])
     assert status.value.code == 2 and 'not of the form organisation/name' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('repository', ['my-lab/x y', 'my-lab/x..y', '-lab/x', 'my-lab/' + 'x' * 100])
+def test_names_that_the_hub_does_not_have(repository, capsys):
+    with pytest.raises(SystemExit) as status:
+        cli.main(['push', 'coc_tiny_plain.cifar10', f'--to={repository}'])
+    assert status.value.code == 2 and re.match('error: argument --to: .*\n', capsys.readouterr().err)

@@ -50,6 +50,7 @@ def test_published_tag(tmp_path):
     assert 'Published by the authors: 73.2 % top-1' in results and 'nothing yet' in results
     assert '[Image as Set of Points](https://arxiv.org/abs/2303.01494)' in card
     assert '3 x 224 x 224' in card and '0.485, 0.456, 0.406' in card and 'bicubic' in card
+    assert 'First install cluster_zoo as its README says' in card.partition('```python')[0]
     assert "timm.create_model('hf-hub:my-lab/coc_tiny.in1k', pretrained=True)" in card
     assert "pipeline('image-classification', model='my-lab/coc_tiny.in1k')" in card
     assert '`tench, Tinca tinca`' in card and ' and 980 more.' in card

@@ -374,6 +374,26 @@ def test_every_image_gets_the_classes_that_it_would_get_alone(model, tmp_path):
         assert np.allclose([ranked.probability for ranked in result.classes], probabilities[order], atol=1e-5)
 
 
+def test_the_size_of_validation_where_a_model_has_another_for_training(photograph, tmp_path, image_folder, validate):
+    """The same pixels that validate.py shows to a model."""
+    overlay = dict(input_size=(3, 32, 32), crop_pct=0.5, test_input_size=(3, 48, 48), test_crop_pct=1.0)
+    model = timm.create_model('resnet18', num_classes=3, pretrained_cfg_overlay=overlay).eval()
+    seen = []
+    model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    photograph.save(tmp_path / 'image.png')
+    [result] = classify(model, [str(tmp_path / 'image.png')])
+    args = validate.validate_parser().resolve([])
+    config = validate.resolve_input_data_config(model, vars(args), use_test_size=not args.use_train_size)
+    assert result.error is None and seen[0].shape == (1, 3, 48, 48)
+    assert torch.equal(seen[0][0], timm.data.create_transform(**config)(photograph.convert('RGB')))
+
+
+def test_images_that_are_open_already(model, photograph, tmp_path):
+    photograph.save(tmp_path / 'image.png')
+    named, opened = classify(model, [str(tmp_path / 'image.png'), photograph.convert('RGB')])
+    assert named.classes == opened.classes and isinstance(opened.image, Image.Image)
+
+
 def test_more_classes_than_there_are(model, photograph, tmp_path):
     photograph.save(tmp_path / 'image.png')
     [result] = classify(model, [str(tmp_path / 'image.png')], top=100)

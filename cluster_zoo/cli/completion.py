@@ -9,11 +9,17 @@ from .parser import Parser, model_name, our_tag
 
 def add_argument(parser: Parser) -> None:
     """Adds the option to the main parser."""
+    try:
+        import shtab
+
+        shells = ', '.join(shtab.SUPPORTED_SHELLS)
+    except ImportError:
+        shells = 'bash, zsh and what else shtab knows, which is not installed'
     parser.add_argument(
         '--print-completion',
         action=_PrintCompletion,
         metavar='SHELL',
-        help='print what makes a shell (bash, zsh, tcsh) complete this command',
+        help=f'print what makes a shell ({shells}) complete this command',
     )
 
 

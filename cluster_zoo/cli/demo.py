@@ -1,6 +1,8 @@
 """``cluster-zoo demo``: the bundled images, classified with the bundled weights."""
 
 import argparse
+import os
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,14 +12,13 @@ import torch
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image
 
 from ..data import check_dataset, class_names, create_dataset
 from ..explain import cluster_map, draw_clusters
-from .parser import Commands, add_device
+from ..predict import classify, load_classifier
+from .parser import DEMO_MODEL, Commands, add_device
 
-DEMO_MODEL = 'coc_tiny_plain.cifar10'
 DEMO_DATASET = 'cluster_zoo/cifar10_sample'
 
 _PANEL = 128  # side of one image in the demo's picture, pixels
@@ -44,47 +45,44 @@ def _picture(name: str) -> Path:
     path = Path(name)
     if path.suffix.lower() not in Image.registered_extensions():
         raise argparse.ArgumentTypeError(f'{name} names no picture format; let it end in .png')
-    if not path.absolute().parent.is_dir():
-        raise argparse.ArgumentTypeError(f'there is no folder {path.absolute().parent}')
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f'there is no folder {folder}')
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f'nothing can be written into {folder}: {error.strerror}') from error
+    if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+        raise argparse.ArgumentTypeError(f'{name} can not be written to')
     return path
 
 
 def _demo(args: argparse.Namespace) -> None:
-    model = timm.create_model(DEMO_MODEL, pretrained=True).to(args.device).eval()
+    model = load_classifier(DEMO_MODEL, args.device)
     dataset = create_dataset(DEMO_DATASET)
     check_dataset(dataset, model.num_classes, 'test')
-    dataset.transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     names = class_names(dataset)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f'{DEMO_MODEL}: {parameters / 1e6:.2f} M parameters, on {args.device}', flush=True)
 
     start = time.perf_counter()
-    probabilities, targets = classify(model, dataset, args.device)
+    images, targets = zip(*dataset)
+    found = [result.classes[0] for result in classify(model, images, top=1, batch_size=100)]
     seconds = time.perf_counter() - start
-    top1 = 100 * (probabilities.argmax(1) == targets).float().mean().item()
+    top1 = 100 * sum(best.index == target for best, target in zip(found, targets)) / len(targets)
     print(f"top-1 {top1:.1f} % of {len(dataset)} of CIFAR-10's test images, {len(dataset) / seconds:.0f} images/s\n")
 
     # The first image of each class
-    shown = [targets.tolist().index(index) for index in names]
+    shown = [targets.index(index) for index in names]
     print(f'{"image":22} {"is":12} {"taken for":12} probability')
     for index in shown:
-        probability, predicted = probabilities[index].max(0)
-        is_name, taken_for = names[int(targets[index])], names[int(predicted)]
-        print(f'{dataset.filename(index):22} {is_name:12} {taken_for:12} {100 * probability:9.1f} %')
+        is_name, taken_for = names[targets[index]], names[found[index].index]
+        print(f'{dataset.filename(index):22} {is_name:12} {taken_for:12} {100 * found[index].probability:9.1f} %')
 
-    captions = [names[int(probabilities[index].argmax())] for index in shown]
-    draw(model, torch.stack([dataset[index][0] for index in shown]).to(args.device), captions).save(args.output)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model, use_test_size=True))
+    inputs = torch.stack([transform(images[index]) for index in shown]).to(args.device)
+    draw(model, inputs, [names[found[index].index] for index in shown]).save(args.output)
     print(f'\nclusters of these images: {args.output}')
-
-
-@torch.inference_mode()
-def classify(model: nn.Module, dataset: Dataset, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Class probabilities [N, K] and targets [N] of a dataset of N images."""
-    probabilities, targets = [], []
-    for images, target in DataLoader(dataset, batch_size=100):
-        probabilities.append(model(images.to(device)).softmax(-1).cpu())
-        targets.append(target)
-    return torch.cat(probabilities), torch.cat(targets)
 
 
 def draw(model: nn.Module, images: Tensor, captions: Sequence[str]) -> Image.Image:

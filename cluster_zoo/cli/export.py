@@ -2,14 +2,14 @@
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import timm
 import torch.nn as nn
 
-from ..export import FORMATS, OPSET, TOLERANCE, Export, ExportError, export_model
+from ..export import FORMATS, OPSET, TOLERANCE, Export, check_request, export_model
+from ..predict import load_model
 from ..weights import load_checkpoint
 from .parser import Commands, model_name, positive
 
@@ -54,27 +54,25 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(run=lambda args: _export(parser, args))
 
 
-def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.num_classes and not (args.checkpoint or args.untrained):
         parser.error('--num-classes is of --checkpoint or --untrained: pretrained weights have their own')
     if args.img_size and len(args.img_size) > 2:
         parser.error('--img-size takes a side, or a height and a width')
     size = tuple(args.img_size * 2)[:2] if args.img_size else None
     output = args.output or Path(args.name.rpartition(':')[2].rstrip('/').rpartition('/')[2] + FORMATS[args.to].suffix)
+    check_request(output, args.to, size, args.opset)
     model = _model(args, size)
     if not args.json:  # tracing takes a while
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f'{args.name}: {parameters / 1e6:.2f} M parameters{", random" * args.untrained}', flush=True)
-    try:
-        export = export_model(model, output, args.to, size, args.opset)
-    except ExportError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+    export = export_model(model, output, args.to, size, args.opset)
     if args.json:
-        print(json.dumps(dict(asdict(export), path=str(export.path), sizes=str(export.sizes)), indent=2))
+        opset = args.opset if args.to == 'onnx' else None
+        facts = dict(name=args.name, format=args.to, opset=opset) | asdict(export) | dict(path=str(export.path))
+        print(json.dumps(facts, indent=2))
     else:
         _print(export, args)
-    return 0
 
 
 def _model(args: argparse.Namespace, size: tuple[int, int] | None) -> nn.Module:
@@ -82,7 +80,7 @@ def _model(args: argparse.Namespace, size: tuple[int, int] | None) -> nn.Module:
     cfg = timm.models.get_pretrained_cfg(args.name, allow_unregistered=True) if ':' not in args.name else None
     if size and cfg and cfg.fixed_input_size:
         options['img_size'] = size
-    model = timm.create_model(args.name, pretrained=not (args.checkpoint or args.untrained), **options)
+    model = load_model(args.name, pretrained=not (args.checkpoint or args.untrained), **options)
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint)
     return model
@@ -91,9 +89,13 @@ def _model(args: argparse.Namespace, size: tuple[int, int] | None) -> nn.Module:
 def _print(export: Export, args: argparse.Namespace) -> None:
     shapes = ', '.join(f'{batch} x {height} x {width}' for batch, height, width in export.checked)
     print(f'{export.path}: {export.path.stat().st_size / 1e6:.1f} MB' + f', opset {args.opset}' * (args.to == 'onnx'))
-    why = ' alone, as the model has a fixed size' if export.sizes.fixed and not args.img_size else ''
-    print(f'images: {export.sizes}{why}, in batches of any size')
+    own = export.sizes.fixed and not args.img_size
+    print(f'images: {export.sizes}{" alone, the size of the model" * bool(own)}, in batches of any size')
+    if own:
+        print('        (--img-size makes a file for another size)')
     print(f'compared: {export.images} images, as {shapes} px')
+    if export.raised:
+        print(f'compared: once more with {export.raised} layer scales raised, which are near zero')
     print(f'largest difference of a logit: {export.difference:.1e}, at most {TOLERANCE:.0e}')
     if export.undecided:
         print(

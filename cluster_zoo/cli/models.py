@@ -3,7 +3,6 @@
 import argparse
 import fnmatch
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,8 +14,7 @@ from .. import authors, hub, store, tags
 from ..options import OptionError, nearest
 from ..sources import where
 from .parser import Commands, our_tag
-
-_SHOWN_LABELS = 5
+from .text import first_labels, printable
 
 
 def add_parser(commands: Commands) -> None:
@@ -105,7 +103,7 @@ def _info(args: argparse.Namespace) -> None:
     lines = [
         ('model', facts['name']),
         ('parameters', f'{facts["parameters"] / 1e6:.2f} M'),
-        ('classes', f'{facts["num_classes"]}{_first_labels(facts["label_names"])}'),
+        ('classes', f'{facts["num_classes"]}{first_labels(facts["label_names"])}'),
         ('trained on', facts['data']),
         ('published top-1', published and f'{published} % on ImageNet-1k, as the authors state'),
         *(('measured top-1', f'{one["value"]} % on {one["images"]}') for one in facts['measured']),
@@ -125,14 +123,7 @@ def _info(args: argparse.Namespace) -> None:
         *(('could come from', source) for source in weights['sources'] if not weights['path']),
     ]
     for key, value in lines:
-        print(f'{key:16} {value or "-"}')
-
-
-def _first_labels(labels: Sequence[str] | None) -> str:
-    if labels is None:
-        return ', without names'
-    shown = [label.partition(',')[0] for label in labels[:_SHOWN_LABELS]]  # one of ImageNet's synonyms will do
-    return f': {", ".join(shown)}{", ..." if len(labels) > _SHOWN_LABELS else ""}'
+        print(f'{key:16} {printable(value or "-")}')
 
 
 def describe(name: str) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from timm.models import get_pretrained_cfg, parse_model_name
 from .. import tags
 from ..options import nearest
 
+DEMO_MODEL = 'coc_tiny_plain.cifar10'  # its weights are part of the package
+
 Commands = argparse._SubParsersAction  # what ``add_subparsers`` returns, for annotations
 
 
@@ -66,12 +68,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (AssertionError, RuntimeError) as error:
-        raise argparse.ArgumentTypeError(f'can not run on {name}: {str(error).splitlines()[0]}') from error
-    return device
+    there = ['cpu']
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        there += [kind, *(f'{kind}:{index}' for index in range(torch.accelerator.device_count()))]
+    if name not in there:
+        raise argparse.ArgumentTypeError(f'can not run on {name}, only on {", ".join(there)}')
+    return torch.device(name)
 
 
 def model_name(name: str) -> str:

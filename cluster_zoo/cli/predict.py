@@ -9,8 +9,8 @@ import torch
 
 from ..options import OptionError
 from ..predict import Classified, classify, find_images, load_classifier
-from .demo import DEMO_MODEL
-from .parser import Commands, add_device, model_name, positive
+from .parser import DEMO_MODEL, Commands, add_device, model_name, positive
+from .text import printable
 
 
 def add_parser(commands: Commands) -> None:
@@ -75,7 +75,7 @@ def _predict(args: argparse.Namespace) -> int:
 
 
 def _report(result: Classified) -> None:
-    print(f'error: {result.image}: {result.error}', file=sys.stderr)
+    print(f'error: {printable(result.image)}: {printable(result.error)}', file=sys.stderr)
 
 
 def _record(result: Classified) -> dict:
@@ -85,6 +85,6 @@ def _record(result: Classified) -> dict:
 
 
 def _print(result: Classified) -> None:
-    print(result.image)
+    print(printable(result.image))
     for ranked in result.classes:
-        print(f'  {100 * ranked.probability:5.1f} %  {ranked.label or f"class {ranked.index}"}', flush=True)
+        print(f'  {100 * ranked.probability:5.1f} %  {printable(ranked.label or f"class {ranked.index}")}', flush=True)

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..options import OptionError, nearest
 from ..sources import where
 from ..weights import CheckpointError
 from .parser import Commands, our_tag, positive
+from .text import first_labels, printable
 
 
 def add_parser(commands: Commands) -> None:
@@ -57,7 +58,7 @@ def _add_fetch(commands: Commands) -> None:
 def _fetch(args: argparse.Namespace) -> None:
     found, path = (None if args.force else _on_this_machine(args.name)) or _download(args)
     facts = dict(name=args.name, found=found, weights=str(path), sha256=store.sha256(path))
-    _show(args, f'{args.name}: {found}', facts)
+    _show(args, f'{args.name}: {found}', facts, [('weights', path), ('SHA-256', facts['sha256'])])
 
 
 def _on_this_machine(name: str) -> tuple[str, Path] | None:
@@ -89,7 +90,7 @@ def _download(args: argparse.Namespace) -> tuple[str, Path]:
             f'There is no publication of {name}. Import a file of your own (cluster-zoo import FILE --as NAME.TAG), or '
             'let CLUSTER_ZOO_HUB name an organisation that has them.'
         )
-    if not (args.yes or authors.allowed() or _agrees(f'Download the weights of {name} from {url} ?')):
+    if not (args.yes or authors.allowed() or _agrees(f'Downloading the weights of {name} from {url}')):
         raise OptionError('Nothing was downloaded.')
     folder = authors.fetch(name, member=args.file, force=args.force, progress=progress)
     return "from the authors' publication", store.verified_weights(folder)
@@ -112,8 +113,8 @@ def _hub_progress(shown: bool) -> Iterator[None]:
 
 def _agrees(question: str) -> bool:
     if not sys.stdin.isatty():
-        raise OptionError(f'{question} There is nobody to ask: with --yes it is done without a question.')
-    print(f'{question} [y/N] ', end='', file=sys.stderr, flush=True)
+        raise OptionError(f'{question} needs a yes, and there is no terminal to ask on. Give it with --yes.')
+    print(f'{question}? [y/N] ', end='', file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ('y', 'yes')
 
 
@@ -121,16 +122,15 @@ def _note(message: str) -> None:
     print(f'note: {message}', file=sys.stderr)
 
 
-def _show(args: argparse.Namespace, headline: str, facts: dict[str, Any]) -> None:
-    """What was done, and how to use what it was done for."""
+def _show(args: argparse.Namespace, headline: str, facts: dict[str, Any], shown: Sequence[tuple[str, Any]]) -> None:
+    """What was done, as JSON or for people, and how to use what it was done for."""
     if args.json:
         print(json.dumps(facts, indent=2))
         return
     print(headline)
-    for key, value in facts.items():
-        if key not in ('name', 'found'):
-            print(f'  {key:10} {value}')
-    print(f"  use it     import cluster_zoo, timm; timm.create_model('{facts['name']}', pretrained=True)")
+    for key, value in shown:
+        print(f'  {key:11} {printable(value)}')
+    print(f"  use it      import cluster_zoo, timm; timm.create_model('{facts['name']}', pretrained=True)")
 
 
 def _add_import(commands: Commands) -> None:
@@ -195,9 +195,12 @@ def _model_argument(text: str) -> tuple[str, Any]:
 
 def _lines(name: str) -> list[str]:
     try:
-        return Path(name).read_text(encoding='utf-8').splitlines()
+        lines = [line.strip() for line in Path(name).read_text(encoding='utf-8-sig').splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise argparse.ArgumentTypeError(f'{name} can not be read: {error}') from error
+    if not all(lines):
+        raise argparse.ArgumentTypeError(f'{name} has no name on line {lines.index("") + 1}: each class needs one')
+    return lines
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -215,19 +218,24 @@ def _import(args: argparse.Namespace) -> None:
     )
     config = store.read_config(folder)
     model = timm.create_model(f'local-dir:{folder}')
-    _show(
-        args,
-        f'{args.name}: imported, and checked by running it',
-        dict(
-            name=args.name,
-            folder=str(folder),
-            sha256=config['sha256'],
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            classes=model.num_classes,
-            input_size=list(config['pretrained_cfg']['input_size']),
-            model_args=config.get('model_args') or {},
-        ),
+    facts = dict(
+        name=args.name,
+        folder=str(folder),
+        sha256=config['sha256'],
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        classes=model.num_classes,
+        input_size=list(config['pretrained_cfg']['input_size']),
+        model_args=config.get('model_args') or {},
     )
+    shown = [
+        ('folder', folder),
+        ('SHA-256', facts['sha256']),
+        ('parameters', f'{facts["parameters"] / 1e6:.2f} M'),
+        ('classes', f'{facts["classes"]}{first_labels(tags.label_names(model.pretrained_cfg))}'),
+        ('image size', ' x '.join(map(str, facts['input_size']))),
+        *(('made with', f'{key}={value}') for key, value in facts['model_args'].items()),
+    ]
+    _show(args, f'{args.name}: imported, and checked by running it', facts, shown)
 
 
 def _add_push(commands: Commands) -> None:
@@ -252,6 +260,12 @@ def _add_push(commands: Commands) -> None:
 def _repository(name: str) -> str:
     if name.count('/') != 1 or not all(name.split('/')):
         raise argparse.ArgumentTypeError(f"'{name}' is not of the form organisation/name")
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return name
 
 
@@ -264,11 +278,8 @@ def _push(args: argparse.Namespace) -> None:
         (folder / store.CARD).write_text(card, encoding='utf-8')
         with _hub_progress(not args.json and sys.stderr.isatty()):
             url = hub.push(folder, args.to, private=args.private, message=args.message)
-    _show(
-        args,
-        f'{args.name}: uploaded',
-        dict(name=f'hf-hub:{args.to}', url=url, sha256=config['sha256']),
-    )
+    facts = dict(name=f'hf-hub:{args.to}', url=url, sha256=config['sha256'])
+    _show(args, f'{args.name}: uploaded', facts, [('address', url), ('SHA-256', facts['sha256'])])
 
 
 def _copy(name: str, folder: Path) -> None:

@@ -1,0 +1,170 @@
+"""cluster-zoo export: what is printed, and what goes wrong before, while and after a model is loaded."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+
+from cluster_zoo import cli, export
+from cluster_zoo.export import FORMATS
+
+pytestmark = pytest.mark.filterwarnings('ignore:.*torch.jit.*is deprecated')  # the test's own calls
+
+
+def _agree(model, run, shape):
+    with torch.inference_mode():
+        images = torch.randn(shape[0], 3, *shape[1:], generator=torch.Generator().manual_seed(7))
+        torch.testing.assert_close(run(images), model(images), rtol=0, atol=1e-4)
+
+
+def test_command_with_the_bundled_weights(tmp_path, monkeypatch, capsys, recwarn):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(['export', 'coc_tiny_plain.cifar10', '--to', 'torchscript']) == 0
+    out, err = capsys.readouterr()
+    assert err == '' and not recwarn.list
+    assert out.startswith('coc_tiny_plain.cifar10: 5.25 M parameters\ncoc_tiny_plain.cifar10.pt: 2')
+    assert 'images: any from 64 px, in batches of any size' in out
+    assert 'largest difference of a logit: ' in out and 'random' not in out
+    model = timm.create_model('coc_tiny_plain.cifar10', pretrained=True).eval()
+    _agree(model, torch.jit.load('coc_tiny_plain.cifar10.pt'), (2, 64, 64))
+
+
+def test_command_never_has_random_weights_unless_told(tmp_path, monkeypatch, capsys):
+    for variable in ('CLUSTER_ZOO_HUB', 'CLUSTER_ZOO_AUTHORS'):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv('CLUSTER_ZOO_HOME', str(tmp_path / 'store'))
+    command = ['export', 'dnc_resnet18_cifar', '--to', 'torchscript', '--output', str(tmp_path / 'model.pt')]
+    assert cli.main(command) == 2
+    out, err = capsys.readouterr()
+    assert out == '' and err.startswith('error: ') and 'Traceback' not in err
+    assert not (tmp_path / 'model.pt').exists()
+
+    assert cli.main([*command, '--untrained', '--num-classes', '3', '--json']) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown['path'] == str(tmp_path / 'model.pt') and shown['name'] == 'dnc_resnet18_cifar'
+    assert shown['sizes'] == dict(fixed=None, multiple=1, smallest=32)
+    assert shown['format'] == 'torchscript' and shown['opset'] is None
+    assert shown['difference'] <= 1e-4 and len(shown['checked']) == 4
+
+
+def test_command_with_a_checkpoint(tmp_path, capsys):
+    model = timm.create_model('dnc_resnet18_cifar', num_classes=3).eval()
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 'last.pth.tar')
+    command = ['export', 'dnc_resnet18_cifar', '--checkpoint', str(tmp_path / 'last.pth.tar'), '--to', 'torchscript']
+    command += ['--output', str(tmp_path / 'model.pt'), '--img-size', '40', '48']
+    assert cli.main(command) == 2 and 'does not fit' in capsys.readouterr().err
+    assert cli.main([*command, '--num-classes', '3']) == 0
+    assert 'images: 40 x 48 px, in batches' in capsys.readouterr().out
+    _agree(model, torch.jit.load(tmp_path / 'model.pt'), (1, 40, 48))
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['no_such_model'], 'no_such_model'),
+        (['coc_tiny', '--to', 'tflite'], 'tflite'),
+        (['coc_tiny', '--untrained', '--checkpoint', 'x'], 'not allowed with'),
+        (['coc_tiny', '--num-classes', '3'], '--num-classes is of --checkpoint or --untrained'),
+        (['coc_tiny', '--img-size', '1', '2', '3'], '--img-size takes'),
+    ],
+)
+def test_wrong_use_of_the_command(arguments, message, capsys):
+    with pytest.raises(SystemExit) as status:
+        cli.main(['export', *arguments])
+    assert status.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['--output', 'nowhere/model.onnx'], 'There is no folder'),
+        (['--output', '.'], 'is a folder'),
+        (['--output', 'model.pt2'], 'is a name for pt2, not for onnx'),
+        (['--img-size', '31'], 'at least 32 px'),
+        (['--opset', '17'], 'got 17'),
+        (['--to', 'torchscript', '--checkpoint', 'nothing.pth'], 'nothing.pth'),
+    ],
+)
+def test_errors_are_one_message_and_come_before_there_is_a_model(options, message, tmp_path, monkeypatch, capsys):
+    if '--opset' in options:
+        pytest.importorskip('onnxruntime')
+    if '--checkpoint' not in options:
+        monkeypatch.setattr(timm, 'create_model', None)
+    for package in ('onnx', 'onnxscript', 'onnxruntime'):  # whether they are there or not
+        if '--opset' not in options and importlib.util.find_spec(package) is None:
+            monkeypatch.setattr(export, 'FORMATS', {**FORMATS, 'onnx': replace(FORMATS['onnx'], packages=())})
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(['export', 'coc_tiny', *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == '' and err.startswith('error: ') and message in err and err.count('\n') == 1
+
+
+def test_a_package_is_missed_before_there_is_a_model(tmp_path, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'onnxruntime' else find(name))
+    monkeypatch.setattr(timm, 'create_model', None)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(['export', 'coc_tiny']) == 2
+    assert "pip install 'cluster_zoo[onnx]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['local-dir:damaged'], r"'local-dir:damaged' can not be loaded: .*"),
+        (['local-dir:no_json'], r"'local-dir:no_json' can not be loaded: .*"),
+        (['local-dir:nowhere'], r"'local-dir:nowhere' can not be loaded: .*"),
+        (['hf-hub:my-lab/nothing'], r"'hf-hub:my-lab/nothing' can not be loaded: .*"),
+        (['coc_tiny', '--untrained', '--num-classes', str(10**15)], r"'coc_tiny' can not be loaded: .*"),
+    ],
+)
+def test_models_that_can_not_be_loaded(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', True)
+    model = timm.create_model('resnet18', num_classes=3)
+    timm.models.save_for_hf(model, 'damaged', safe_serialization=True)
+    os.truncate('damaged/model.safetensors', 5000)
+    Path('no_json').mkdir()
+    Path('no_json/config.json').write_text('{')
+    assert cli.main(['export', *arguments, '--to', 'torchscript', '--output', 'model.pt']) == 2
+    out, err = capsys.readouterr()
+    assert out == '' and re.fullmatch(f'error: {message}\n', err) and not Path('model.pt').exists()
+
+
+def test_layer_scales_near_zero_are_told(tmp_path, capsys):
+    command = ['export', 'coc_tiny', '--untrained', '--to', 'torchscript', '--img-size', '32']
+    assert cli.main([*command, '--output', str(tmp_path / 'model.pt')]) == 0
+    out = capsys.readouterr().out
+    assert 'compared: once more with 28 layer scales raised' in out and 'parameters, random' in out
+
+
+def test_a_model_of_a_small_size(tmp_path, capsys):
+    """It has its own in place of larger ones, and it is said how others can be had."""
+    timm.models.save_for_hf(timm.create_model('coc_tiny', num_classes=3), tmp_path / 'model', safe_serialization=True)
+    config = json.loads((tmp_path / 'model/config.json').read_text())
+    config['pretrained_cfg']['input_size'] = [3, 32, 32]
+    (tmp_path / 'model/config.json').write_text(json.dumps(config))
+    command = ['export', f'local-dir:{tmp_path}/model', '--to', 'torchscript', '--output', str(tmp_path / 'model.pt')]
+    assert cli.main(command) == 0
+    out = capsys.readouterr().out
+    assert 'images: 32 x 32 px alone, the size of the model' in out and '--img-size' in out
+
+
+def test_a_terminated_export_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def stop(scripted, path, **kwargs):
+        Path(path).write_bytes(b'half')
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(torch.jit, 'save', stop)
+    command = ['export', 'coc_tiny', '--untrained', '--to', 'torchscript', '--output', str(tmp_path / 'model.pt')]
+    with pytest.raises(SystemExit) as status:
+        cli.main(command)
+    assert status.value.code == 143 and list(tmp_path.iterdir()) == []
