@@ -27,7 +27,7 @@ import torch
 from timm import utils
 from timm.data import RealLabelsImagenet, create_loader, resolve_input_data_config
 from timm.layers import apply_test_time_pool
-from timm.models import get_pretrained_cfg, is_model, list_models
+from timm.models import is_model, list_models
 from timm.task import ClassificationEvaluator
 from tqdm import tqdm
 
@@ -87,11 +87,7 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
     """The model of `args.model` with the weights that are asked for, still on the CPU."""
     build.check_model_name(args.model)
     # As timm: without a checkpoint, random weights are never what is meant.
-    pretrained = args.pretrained or not args.checkpoint
-    cfg = get_pretrained_cfg(args.model)
-    if pretrained and cfg is not None and not cfg.has_weights:
-        raise OptionError(f'--model {args.model} has no pretrained weights: give a --checkpoint')
-    model = build.create(args, pretrained=pretrained)
+    model = build.create(args, pretrained=args.pretrained or not args.checkpoint)
     if args.checkpoint:
         load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
     return utils.reparameterize_model(model) if args.reparam else model

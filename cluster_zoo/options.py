@@ -33,7 +33,7 @@ class ParseKwargs(TimmParseKwargs):
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *args: Any) -> None:
         for word in values:
-            if not word.partition('=')[0].isidentifier() or '=' not in word:
+            if word.find('=') < 1:
                 raise argparse.ArgumentError(self, f"'{word}' is not of the form name=value")
         super().__call__(parser, namespace, values, *args)
 

@@ -31,6 +31,16 @@ def read_only(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def ctrl_c() -> Iterator[None]:
+    """SIGINT is an interrupt, also in a process that was started in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def _mere_user() -> Iterator[None]:
     if os.geteuid() != 0:
         yield

@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from drive_server import PERMISSION_DENIED, QUOTA_EXCEEDED, DriveServer
-from hardship import full_disk, read_only
+from hardship import ctrl_c, full_disk, read_only
 from parity_cases import recipe, save_published
 from processes import run_processes
 
@@ -311,8 +311,8 @@ def test_an_interrupted_download_leaves_nothing_to_load(server, content):
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with ctrl_c(), pytest.raises(KeyboardInterrupt):
+        thread.start()
         authors.fetch(NAME, progress=False)
         thread.join()
     never.set()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from hardship import full_disk, read_only
+from hardship import ctrl_c, full_disk, read_only
 from hub_server import GUEST, OWNER, HubServer
 from huggingface_hub import constants
 from processes import run_processes
@@ -263,8 +263,8 @@ def test_an_interrupted_download_leaves_nothing_to_load(server, folder, weights,
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
-    thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with ctrl_c(), pytest.raises(KeyboardInterrupt):
+        thread.start()
         hub.download('org/tiny')
         thread.join()
     never.set()

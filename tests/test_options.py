@@ -179,7 +179,7 @@ def test_centroid_dtype_is_one_of_three(capsys):
     assert "invalid choice: 'int8'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('word', ['a', '=3', '1x=3'])
+@pytest.mark.parametrize('word', ['a', '=3', ''])
 def test_keyword_options_are_names_with_values(word, capsys):
     assert validate_parser().resolve(['--model-kwargs', 'proposals=3', 'global_pool=max']).model_kwargs == dict(
         proposals=3, global_pool='max'

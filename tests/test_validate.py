@@ -247,7 +247,7 @@ def test_smaller_batches_when_memory_runs_out(validate, monkeypatch):
     [
         (dict(model='test_resnett'), 'did you mean test_resnet'),
         (dict(model='no_such_*'), 'no_such_*'),
-        (dict(model='coc_small', weights=None), 'no pretrained weights'),
+        (dict(model='cspresnet50d', weights=None), 'No pretrained weights'),
         (dict(data='/no/such/folder'), '/no/such/folder does not exist'),
         (dict(weights='none.pth'), 'none.pth'),
         (dict(model='test_vit'), 'does not fit'),
@@ -258,6 +258,12 @@ def test_smaller_batches_when_memory_runs_out(validate, monkeypatch):
 def test_mistakes_are_one_line(run, flags, message):
     status, error = run(**flags)
     assert status == 2 and error.startswith('error: ') and error.count('\n') == 1 and message in error
+
+
+def test_weights_that_are_nowhere(run):
+    status, error = run(model='coc_small', weights=None)
+    assert status == 2 and error.startswith('error: No weights were found for coc_small.in1k')
+    assert 'cluster-zoo fetch coc_small.in1k' in error
 
 
 @pytest.mark.parametrize(
