@@ -202,30 +202,6 @@ def test_compile_without_graph_breaks_or_a_graph_for_every_batch_size(name):
     assert len(graphs) <= 2  # one for the first batch size, one for any other
 
 
-@pytest.mark.parametrize('name', ['coc_tiny', 'fec_small'])
-def test_export_with_dynamic_batch_and_size(name):
-    pytest.importorskip('onnxruntime', reason='needs the extra `test`: onnx, onnxscript, onnxruntime')
-    model = _create(name, exportable=True, **SHALLOW)
-    height, width = 32 * torch.export.Dim('h', max=32), 32 * torch.export.Dim('w', max=32)
-    shapes = {'x': {0: torch.export.Dim('batch', max=64), 2: height, 3: width}}
-    program = torch.export.export(model, (_images(64, 96),), dynamic_shapes=shapes)
-    session = _onnx_session(program)
-    with torch.no_grad():
-        for batch, *size in ((2, 64, 96), (1, 224, 224), (5, 96, 64)):
-            x = _images(*size, batch=batch)
-            expected = model(x)
-            torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-5)
-            (output,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-            torch.testing.assert_close(torch.from_numpy(output), expected, rtol=1e-4, atol=1e-4)
-
-
-def _onnx_session(program):
-    import onnxruntime
-
-    exported = torch.onnx.export(program, dynamo=True, verbose=False)
-    return onnxruntime.InferenceSession(exported.model_proto.SerializeToString())
-
-
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize('name', SMALLEST)
 def test_autocast_and_half_precision_stay_near(name, dtype):
