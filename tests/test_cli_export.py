@@ -63,6 +63,8 @@ def test_command_with_a_checkpoint(tmp_path, capsys):
     assert cli.main(command) == 2 and 'does not fit' in capsys.readouterr().err
     assert cli.main([*command, '--num-classes', '3']) == 0
     assert 'images: 40 x 48 px, in batches' in capsys.readouterr().out
+    assert cli.main([*command, '--num-classes', '3', '--json']) == 0
+    assert json.loads(capsys.readouterr().out)['sizes'] == dict(fixed=[40, 48], multiple=None, smallest=None)
     _agree(model, torch.jit.load(tmp_path / 'model.pt'), (1, 40, 48))
 
 
@@ -148,7 +150,7 @@ def test_an_untrained_model_of_a_small_size(tmp_path, capsys):
     assert cli.main(command) == 0
     out = capsys.readouterr().out
     assert 'images: 32 x 32 px alone, the size of the model' in out and '--img-size' in out
-    assert 'compared: once more with 8 layer scales raised' in out
+    assert 'compared: once more with 8 small layer scales raised' in out
 
 
 def test_a_terminated_export_leaves_nothing(tmp_path, monkeypatch, capsys):

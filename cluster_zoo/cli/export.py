@@ -23,7 +23,8 @@ def add_parser(commands: Commands) -> None:
         f'opened again and has to give the same logits within {TOLERANCE:.0e}, for several batches and image sizes.\n\n'
         'Batches may have any size. TorchScript takes images of any size. ONNX and pt2 take those that the model\n'
         'need not pad, multiples of 32 px for most variants, and refuse others; --img-size makes a file for one\n'
-        'size, which may be any. Mean, std, input size and class names are in the file.',
+        "size, which may be any, and is the default where the model's own size is none of those. Mean, std, input\n"
+        'size and class names are in the file.',
         epilog='examples:\n'
         '  cluster-zoo export coc_tiny_plain.cifar10 --to onnx\n'
         '  cluster-zoo export coc_small.in1k --to onnx --img-size 225 300 --output small.onnx\n'
@@ -70,6 +71,8 @@ def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.json:
         opset = args.opset if args.to == 'onnx' else None
         facts = dict(name=args.name, format=args.to, opset=opset) | asdict(export) | dict(path=str(export.path))
+        if export.sizes.fixed:
+            facts['sizes'] = dict(fixed=export.sizes.fixed, multiple=None, smallest=None)
         print(json.dumps(facts, indent=2))
     else:
         _print(export, args)
@@ -95,7 +98,7 @@ def _print(export: Export, args: argparse.Namespace) -> None:
         print('        (--img-size makes a file for another size)')
     print(f'compared: {export.images} images, as {shapes} px')
     if export.raised:
-        print(f'compared: once more with {export.raised} layer scales raised, which are near zero')
+        print(f'compared: once more with {export.raised} small layer scales raised, for all branches to count')
     print(f'largest difference of a logit: {export.difference:.1e}, at most {TOLERANCE:.0e}')
     if export.undecided:
         print(
