@@ -70,7 +70,7 @@ def _on_this_machine(name: str) -> tuple[str, Path] | None:
         try:
             return 'in the store already', store.verified_weights(store.folder(name))
         except CheckpointError as error:
-            _note(f'{error} It is fetched again.')
+            _note(f'{error} (it is fetched again)')
     return None
 
 
