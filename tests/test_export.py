@@ -28,6 +28,11 @@ NETWORKS = {
     'dnc_mobilenetv2_100': {},
     'dnc_swin_tiny': dict(img_size=32, window_size=4, depths=(1, 1), embed_dim=16, num_heads=(1, 1)),
 }
+# torch.export 2.11 can not follow the pooling of a ResNet for all sizes at once, 2.15 can.
+on_a_resnet = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split('.')[:2])) < (2, 15),
+    reason='this version of torch.export traces a ResNet for one size only',
+)
 LABELS = ('red', 'green "G"', 'bläu')
 
 
@@ -115,6 +120,7 @@ def test_fec_pools_in_larger_images_than_it_was_traced_with(tmp_path):
     _agree(model, _onnx(exported.path), (1, 32, 32), (3, 64, 32), (1, 160, 256))
 
 
+@on_a_resnet
 def test_dnc_on_a_resnet_takes_any_size(tmp_path):
     model = _model('dnc_resnet18')
     exported = export_model(model, tmp_path / 'dnc.onnx')
@@ -182,7 +188,7 @@ def test_torchscript(name, tmp_path):
     _agree(model, scripted, *((batch, *size) for batch, size in zip((1, 3, 2), sizes)))
 
 
-@pytest.mark.parametrize('name', ['dnc_coc_tiny', 'dnc_resnet18'])
+@pytest.mark.parametrize('name', ['dnc_coc_tiny', pytest.param('dnc_resnet18', marks=on_a_resnet)])
 def test_pt2(name, tmp_path):
     model = _model(name, side=40)
     exported = export_model(model, tmp_path / 'model.pt2', to='pt2')
