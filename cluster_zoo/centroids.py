@@ -450,7 +450,9 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
 
 def _is_traced(x: Tensor) -> bool:
     """Whether a tool only looks at what a forward pass does: nothing has been seen then."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy)
+    # In torch 2.11 torch.compile says that it is exporting.
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return exporting or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy)
 
 
 def _world_size() -> int:
