@@ -16,6 +16,7 @@ import timm
 
 from . import store, tags
 from .untrusted import check_archive, is_archive
+from .untrusted.errors import reason
 from .weights import CheckpointError
 
 __all__ = ['allowed', 'fetch', 'is_folder', 'publication']
@@ -81,7 +82,7 @@ def fetch(
         file_id, path = _choose(name, _list(url), member)
         downloaded = _download(file_id, path, target.parent / 'downloads', progress)
         _adopt(downloaded, name, url, (file_id, path), force, root)
-        return target
+        return store.folder(name, root)  # no longer where it may have stood since a process was killed
 
 
 def _adopt(downloaded: Path, name: str, url: str, origin: tuple[str, str], force: bool, root: Any) -> None:
@@ -207,5 +208,4 @@ def _gdown(what: str) -> Iterator[Any]:
     try:
         yield gdown
     except Exception as error:  # gdown's, those of requests under it, and what a page that it cannot read causes
-        reason = ' '.join(str(error).split())[:400] or type(error).__name__
-        raise CheckpointError(f'{what} could not be downloaded from drive.google.com: {reason}') from error
+        raise CheckpointError(f'{what} could not be downloaded from drive.google.com: {reason(error)}') from error

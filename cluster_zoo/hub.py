@@ -9,12 +9,11 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 from . import store
 from .untrusted import read_config_file
-from .untrusted.errors import quoted
+from .untrusted.errors import quoted, reason
 from .weights import CheckpointError
 
 __all__ = ['download', 'fetch', 'organisation', 'push']
@@ -135,13 +134,8 @@ def _get(repo_id: str, filename: str, revision: str | None, cache_dir: Any, forc
         elif isinstance(error, EntryNotFoundError) and filename != store.CONFIG:
             raise FileNotFoundError(filename) from error
         raise CheckpointError(
-            f"'{filename}' of {repo_id} on the Hugging Face Hub could not be had: {_reason(error)}"
+            f"'{filename}' of {repo_id} on the Hugging Face Hub could not be had: {reason(error)}"
         ) from error
-
-
-def _reason(error: Exception) -> str:
-    """An error of the client in one line."""
-    return shorten(str(error), 300, placeholder=' ...') or type(error).__name__
 
 
 def _stated_by_the_hub(path: Path) -> str | None:
@@ -180,6 +174,6 @@ def push(folder: str | Path, repo_id: str, private: bool = False, message: str =
     except Exception as error:  # see `_get`
         refused = getattr(getattr(error, 'response', None), 'status_code', None) in (401, 403)
         hint = '. Are you logged in (`hf auth login`, or HF_TOKEN), with the right to write there?' if refused else ''
-        reason = _reason(error).rstrip('.') if refused else _reason(error)
-        raise CheckpointError(f'The Hugging Face Hub did not take {repo_id}: {reason}{hint}') from error
+        said = reason(error).rstrip('.') if refused else reason(error)
+        raise CheckpointError(f'The Hugging Face Hub did not take {repo_id}: {said}{hint}') from error
     return str(commit.commit_url)

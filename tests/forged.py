@@ -9,7 +9,10 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+
+from cluster_zoo.untrusted import CheckpointError
 
 REBUILD = torch._utils._rebuild_tensor_v2
 
@@ -92,3 +95,13 @@ def write_safetensors(path: Path, header: Any, content: bytes = b'', length: int
     header = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack('<Q', len(header) if length is None else length) + header + content)
     return path
+
+
+def refusal(action, *args):
+    """The message of the one error that `action` has to end in: one line that a terminal shows as it is."""
+    with pytest.raises(CheckpointError) as error:
+        action(*args)
+    text = str(error.value)
+    assert text.isprintable()
+    assert len(text) < 1000
+    return text

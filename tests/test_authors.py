@@ -321,6 +321,13 @@ def test_an_interrupted_download_leaves_nothing_to_load(server, content):
     assert _stored() == content
 
 
+def test_the_folder_is_where_it_belongs_after_a_process_was_killed(server, content):
+    server.add_file(FILE, 'model_best.pth.tar', content, FOLDER)
+    folder = authors.fetch(NAME, progress=False)
+    folder.rename(folder.with_name(f'.old-{NAME}'))  # as between the two renames of a replacement
+    assert authors.fetch(NAME, force=True, progress=False) == folder and folder.is_dir()
+
+
 def test_full_disk(server, content):
     server.add_file(FILE, 'model_best.pth.tar', content, FOLDER)
     with full_disk(PIECE + 100):

@@ -11,22 +11,13 @@ from pathlib import Path
 import forged
 import pytest
 import torch
+from forged import refusal
 from safetensors.torch import save_file
 
-from cluster_zoo.untrusted import CheckpointError, archives, check_archive, is_archive, unpack_checkpoint
+from cluster_zoo.untrusted import archives, check_archive, is_archive, unpack_checkpoint
 from cluster_zoo.weights import load_state_dict, read_checkpoint
 
 ZEROS = bytes(8 << 20)
-
-
-def _refusal(action, *args):
-    """The message of the one error that `action` has to end in: one line that a terminal shows as it is."""
-    with pytest.raises(CheckpointError) as error:
-        action(*args)
-    text = str(error.value)
-    assert text.isprintable()
-    assert len(text) < 1000
-    return text
 
 
 # Checkpoints that are zips
@@ -127,29 +118,29 @@ ZIPS = {
 def test_zips_that_torch_does_not_write_are_refused(case, checkpoint):
     change, words = ZIPS[case]
     change(checkpoint)
-    assert words in _refusal(read_checkpoint, checkpoint)
+    assert words in refusal(read_checkpoint, checkpoint)
 
 
 def test_a_zip_of_other_things_says_what_it_holds(tmp_path):
     with zipfile.ZipFile(tmp_path / 'c.pth', 'w') as archive:
         archive.writestr('coc_small/args.yaml', b'')
         archive.writestr('\x1b[2J', b'')
-    message = _refusal(read_checkpoint, tmp_path / 'c.pth')
+    message = refusal(read_checkpoint, tmp_path / 'c.pth')
     assert "'coc_small/args.yaml'" in message
     assert 'unpack it first' in message
 
 
 def test_very_many_entries_are_refused(checkpoint, monkeypatch):
     monkeypatch.setattr(archives, '_MAX_ENTRIES', 5)
-    assert 'it has 8 entries' in _refusal(check_archive, checkpoint)
+    assert 'it has 8 entries' in refusal(check_archive, checkpoint)
     monkeypatch.setattr(archives, '_MAX_DIRECTORY', 100)
-    assert 'its directory takes' in _refusal(check_archive, checkpoint)
+    assert 'its directory takes' in refusal(check_archive, checkpoint)
 
 
 @pytest.mark.parametrize('keep', [4, 30, 300, -1, -22, -98, -120])
 def test_truncated_zips_are_damaged(checkpoint, keep):
     checkpoint.write_bytes(checkpoint.read_bytes()[:keep])
-    assert 'damaged' in _refusal(check_archive, checkpoint)
+    assert 'damaged' in refusal(check_archive, checkpoint)
 
 
 # Archives that hold a checkpoint
@@ -231,7 +222,7 @@ def test_what_is_an_archive(checkpoint, tmp_path):
 def test_archives_that_are_not_unpacked(pack, entries, words, tmp_path):
     if pack is _zip and not entries:
         words = 'not an archive'  # it does not begin with an entry
-    message = _refusal(unpack_checkpoint, pack(tmp_path / 'archive', entries), tmp_path / 'new')
+    message = refusal(unpack_checkpoint, pack(tmp_path / 'archive', entries), tmp_path / 'new')
     assert words in message
     assert not (tmp_path / 'new').exists()
     assert not (tmp_path / 'model.pth').exists()
@@ -242,7 +233,7 @@ def test_links_are_refused(tmp_path):
     link.external_attr = 0o120777 << 16
     with zipfile.ZipFile(tmp_path / 'a.zip', 'w') as archive:
         archive.writestr(link, '/etc/passwd')
-    assert "'model.pth' is a link" in _refusal(unpack_checkpoint, tmp_path / 'a.zip', tmp_path / 'new')
+    assert "'model.pth' is a link" in refusal(unpack_checkpoint, tmp_path / 'a.zip', tmp_path / 'new')
     kinds = {
         tarfile.SYMTYPE: 'a link',
         tarfile.LNKTYPE: 'a link',
@@ -254,7 +245,7 @@ def test_links_are_refused(tmp_path):
         member.type, member.linkname = kind, '/etc/passwd'
         with tarfile.open(tmp_path / 'a.tar', 'w') as archive:
             archive.addfile(member)
-        assert f"'model.pth' is {words}" in _refusal(unpack_checkpoint, tmp_path / 'a.tar', tmp_path / 'new')
+        assert f"'model.pth' is {words}" in refusal(unpack_checkpoint, tmp_path / 'a.tar', tmp_path / 'new')
     assert not (tmp_path / 'new').exists()
 
 
@@ -316,14 +307,14 @@ BOMBS = {
 def test_bombs_are_refused(case, tmp_path):
     pack, words = BOMBS[case]
     pack(tmp_path / 'archive')
-    assert words in _refusal(unpack_checkpoint, tmp_path / 'archive', tmp_path / 'new')
+    assert words in refusal(unpack_checkpoint, tmp_path / 'archive', tmp_path / 'new')
     assert not (tmp_path / 'new').exists()
 
 
 def test_very_many_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, '_MAX_ENTRIES', 4)
     for pack in PACKERS:
-        assert 'entries' in _refusal(unpack_checkpoint, pack(tmp_path / 'archive', DRIVE), tmp_path / 'new')
+        assert 'entries' in refusal(unpack_checkpoint, pack(tmp_path / 'archive', DRIVE), tmp_path / 'new')
 
 
 @pytest.mark.parametrize('pack', PACKERS)
@@ -336,10 +327,10 @@ def test_what_is_damaged_leaves_what_was_there(pack, tmp_path):
     (new / 'model.pth').write_bytes(b'earlier')
     for damaged in (whole[:0], whole[:3], whole[:100], whole[:2000], whole[: len(whole) // 2]):
         path.write_bytes(damaged)
-        assert 'damaged' in _refusal(unpack_checkpoint, path, new)
+        assert 'damaged' in refusal(unpack_checkpoint, path, new)
     if pack is not _tar:  # which has no checksum of the content
         path.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
-        assert 'damaged' in _refusal(unpack_checkpoint, path, new)
+        assert 'damaged' in refusal(unpack_checkpoint, path, new)
     assert [(file.name, file.read_bytes()) for file in new.iterdir()] == [('model.pth', b'earlier')]
     path.write_bytes(whole)
     assert unpack_checkpoint(path, new).read_bytes() == content
@@ -348,15 +339,15 @@ def test_what_is_damaged_leaves_what_was_there(pack, tmp_path):
 def test_a_size_that_is_too_small_is_damage(tmp_path):
     path = _zip(tmp_path / 'archive', {'model.pth': CONTENT})
     forged.edit_zip(path, 'model.pth', size=100)
-    assert 'damaged' in _refusal(unpack_checkpoint, path, tmp_path / 'new')
+    assert 'damaged' in refusal(unpack_checkpoint, path, tmp_path / 'new')
     assert list((tmp_path / 'new').iterdir()) == []
 
 
 def test_what_is_no_archive(tmp_path):
     (tmp_path / 'text').write_text('not an archive ' * 100)
-    assert 'not an archive (.zip, .tar, .tar.gz)' in _refusal(unpack_checkpoint, tmp_path / 'text', tmp_path)
-    assert 'No archive at' in _refusal(unpack_checkpoint, tmp_path / 'missing', tmp_path)
-    assert 'No archive at' in _refusal(unpack_checkpoint, tmp_path, tmp_path)
+    assert 'not an archive (.zip, .tar, .tar.gz)' in refusal(unpack_checkpoint, tmp_path / 'text', tmp_path)
+    assert 'No archive at' in refusal(unpack_checkpoint, tmp_path / 'missing', tmp_path)
+    assert 'No archive at' in refusal(unpack_checkpoint, tmp_path, tmp_path)
 
 
 # safetensors
@@ -403,7 +394,7 @@ HEADERS = {
 def test_safetensors_files_that_lie_are_refused(case, tmp_path):
     header, size, length = HEADERS[case]
     path = forged.write_safetensors(tmp_path / 'c.safetensors', header, bytes(size), length)
-    assert 'damaged or not a safetensors file' in _refusal(read_checkpoint, path)
+    assert 'damaged or not a safetensors file' in refusal(read_checkpoint, path)
 
 
 def test_a_safetensors_file_written_by_hand_is_read_where_it_does_not_lie(tmp_path):

@@ -5,23 +5,14 @@ import json
 
 import pytest
 import timm
+from forged import refusal
 from timm.models import save_for_hf
 
 import cluster_zoo  # noqa: F401  registers the models
 from cluster_zoo.dnc import nearest_centroid
-from cluster_zoo.untrusted import CheckpointError, check_config, read_config_file
+from cluster_zoo.untrusted import check_config, read_config_file
 
 SMALL = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_heads=(2, 2, 2, 2), head_dim=4)
-
-
-def _refusal(action, *args):
-    """The message of the one error that `action` has to end in: one line that a terminal shows as it is."""
-    with pytest.raises(CheckpointError) as error:
-        action(*args)
-    text = str(error.value)
-    assert text.isprintable()
-    assert len(text) < 1000
-    return text
 
 
 # What is accepted
@@ -70,7 +61,7 @@ def test_what_timm_publishes_is_accepted():
         config = dict(architecture=cfg.pop('architecture'), num_classes=cfg['num_classes'], pretrained_cfg=cfg)
         if cfg['custom_load']:
             custom.add(name)
-            assert 'pretrained_cfg.custom_load' in _refusal(check_config, config, name)
+            assert 'pretrained_cfg.custom_load' in refusal(check_config, config, name)
         else:
             check_config(config, name)
     assert len(custom) < len(names) / 10
@@ -79,8 +70,8 @@ def test_what_timm_publishes_is_accepted():
 def test_the_earlier_layout_is_accepted():
     config = dict(architecture='resnet18', num_features=512, labels=['a', 'b'], num_classes=2, mean=[0.5], std=[0.5])
     check_config(config, 'here')
-    assert 'its url leads to other weights' in _refusal(check_config, config | dict(url='http://x'), 'here')
-    assert 'its labels is a list of text' in _refusal(check_config, config | dict(labels=[1]), 'here')
+    assert 'its url leads to other weights' in refusal(check_config, config | dict(url='http://x'), 'here')
+    assert 'its labels is a list of text' in refusal(check_config, config | dict(labels=[1]), 'here')
 
 
 # What is refused
@@ -214,7 +205,7 @@ def test_configurations_that_do_more_than_describe_are_refused(path, value, word
         target = target.setdefault(folder, {})
     target[key] = value
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    message = _refusal(read_config_file, tmp_path / 'config.json')
+    message = refusal(read_config_file, tmp_path / 'config.json')
     assert words in message
     assert str(tmp_path / 'config.json') in message
 
@@ -235,14 +226,14 @@ def test_configurations_that_do_more_than_describe_are_refused(path, value, word
 ])  # fmt: skip
 def test_files_that_are_no_configuration(content, words, tmp_path):
     (tmp_path / 'config.json').write_bytes(content)
-    assert words in _refusal(read_config_file, tmp_path / 'config.json')
+    assert words in refusal(read_config_file, tmp_path / 'config.json')
 
 
 def test_a_missing_file(tmp_path):
-    assert 'No model configuration at' in _refusal(read_config_file, tmp_path / 'config.json')
-    assert 'No model configuration at' in _refusal(read_config_file, tmp_path)
+    assert 'No model configuration at' in refusal(read_config_file, tmp_path / 'config.json')
+    assert 'No model configuration at' in refusal(read_config_file, tmp_path)
 
 
 def test_another_architecture_than_expected(whole):
     check_config(whole, 'here', 'coc_tiny')
-    assert "its architecture is 'coc_tiny', not coc_small" in _refusal(check_config, whole, 'here', 'coc_small')
+    assert "its architecture is 'coc_tiny', not coc_small" in refusal(check_config, whole, 'here', 'coc_small')

@@ -31,6 +31,11 @@ def one_line(text: str) -> str:
     return shown if len(text) <= _LONGEST_REASON else f'{shown}...'
 
 
+def reason(error: Exception) -> str:
+    """What another library says is wrong, in one line; its kind of error where it says nothing."""
+    return one_line(' '.join(str(error).split())) or type(error).__name__
+
+
 def first(names: Iterable[object]) -> str:
     """The first of some names that a file chose, for a message."""
     names = list(names)
