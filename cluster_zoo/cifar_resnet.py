@@ -9,8 +9,7 @@ import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
 
-from .pretrained import build_model
-from .store import add_stored_tags
+from .weights.build import build_model
 
 __all__ = ['CifarResNet']  # register_model adds the entry points
 
@@ -46,7 +45,6 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({'resnet18_cifar.untrained': cfg()})
-add_stored_tags(default_cfgs)
 
 
 @register_model

@@ -35,13 +35,10 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from . import published
 from .grids import pad_to_multiple
 from .mixer import ClusterMixer
-from .pretrained import build_model
-from .sources import ASSETS
-from .store import add_stored_tags
-from .weights import converted
+from .weights import converted, names
+from .weights.build import ASSETS, build_model
 
 _logger = logging.getLogger(__name__)
 
@@ -374,13 +371,13 @@ def _init_weights(module: nn.Module) -> None:
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The authors' checkpoint, old or new, under this package's names; one of ours as it is."""
-    trained = published.context_cluster_args(state_dict)
+    trained = names.context_cluster_args(state_dict)
     if trained and any(module.weighted_mean for module in model.modules() if isinstance(module, ClusterMixer)):
         _logger.warning(
             'These weights are of the first publication, until June 2023, and were trained with weighted_mean=False. '
             'Create the model with it for the results that they had.'
         )
-    return published.context_cluster(state_dict)
+    return names.context_cluster(state_dict)
 
 
 def _create_context_cluster(variant: str, pretrained: bool = False, **kwargs: Any) -> ContextCluster:
@@ -392,7 +389,6 @@ def _create_context_cluster(variant: str, pretrained: bool = False, **kwargs: An
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
         variant_args=VARIANTS[variant],
-        args_from_weights=published.context_cluster_args,
         **kwargs,
     )
 
@@ -430,7 +426,7 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _published(drive_folder: str) -> dict[str, Any]:
+def _released(drive_folder: str) -> dict[str, Any]:
     """The authors' weights of ImageNet-1k, at https://github.com/ma-xu/Context-Cluster since June 2023."""
     return cfg(
         url=f'https://drive.google.com/drive/folders/{drive_folder}',
@@ -441,7 +437,7 @@ def _published(drive_folder: str) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        'coc_tiny.in1k': _published('155Lfofxr7vpdcUxL8ZvzlrNX4cUlhn3J'),
+        'coc_tiny.in1k': _released('155Lfofxr7vpdcUxL8ZvzlrNX4cUlhn3J'),
         'coc_tiny2.untrained': cfg(),
         # Trained by this project, see the README. A tag with weights comes first and the default is starred: without
         # a tag the name stands for ImageNet's classes and sizes.
@@ -454,14 +450,13 @@ default_cfgs = generate_default_cfgs(
             license='apache-2.0',
             label_names=('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
         ),
-        'coc_tiny_plain.in1k*': _published('1HSZlO_XMkw6mM90Cqo3tVFxEUX8PvWCg'),
-        'coc_small.in1k': _published('19zbCOS33We7HOjL575Di5wyuLbnDebdE'),
-        'coc_medium.in1k': _published('1H3Fs3SVE0LFHuP6iP9nTg2_ZMrkfk9S8'),
+        'coc_tiny_plain.in1k*': _released('1HSZlO_XMkw6mM90Cqo3tVFxEUX8PvWCg'),
+        'coc_small.in1k': _released('19zbCOS33We7HOjL575Di5wyuLbnDebdE'),
+        'coc_medium.in1k': _released('1H3Fs3SVE0LFHuP6iP9nTg2_ZMrkfk9S8'),
         'coc_base_dim64.untrained': cfg(),
         'coc_base_dim96.untrained': cfg(),
     }
 )
-add_stored_tags(default_cfgs)
 
 
 @register_model

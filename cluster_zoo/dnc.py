@@ -16,12 +16,11 @@ import torch.nn as nn
 from timm.models import generate_default_cfgs, model_entrypoint, register_model
 from torch import Tensor
 
-from . import cifar_resnet, published
+from . import cifar_resnet
 from .centroids import CentroidLearning, NearestCentroidHead
 from .context_cluster import cfg
-from .pretrained import build_model
-from .store import add_stored_tags
-from .weights import converted, load_checkpoint
+from .weights import converted, load_checkpoint, names
+from .weights.build import build_model
 
 # register_model adds the entry points
 __all__ = ['CentroidLearning', 'NearestCentroidHead', 'NearestCentroidMixin', 'nearest_centroid']
@@ -56,7 +55,7 @@ class NearestCentroidMixin(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of any module; also takes the authors' names, so that timm's ``checkpoint_path`` does."""
-        if any(published.is_nearest_centroid_head(name) for name in state_dict):
+        if any(names.is_nearest_centroid_head(name) for name in state_dict):
             state_dict = converted(state_dict, self, checkpoint_filter_fn)
         return super().load_state_dict(state_dict, strict, assign)
 
@@ -186,14 +185,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: NearestCentroidMi
     Head and backbone are told apart by the names, and the backbone's part goes through the backbone's own filter. A
     checkpoint whose head is linear keeps it, under names that the model does not have.
     """
-    own = f'{model.classifier_name}.'
-    head = {f'{own}{name}': value for name, value in published.nearest_centroid_head(state_dict).items()}
-    head |= {name: value for name, value in state_dict.items() if name.startswith(own)}
-    backbone = {
-        name.removeprefix('backbone.'): value
-        for name, value in state_dict.items()
-        if not name.startswith(own) and not published.is_nearest_centroid_head(name)
-    }
+    backbone, head = names.nearest_centroid(state_dict, model.classifier_name)
     filter_fn = getattr(sys.modules[model.backbone_class.__module__], 'checkpoint_filter_fn', None)
     return {**(filter_fn(backbone, model) if filter_fn else backbone), **head}
 
@@ -265,6 +257,12 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     return cfg(**{'crop_pct': 0.875, **_PAPER, **kwargs})
 
 
+# The folder of all weights of the authors, at https://github.com/ChengHan111/DNC
+_RELEASE = dict(
+    url='https://drive.google.com/drive/folders/1zCT10t09mXw-8iLqDvkmxR46lOD5dsv4',
+    origin_url='https://github.com/ChengHan111/DNC',
+    license='mit',
+)
 _resnet_cfg = functools.partial(_cfg, first_conv='conv1', classifier='fc.mask_norm', interpolation='bilinear')
 _swin_cfg = functools.partial(
     _cfg, first_conv='patch_embed.proj', classifier='head.fc.mask_norm', crop_pct=0.9, fixed_input_size=True
@@ -273,14 +271,14 @@ _cluster_cfg = functools.partial(_cfg, first_conv='stem.proj', classifier='head.
 
 default_cfgs = generate_default_cfgs(
     {
-        'dnc_resnet18_cifar.untrained': cifar_resnet.cfg(classifier='fc.mask_norm', **_PAPER),
-        'dnc_resnet18.untrained': _resnet_cfg(),
-        'dnc_resnet50.untrained': _resnet_cfg(),
-        'dnc_resnet101.untrained': _resnet_cfg(),
-        'dnc_mobilenetv2_100.untrained': _cfg(first_conv='conv_stem', classifier='classifier.mask_norm'),
-        'dnc_swin_tiny.untrained': _swin_cfg(),
-        'dnc_swin_small.untrained': _swin_cfg(),
-        'dnc_swin_base.untrained': _swin_cfg(),
+        'dnc_resnet18_cifar.cifar10': cifar_resnet.cfg(classifier='fc.mask_norm', **_RELEASE, **_PAPER),
+        'dnc_resnet18.in1k': _resnet_cfg(**_RELEASE),
+        'dnc_resnet50.in1k': _resnet_cfg(**_RELEASE),
+        'dnc_resnet101.in1k': _resnet_cfg(**_RELEASE),
+        'dnc_mobilenetv2_100.in1k': _cfg(first_conv='conv_stem', classifier='classifier.mask_norm', **_RELEASE),
+        'dnc_swin_tiny.in1k': _swin_cfg(**_RELEASE),
+        'dnc_swin_small.in1k': _swin_cfg(**_RELEASE),
+        'dnc_swin_base.in1k': _swin_cfg(**_RELEASE),
         'dnc_coc_tiny.untrained': _cluster_cfg(),
         'dnc_coc_small.untrained': _cluster_cfg(),
         'dnc_coc_medium.untrained': _cluster_cfg(),
@@ -289,7 +287,6 @@ default_cfgs = generate_default_cfgs(
         'dnc_fec_large.untrained': _cluster_cfg(),
     }
 )
-add_stored_tags(default_cfgs)
 
 
 @register_model

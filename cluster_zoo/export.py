@@ -1,26 +1,19 @@
-"""Models as files that other programs run: ONNX, TorchScript and torch.export's pt2.
+"""Classifiers as ONNX, TorchScript and pt2 (torch.export) files.
 
-A file is compared with its model before it gets its name: it is opened again, by onnxruntime if it is ONNX, and has to
-give the same logits for batches and image sizes other than those it was traced with. As long as layer scales are near
-zero the branches behind them hardly count, so both are compared once more with these scales raised. Whatever fails,
-nothing is left behind and no file is replaced.
+`export_model` writes a file under a temporary name, opens it again and compares its logits with the model's for several
+batches and image sizes. The file gets its name only if they agree, else it is deleted.
 
-TorchScript takes images of any size, as the model does. A traced graph, ONNX and pt2, has no branches: where the points
-of an image are cut into regions or pooled two by two it takes the sizes that divide, which are multiples of 32 for most
-variants (`Sizes`), and refuses others. For any other size a graph can be made for that size alone. FEC's pooling has no
-blocks in a graph: all points meet all centers at once, which takes memory with the square of the number of points.
-A model whose own size is none of these becomes a file for its own size alone.
+A TorchScript file takes images of any size. ONNX and pt2 files hold a graph without branches, which cannot pad: they
+take sides that are multiples of what the model's grids need, 32 px for most variants, and refuse others (see `Sizes`).
 """
 
 import copy
 import importlib.util
 import json
-import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,22 +21,30 @@ from typing import Any
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import __version__
-from .comparison import RAISED, TOLERANCE, ExportError, compare, first_line, little_scales, raise_scales
 from .context_cluster import ContextCluster
 from .fec import ClusterPool
 from .mixer import ClusterMixer
-from .tags import label_names
+from .weights.tags import label_names
 
 __all__ = ['FORMATS', 'OPSET', 'TOLERANCE', 'Export', 'ExportError', 'Sizes', 'check_request', 'export_model']
 
-OPSET = 18  # the oldest that torch.onnx writes, and so the one that most programs read
+FORMATS = {'onnx': '.onnx', 'torchscript': '.pt', 'pt2': '.pt2'}  # and the suffixes of their files
+OPSET = 18  # the oldest that torch.onnx writes
+TOLERANCE = 1e-4  # largest difference of a logit, in float32
 
-_SMALLEST = 32  # pixels, of the models themselves
-_STEP = 37  # pixels from one side to another that is checked, unless sizes are multiples of something
-_METADATA = 'cluster_zoo.json'  # in TorchScript and pt2, which are archives
+_PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
+_MIN_SIDE = 32  # smallest image side of the models in pixels
+_MIN_SCALE = 0.1  # mean of a layer scale below which an error in its branch may not show in the logits
+_RAISED_SCALE = 0.5
+_ROUNDING = 1e-6  # standard deviation of noise that stands for rounding errors, in normalised pixels
+
+
+class ExportError(RuntimeError):
+    """A model cannot be exported as asked, or the exported file differs from the model."""
 
 
 @dataclass(frozen=True)
@@ -51,20 +52,14 @@ class Sizes:
     """Image sizes that an exported file takes.
 
     Attributes:
-        fixed: Height and width, where they can be no others.
-        multiple: Otherwise, what both sides are a multiple of.
-        smallest: The smallest side of which it is certain that results agree, in pixels.
+        fixed: Height and width in pixels if the file takes only one size, else None.
+        multiple: Number that both sides are a multiple of; None if the size is fixed.
+        smallest: Smallest side in pixels for which the results agree; None if the size is fixed.
     """
 
     fixed: tuple[int, int] | None = None
-    multiple: int = 1
-    smallest: int = _SMALLEST
-
-    def take(self, height: int, width: int) -> bool:
-        """Whether these are among them."""
-        if self.fixed:
-            return (height, width) == self.fixed
-        return all(side >= self.smallest and side % self.multiple == 0 for side in (height, width))
+    multiple: int | None = None
+    smallest: int | None = None
 
     def __str__(self) -> str:
         if self.fixed:
@@ -74,27 +69,24 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Export:
-    """A file that was written and how it compares with its model.
+    """An exported file and the result of its comparison with the model.
 
     Attributes:
         path: The file.
-        sizes: Images that it takes; batches may have any size.
-        checked: Batch, height and width of what was compared.
-        difference: Largest difference of a logit, at most `TOLERANCE`.
-        images: Images that were compared.
-        undecided: Of these, how many differ by more, because of a point that lies between two centers.
-        undecided_difference: By how much.
-        raised: Layer scales near zero, which were raised in both for a second comparison of as many images.
+        sizes: Image sizes that it takes. The batch may have any size.
+        checked: Batch, height and width of the images that were compared.
+        difference: Largest difference of a logit, at most `TOLERANCE`, over all images without a tie.
+        ties: Number of images whose logits differ by more, because rounding decides which center a point joins.
+        raised: Number of layer scales near zero. If any, a copy of the model with these scales raised was exported and
+            compared as well.
     """
 
     path: Path
     sizes: Sizes
     checked: tuple[tuple[int, int, int], ...]
     difference: float
-    images: int
-    undecided: int = 0
-    undecided_difference: float = 0.0
-    raised: int = 0
+    ties: int
+    raised: int
 
 
 def export_model(
@@ -104,203 +96,140 @@ def export_model(
     image_size: int | tuple[int, int] | None = None,
     opset: int = OPSET,
 ) -> Export:
-    """Write a classifier to a file, in float32 and as it is in evaluation, and compare the file with it.
+    """Write a classifier to a file, in float32 and evaluation mode, and compare the file with the model.
 
-    The input ``image`` [B, C, H, W] is normalised as the model expects it, the output are the ``logits`` [B, K]. What
-    that takes is in the file: mean, std, input size, crop, interpolation and the names of the classes, as ONNX
-    ``metadata_props``, or as JSON in the extra file ``cluster_zoo.json`` of TorchScript and pt2.
+    The input ``image`` [B, C, H, W] is normalised with the model's mean and std. The output ``logits`` is [B, K]. The
+    file contains mean, std, input size, crop, interpolation and class names: ONNX as ``metadata_props``, TorchScript
+    and pt2 as JSON in the extra file ``cluster_zoo.json``.
 
     Args:
-        model: A classifier of this package or of timm; it is not changed.
-        path: File to write. One that is there is replaced when all is done.
+        model: A classifier of this package or of timm. It is not changed.
+        path: File to write. An existing file is replaced.
         to: ``'onnx'``, ``'torchscript'`` or ``'pt2'``.
-        image_size: Height and width, or one number for both, of the only size that the file has to take. None: all
-            that can be had, see `Sizes`, and the model's own; models of a fixed size, such as Swin, have only theirs.
-        opset: Of ONNX, from 18 to the newest that the package onnx knows.
+        image_size: Height and width, or one number for both, of the only size that the file takes. If None, the file
+            takes all sizes that the format allows, or only the model's own size if that is not among them.
+        opset: ONNX opset, from 18 to the newest of the package onnx.
 
     Raises:
-        ExportError: See `check_request`; the model is no classifier or cannot be traced; or the file does not give the
-            model's logits.
+        ExportError: The request is invalid (see `check_request`), the model is not a classifier or cannot be
+            converted, or the file does not give the model's logits.
         OSError: The file cannot be written.
     """
     check_request(path, to, image_size, opset)
     if not isinstance(getattr(model, 'num_classes', None), int) or not hasattr(model, 'pretrained_cfg'):
         raise ExportError(f'{type(model).__name__} is no classifier of timm: make one without features_only.')
-    path, form = Path(path), FORMATS[to]
+    path = Path(path)
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    data = timm.data.resolve_model_data_config(model, use_test_size=True)
+    height, width = data['input_size'][1:]
+    sizes = _sizes(model, to, (height, width), image_size)
+    if sizes.fixed:
+        checked = ((1, *sizes.fixed), (3, *sizes.fixed))
+    else:
+        small, more = sizes.smallest, sizes.smallest + sizes.multiple
+        checked = ((1, small, small), (3, small, small + more), (2, height, width), (1, height + more, width))
+    raised = copy.deepcopy(model)
+    scales = [value for name, value in raised.named_parameters() if name.endswith('.gamma')]
+    scales = [scale.fill_(_RAISED_SCALE) for scale in scales if scale.abs().mean() < _MIN_SCALE]
+    metadata = _metadata(model, data, sizes)
     with (
-        _quiet(),
+        warnings.catch_warnings(),
         torch.no_grad(),
         tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix='.export-') as folder,
     ):
-        sizes, traced = _sizes(model, form, image_size)
-        temporary = Path(folder) / path.name
-        form.write(model, temporary, sizes, traced, _metadata(model, sizes), opset)
-        shapes = _shapes(model, sizes)
-        near, far, images = compare(model, form.load(temporary, ()), shapes)
-        if little := little_scales(model):
-            raise_scales(model.parameters(), little)
-            compare(model, form.load(temporary, little), shapes, f', with layer scales of {RAISED},')
-        temporary.replace(path)
-    return Export(path, sizes, shapes, near, images, len(far), max(far, default=0.0), len(little))
+        warnings.simplefilter('ignore')  # deprecations in torch itself
+        file = Path(folder) / path.name
+        if scales:
+            _write(raised, file, to, sizes, metadata, opset)
+            _compare(raised, _open(file, to), checked, f'A copy of the model with layer scales of {_RAISED_SCALE}')
+        _write(model, file, to, sizes, metadata, opset)
+        difference, ties = _compare(model, _open(file, to), checked, 'The file')
+        file.replace(path)
+    return Export(path, sizes, checked, difference, ties, len(scales))
 
 
 def check_request(
     path: str | Path, to: str = 'onnx', image_size: int | tuple[int, int] | None = None, opset: int = OPSET
 ) -> None:
-    """Everything about an export that can be wrong before there is a model.
+    """Check everything about an export that does not depend on the model.
 
     Args:
         path, to, image_size, opset: See `export_model`.
 
     Raises:
-        ExportError: There is no such format, size or opset; a package is missing; the file cannot be written, or its
-            name is that of another format.
+        ExportError: The format, the size or the opset is invalid, the suffix is that of another format, the folder
+            does not exist, or a package is missing.
     """
     if to not in FORMATS:
         raise ExportError(f"There is no format '{to}': one of {', '.join(FORMATS)}.")
-    path, form = Path(path), FORMATS[to]
-    _fixed_size(image_size)
-    missing = [name for name in form.packages if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ExportError(f"This format needs {', '.join(missing)}: pip install 'cluster_zoo[onnx]'")
-    if form.packages:
+    path = Path(path)
+    if path.suffix.lower() in {*FORMATS.values()} - {FORMATS[to]}:
+        raise ExportError(f"'{path.name}' has the suffix of another format: {to} has {FORMATS[to]}.")
+    if path.is_dir():
+        raise ExportError(f"'{path}' is a folder: name the file to write.")
+    if not path.absolute().parent.is_dir():
+        raise ExportError(f"There is no folder '{path.absolute().parent}'.")
+    sides = (image_size,) * 2 if isinstance(image_size, int) else image_size
+    if sides is not None and (len(sides) != 2 or min(sides) < _MIN_SIDE):
+        raise ExportError(f'An image size is a height and a width of at least {_MIN_SIDE} px, got {image_size}.')
+    if to == 'onnx':
+        missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ExportError(f"This format needs {', '.join(missing)}: pip install 'cluster_zoo[onnx]'")
         import onnx
 
         if not OPSET <= opset <= onnx.defs.onnx_opset_version():
             raise ExportError(f'Opset is one of {OPSET} to {onnx.defs.onnx_opset_version()}, got {opset}.')
-    others = {other.suffix: name for name, other in FORMATS.items() if name != to}
-    if path.suffix.lower() in others:
-        raise ExportError(f"'{path.name}' is a name for {others[path.suffix.lower()]}, not for {to}: {form.suffix}")
-    if path.is_dir():
-        raise ExportError(f"'{path}' is a folder: name the file to write.")
-    folder = path.absolute().parent
-    if not folder.is_dir():
-        raise ExportError(f"There is no folder '{folder}'.")
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ExportError(f"Nothing can be written into the folder '{folder}': {error.strerror}.") from error
 
 
-def _fixed_size(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    if image_size is None:
-        return None
-    fixed = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(fixed) != 2 or min(fixed) < _SMALLEST:
-        raise ExportError(f'An image size is a height and a width of at least {_SMALLEST} px, got {image_size}.')
-    return fixed
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch says to its developers: TorchScript is deprecated, one opset is converted to another."""
-    loggers = [logging.getLogger(name) for name in ('torch.onnx', 'torch.export', 'onnxscript', 'onnx_ir')]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
-
-
-def _data_config(model: nn.Module) -> dict[str, Any]:
-    """How images are prepared in validation."""
-    data = timm.data.resolve_model_data_config(model, use_test_size=True)
-    data['input_size'] = (model.in_chans, *data['input_size'][1:])  # timm's sizes for testing always say three
-    return data
-
-
-def _metadata(model: nn.Module, sizes: Sizes) -> dict[str, str]:
-    """What is needed to use the file, as strings."""
-    cfg = model.pretrained_cfg
-    data = _data_config(model)
-    if sizes.fixed:
-        data['input_size'] = (data['input_size'][0], *sizes.fixed)
-    known = dict(
-        producer=f'cluster_zoo {__version__}',
-        architecture=cfg.get('architecture'),
-        tag=cfg.get('tag'),
-        license=cfg.get('license'),
-        paper=cfg.get('paper_ids'),
-        num_classes=model.num_classes,
-        label_names=label_names({**cfg, 'num_classes': model.num_classes}),
-        **{key: data[key] for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')},
-        sizes=str(sizes),
-    )
-    return {
-        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        for key, value in known.items()
-        if value
-    }
-
-
-# ---- Sizes ----
-
-
-def _sizes(model: nn.Module, form: 'Format', image_size: int | tuple[int, int] | None) -> tuple[Sizes, tuple[int, int]]:
-    """Sizes that the file will take, and the one to trace."""
-    native, fixed = _data_config(model)['input_size'][1:], _fixed_size(image_size)
+def _sizes(model: nn.Module, to: str, native: tuple[int, int], image_size: int | tuple[int, int] | None) -> Sizes:
+    """Sizes that the file will take, for a model whose own size is ``native``."""
+    fixed = (image_size, image_size) if isinstance(image_size, int) else image_size
     if model.pretrained_cfg.get('fixed_input_size'):
         if fixed not in (None, native):
-            raise ExportError(
-                f'This model takes images of {native[0]} x {native[1]} px alone: create it with the img_size you need.'
-            )
-        return Sizes(native), native
+            raise ExportError(f'This model takes only images of {Sizes(native)}: create it with the img_size you need.')
+        return Sizes(native)
     if fixed:
-        return Sizes(fixed), fixed
-    multiple, smallest = _grid(model)
-    sizes, traced = Sizes(smallest=smallest), native
-    if form.traces:
-        # torch.export takes sizes of one for constants, and so must never see one where another may stand: the last
-        # stage's map, or a region of it, needs two points a side.
-        reduction = model.feature_info[-1]['reduction'] if getattr(model, 'feature_info', None) else _SMALLEST
-        side = max(multiple * max(2, reduction // multiple + 1), _up(smallest, multiple))
-        sizes, traced = Sizes(None, multiple, side if form.guards else _up(smallest, multiple)), (side, side + multiple)
-    return (sizes, traced) if sizes.take(*native) else (Sizes(native), native)
+        return Sizes(fixed)
+    multiple, smallest = 1, _MIN_SIDE
+    if isinstance(model, ContextCluster):
+        multiple = model.stem.patch_size
+        for stage, info in zip(model.stages, model.feature_info):
+            for module in stage.modules():
+                if isinstance(module, ClusterPool) or (isinstance(module, ClusterMixer) and module.regions > 1):
+                    multiple = math.lcm(multiple, info['reduction'] * module.regions)
+                if isinstance(module, ClusterMixer):
+                    # With more centers than points some centers coincide, and rounding decides which one a point joins.
+                    smallest = max(smallest, info['reduction'] * module.regions * module.proposals)
+    if to == 'torchscript':
+        multiple = 1
+    else:
+        # torch.export makes sizes of one constants: the map of the last stage needs two points a side.
+        reduction = model.feature_info[-1]['reduction'] if getattr(model, 'feature_info', None) else _MIN_SIDE
+        smallest = multiple * max(2, reduction // multiple + 1, math.ceil(smallest / multiple))
+    if min(native) < smallest or any(side % multiple for side in native):
+        return Sizes(native)
+    return Sizes(None, multiple, smallest)
 
 
-def _grid(model: nn.Module) -> tuple[int, int]:
-    """What both sides have to be a multiple of, for no grid of points to be padded, and how long they are at least.
-
-    On a shorter side there are more centers than points. Some then lie in the same place, which of them a point joins
-    is a matter of rounding, and no two programs need agree.
-    """
-    if not isinstance(model, ContextCluster):
-        return 1, _SMALLEST
-    multiple, smallest = model.stem.patch_size, _SMALLEST
-    for stage, info in zip(model.stages, model.feature_info):
-        for module in stage.modules():
-            if isinstance(module, ClusterPool) or (isinstance(module, ClusterMixer) and module.regions > 1):
-                multiple = math.lcm(multiple, info['reduction'] * module.regions)
-            if isinstance(module, ClusterMixer):
-                smallest = max(smallest, info['reduction'] * module.regions * module.proposals)
-    return multiple, smallest
-
-
-def _up(side: int, multiple: int) -> int:
-    return math.ceil(side / multiple) * multiple
-
-
-def _shapes(model: nn.Module, sizes: Sizes) -> tuple[tuple[int, int, int], ...]:
-    """Batches and sizes to compare: the smallest, the model's own and a larger one, square and not."""
-    if sizes.fixed:
-        return ((1, *sizes.fixed), (3, *sizes.fixed))
-    multiple, small = sizes.multiple, sizes.smallest
-    step = _up(_STEP, multiple)
-    height, width = _data_config(model)['input_size'][1:]
-    return ((1, small, small), (3, small, small + step), (2, height, width), (1, height + step, width))
-
-
-# ---- Formats ----
+def _metadata(model: nn.Module, data: dict[str, Any], sizes: Sizes) -> dict[str, str]:
+    """What a program needs to prepare images and to name classes, with JSON for values that are not strings."""
+    cfg = model.pretrained_cfg
+    known = dict(
+        producer=f'cluster_zoo {__version__}',
+        **{key: cfg.get(key) for key in ('architecture', 'tag', 'license')},
+        num_classes=model.num_classes,
+        label_names=label_names({**cfg, 'num_classes': model.num_classes}),
+        # The number of channels of timm's test size is always three.
+        input_size=(model.in_chans, *(sizes.fixed or data['input_size'][1:])),
+        **{key: data[key] for key in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')},
+        sizes=str(sizes),
+    )
+    return {key: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for key, v in known.items() if v}
 
 
 class _Input(nn.Module):
-    """The model behind what no graph without branches does by itself: to refuse sizes that it is wrong for."""
+    """A model that fails on images whose sides are no multiples, where its graph would ignore the last pixels."""
 
     def __init__(self, model: nn.Module, multiple: int):
         super().__init__()
@@ -309,148 +238,110 @@ class _Input(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, K]"""
-        if self.multiple > 1:  # in onnxruntime an error, where the sides are no multiples
+        if self.multiple > 1:
             image = image.unflatten(2, (-1, self.multiple)).flatten(2, 3)
             image = image.unflatten(3, (-1, self.multiple)).flatten(3, 4)
         return self.model(image)
 
 
-def _trace(model: nn.Module, sizes: Sizes, traced: tuple[int, int]) -> torch.export.ExportedProgram:
-    image = torch.zeros(2, model.in_chans, *traced)
-    dynamic = {0: torch.export.Dim('batch')}
-    if not sizes.fixed:
-        smallest = traced[0] // sizes.multiple
-        for axis, name in ((2, 'height'), (3, 'width')):
-            side = torch.export.Dim(name, min=smallest)
-            dynamic[axis] = side if sizes.multiple == 1 else sizes.multiple * side
+def _write(model: nn.Module, path: Path, to: str, sizes: Sizes, metadata: dict[str, str], opset: int) -> None:
+    extra_files = {'cluster_zoo.json': json.dumps(metadata, ensure_ascii=False)}
     try:
-        program = torch.export.export(_Input(model, sizes.multiple), (image,), dynamic_shapes={'image': dynamic})
-    except Exception as error:  # torch.export's own, and whatever a model raises
-        hint = '' if sizes.fixed else ' Name an image size for a file that takes only that one.'
-        raise ExportError(f'This model can not be traced for images of {sizes}: {first_line(error)}{hint}') from error
-    for module in program.graph_module.modules():  # nobody needs to know where the source files lay
-        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            node.meta.pop('stack_trace', None)
+        if to == 'torchscript':
+            torch.jit.save(torch.jit.script(model), path, _extra_files=extra_files)
+        elif to == 'pt2':
+            torch.export.save(_trace(model, sizes), path, extra_files=extra_files)
+        else:
+            program = torch.onnx.export(
+                _trace(model, sizes),
+                verbose=False,
+                opset_version=opset,
+                input_names=['image'],
+                output_names=['logits' if model.num_classes else 'features'],
+                dynamic_shapes={'image': {0: 'batch'} if sizes.fixed else {0: 'batch', 2: 'height', 3: 'width'}},
+            )
+            written = program.model.opset_imports['']
+            if written != opset:  # torch.onnx keeps its own opset where it cannot convert
+                raise ExportError(f'This model can not be written with opset {opset}, but with {written}.')
+            program.model.metadata_props.update(metadata)
+            path.write_bytes(program.model_proto.SerializeToString())  # raises for models of more than 2 GB
+    except (ExportError, OSError):
+        raise
+    except Exception as error:  # of any type: the compiler's, torch.export's or the model's
+        hint = '' if sizes.fixed or to == 'torchscript' else ' Name an image size for a file that takes only that one.'
+        reason = f'{_first_line(error)}{hint}'
+        raise ExportError(f'This model can not be written as {to} for images of {sizes}: {reason}') from error
+
+
+def _trace(model: nn.Module, sizes: Sizes) -> torch.export.ExportedProgram:
+    multiple, axes = sizes.multiple or 1, {0: torch.export.Dim('batch')}
+    height, width = sizes.fixed or (sizes.smallest, sizes.smallest + multiple)
+    if not sizes.fixed:
+        for axis, name in ((2, 'height'), (3, 'width')):
+            side = torch.export.Dim(name, min=sizes.smallest // multiple)
+            axes[axis] = side if multiple == 1 else multiple * side
+    image = torch.zeros(2, model.in_chans, height, width)
+    program = torch.export.export(_Input(model, multiple), (image,), dynamic_shapes={'image': axes})
+    for node in program.graph.nodes:
+        node.meta.pop('stack_trace', None)  # contains paths of this machine
     return program
 
 
-def _write_onnx(
-    model: nn.Module, path: Path, sizes: Sizes, traced: tuple[int, int], metadata: dict[str, str], opset: int
-) -> None:
-    import onnx
-
-    output = 'logits' if model.num_classes else 'features'
-    try:
-        proto = torch.onnx.export(
-            _trace(model, sizes, traced),
-            dynamo=True,
-            verbose=False,
-            opset_version=opset,
-            input_names=['image'],
-            output_names=[output],
-        ).model_proto
-    except torch.onnx.errors.OnnxExporterError as error:
-        raise ExportError(f'torch.onnx can not write this model: {first_line(error)}') from error
-    written = next(entry.version for entry in proto.opset_import if entry.domain in ('', 'ai.onnx'))
-    if written != opset:
-        raise ExportError(f'This model can not be written with opset {opset}, but with {written}.')
-    _tidy(proto.graph, sizes)
-    onnx.helper.set_model_props(proto, dict(metadata, opset=str(opset), input='image', output=output))
-    proto.producer_name, proto.producer_version = 'cluster_zoo', __version__
-    onnx.checker.check_model(proto, full_check=True)
-    onnx.save_model(proto, path)
-
-
-def _tidy(graph: Any, sizes: Sizes) -> None:
-    """Names for people, and no notes of the exporter's.
-
-    The nodes that refuse an image say why by their names, which is what onnxruntime's error shows.
-    """
-    del graph.value_info[:]  # shapes in between, in symbols of the exporter's; whoever needs them infers them
-    for noted in (*graph.node, *graph.input, *graph.output, *graph.initializer):
-        del noted.metadata_props[:]
-    for value in (*graph.input, *graph.output):
-        axes = value.type.tensor_type.shape.dim
-        for axis, name in zip(axes, ('batch', 'channels', 'height', 'width')):
-            if axis.dim_param:
-                axis.dim_param = name
-    graph.input[0].doc_string = 'RGB from 0 to 1, minus mean, divided by std'
-    tensor = 'image'
-    for side in ('height', 'width') if sizes.multiple > 1 else ():
-        for name in (f'image_{side}_is_a_multiple_of_{sizes.multiple}', f'image_{side}'):
-            node = next(node for node in graph.node if tensor in node.input and node.op_type == 'Reshape')
-            node.name, tensor = name, node.output[0]
-
-
-def _load_onnx(path: Path, scales: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    import onnx
+def _open(path: Path, to: str) -> Callable[[Tensor], Tensor]:
+    """The file as a function from images to logits."""
+    if to == 'torchscript':
+        return torch.jit.load(path)
+    if to == 'pt2':
+        return torch.export.load(path).module()
     import onnxruntime
 
-    proto = onnx.load(path)
-    for stored in proto.graph.initializer if scales else ():
-        values = torch.from_numpy(onnx.numpy_helper.to_array(stored).copy())
-        raise_scales([values], scales)
-        stored.CopyFrom(onnx.numpy_helper.from_array(values.numpy(), stored.name))
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors are raised as well
-    content = proto.SerializeToString() if scales else path
-    session = onnxruntime.InferenceSession(content, options, providers=['CPUExecutionProvider'])
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     return lambda image: torch.from_numpy(session.run(None, {'image': image.numpy()})[0])
 
 
-def _write_torchscript(
-    model: nn.Module, path: Path, sizes: Sizes, traced: tuple[int, int], metadata: dict[str, str], opset: int
-) -> None:
-    try:
-        scripted = torch.jit.script(model)
-    except Exception as error:  # the compiler's own, and whatever it meets
-        raise ExportError(f'TorchScript can not compile {type(model).__name__}: {first_line(error)}') from error
-    torch.jit.save(scripted, path, _extra_files={_METADATA: json.dumps(metadata, ensure_ascii=False)})
+def _compare(
+    model: nn.Module, run: Callable[[Tensor], Tensor], shapes: tuple[tuple[int, int, int], ...], what: str
+) -> tuple[float, int]:
+    """Compare the logits of a model and of its file for random images, see `Export`.
 
+    Rounding decides which center a point joins if it lies between two, and the logits then differ by more than the
+    tolerance. Such an image counts as a tie if the model itself gives the file's logits for the image with noise of
+    the size of rounding errors.
 
-def _load_torchscript(path: Path, scales: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    scripted = torch.jit.load(path)
-    raise_scales(scripted.parameters(), scales)
-    return scripted
+    Returns:
+        The largest difference within the tolerance and the number of ties.
 
-
-def _write_pt2(
-    model: nn.Module, path: Path, sizes: Sizes, traced: tuple[int, int], metadata: dict[str, str], opset: int
-) -> None:
-    program = _trace(model, sizes, traced)
-    torch.export.save(program, path, extra_files={_METADATA: json.dumps(metadata, ensure_ascii=False)})
-
-
-def _load_pt2(path: Path, scales: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    module = torch.export.load(path).module()
-    raise_scales(module.parameters(), scales)
-    return module
-
-
-@dataclass(frozen=True)
-class Format:
-    """How a format is written and read.
-
-    Attributes:
-        suffix: Of its files.
-        write: Writes a model.
-        load: Opens a file, as a function from images to logits, with some layer scales raised.
-        traces: It is a graph without branches.
-        guards: It insists on the smallest size that torch.export can promise to be right.
-        packages: What it needs beside torch.
+    Raises:
+        ExportError: The file does not run, or it differs.
     """
+    generator = torch.Generator().manual_seed(0)
+    largest, ties = 0.0, 0
+    for batch, *size in shapes:
+        where = f'a batch of {batch} with {size[0]} x {size[1]} px'
+        fine = torch.randn(batch, model.in_chans, *size, generator=generator)
+        coarse = torch.randn(batch, model.in_chans, 4, 4, generator=generator)
+        images = fine + F.interpolate(coarse, size, mode='bilinear')
+        expected = model(images)
+        try:
+            found = run(images)
+        except Exception as error:  # of any type that the runtime raises
+            raise ExportError(f'{what} does not run on {where}: {_first_line(error)}') from error
+        if found.shape != expected.shape:
+            raise ExportError(f'{what} gives {list(found.shape)} for {where}, the model {list(expected.shape)}.')
+        for image, wanted, given in zip(images.split(1), expected.split(1), found.split(1)):
+            difference = (given - wanted).abs().max().item()
+            if difference <= TOLERANCE:  # false for nan
+                largest = max(largest, difference)
+                continue
+            noise = _ROUNDING * torch.randn(32, *image.shape, generator=generator)
+            if not any((model(image + one) - given).abs().max() <= TOLERANCE for one in noise):
+                raise ExportError(
+                    f'{what} is not the model: for {where} the outputs differ by {difference:.1e}, more than '
+                    f'{TOLERANCE:.0e}.'
+                )
+            ties += 1
+    return largest, ties
 
-    suffix: str
-    write: Callable[..., None]
-    load: Callable[[Path, Sequence[Tensor]], Callable[[Tensor], Tensor]]
-    traces: bool = True
-    guards: bool = False
-    packages: tuple[str, ...] = ()
 
-
-FORMATS = {
-    'onnx': Format('.onnx', _write_onnx, _load_onnx, packages=('onnx', 'onnxscript', 'onnxruntime')),
-    'torchscript': Format('.pt', _write_torchscript, _load_torchscript, traces=False),
-    'pt2': Format('.pt2', _write_pt2, _load_pt2, guards=True),
-}
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

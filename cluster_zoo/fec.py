@@ -16,15 +16,14 @@ from timm.layers import GroupNorm1
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor
 
-from . import published
 from .clustering import group_mean, probe, unit
 from .context_cluster import VARIANTS as CONTEXT_CLUSTER_VARIANTS
 from .context_cluster import ContextCluster, cfg, one_each
 from .grids import divides, merge, partition
 from .grids import point_mask as grid_mask
 from .kernels import nearest_center
-from .pretrained import build_model
-from .store import add_stored_tags
+from .weights import names
+from .weights.build import build_model
 
 __all__ = ['FEC', 'ClusterPool']  # register_model adds the entry points
 
@@ -109,7 +108,7 @@ class FEC(ContextCluster):
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The authors' checkpoint under this package's names; one of ours as it is."""
-    return published.context_cluster(state_dict)
+    return names.context_cluster(state_dict)
 
 
 def _create_fec(variant: str, pretrained: bool = False, **kwargs: Any) -> FEC:
@@ -136,15 +135,15 @@ _PAPER = dict(
     paper_ids='arXiv:2403.17409',
 )
 
-# One folder has all of the authors' weights. They state no licence.
-_PUBLISHED = cfg(
+# One folder has all of the authors' weights.
+_RELEASED = cfg(
     url='https://drive.google.com/drive/folders/1X7MhOpg50d1aAmWOP9M7psBhW_fJzg2A',
     origin_url='https://github.com/guikunchen/FEC',
+    license='apache-2.0',
     **_PAPER,
 )
 
-default_cfgs = generate_default_cfgs({f'{name}.in1k': _PUBLISHED for name in VARIANTS})
-add_stored_tags(default_cfgs)
+default_cfgs = generate_default_cfgs({f'{name}.in1k': _RELEASED for name in VARIANTS})
 
 
 @register_model

@@ -1,7 +1,7 @@
-"""Classifying images: files, folders, URLs and standard input to the classes that a model takes them for.
+"""Classifying images: files, folders and standard input to the classes that a model takes them for.
 
     model = load_classifier('coc_small.in1k')
-    for result in classify(model, find_images(['photographs/', 'https://example.org/cat.jpg'])):
+    for result in classify(model, find_images(['photographs/', 'cat.jpg'])):
         print(result.image, result.error or result.classes[0].label)
 
 An image may be anything at all: only formats of pixels are opened, sizes are limited before anything is decoded, and
@@ -11,39 +11,29 @@ one that can not be read is a result with an error, which stops nothing.
 import io
 import os
 import re
-import string
 import sys
-import time
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse
 from itertools import islice
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, BinaryIO
-from urllib.parse import quote
+from typing import BinaryIO
 
-import timm
 import torch
 import torch.nn as nn
 from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
-from . import __version__
 from .options import OptionError
-from .tags import label_names
-from .weights import CheckpointError
+from .weights.build import load_model
+from .weights.tags import label_names
 
-__all__ = ['Classified', 'Ranked', 'classify', 'find_images', 'load_classifier', 'load_model', 'read_image']
+__all__ = ['Classified', 'Ranked', 'classify', 'find_images', 'load_classifier', 'read_image']
 
 STANDARD_INPUT = '-'
-MAX_BYTES = 64 * 2**20  # of a URL or of standard input
-TIMEOUT = 30.0  # seconds that a server may be silent
-DEADLINE = 120.0  # seconds that a whole download may take
+MAX_BYTES = 64 * 2**20  # of standard input or of a pipe
 MAX_RATIO = 100  # of the sides: models see the middle of what is resized to their height, however long that is
 
 # Formats that are nothing but pixels. EPS, which Pillow would hand to Ghostscript as the program that it is, is not.
@@ -72,7 +62,7 @@ class Classified:
     """What became of an image.
 
     Attributes:
-        image: The file, the URL, ``-``, or the image itself where that is what was given.
+        image: The file, ``-``, or the image itself where that is what was given.
         classes: The most probable first; empty if the image could not be read.
         error: Why it could not be read, else None.
     """
@@ -84,26 +74,6 @@ class Classified:
 
 class ImageError(ValueError):
     """An image can not be read; the message says why, without its name."""
-
-
-def load_model(name: str, pretrained: bool = True, **kwargs: Any) -> nn.Module:
-    """``timm.create_model``, whose errors are those of many libraries, with one kind of error.
-
-    Args:
-        name, pretrained: As for ``timm.create_model``: any model of timm or of this package, with or without a tag,
-            ``hf-hub:org/name``, or ``local-dir:/folder``.
-        **kwargs: Likewise.
-
-    Raises:
-        CheckpointError: There is no such model, it can not be built, or its weights can not be had; the message says
-            what would help.
-    """
-    try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except CheckpointError:
-        raise
-    except Exception as error:  # timm's, the hub client's, or that of a library that reads a damaged file
-        raise CheckpointError(f"'{name}' can not be loaded: {_reason(error)}") from error
 
 
 def load_classifier(name: str, device: torch.device | str = 'cpu') -> nn.Module:
@@ -124,7 +94,7 @@ def load_classifier(name: str, device: torch.device | str = 'cpu') -> nn.Module:
 
 
 def find_images(sources: Iterable[str | Path]) -> list[str | Classified]:
-    """The images that files, folders, URLs and ``-`` (standard input) stand for.
+    """The images that files, folders and ``-`` (standard input) stand for.
 
     Args:
         sources: A folder stands for the images in it and below it, in the order of their paths, told by their
@@ -137,10 +107,11 @@ def find_images(sources: Iterable[str | Path]) -> list[str | Classified]:
     for source in map(os.fspath, sources):
         if os.path.isdir(source):
             images += _below(source) or [Classified(source, error='no image in this folder')]
-        elif _is_url(source) or source == STANDARD_INPUT or os.path.exists(source):
+        elif source == STANDARD_INPUT or os.path.exists(source):
             images.append(source)
         elif re.match('[a-z][a-z0-9+.-]+://', source, re.IGNORECASE):
-            images.append(Classified(source, error='no address that can be read: only http:// and https:// are'))
+            error = 'addresses are not read: download the image first, for example with curl, and give the file'
+            images.append(Classified(source, error=error))
         else:
             images.append(Classified(source, error='no such file or folder'))
     return images
@@ -166,7 +137,7 @@ def read_image(name: str) -> Image.Image:
     to 8. Colour profiles are not applied, as in training.
 
     Args:
-        name: A file, an ``http(s)://`` address, or ``-`` for standard input.
+        name: A file, or ``-`` for standard input.
 
     Raises:
         ImageError: It can not be had, is no image, is damaged or too large.
@@ -174,8 +145,6 @@ def read_image(name: str) -> Image.Image:
     try:
         if name == STANDARD_INPUT:
             return _decode(io.BytesIO(_read_all(sys.stdin.buffer, 'standard input')))
-        if _is_url(name):
-            return _decode(io.BytesIO(_download(name)))
         with open(name, 'rb') as file:
             # What is no plain file, such as the shell's <(...), can be read but once
             return _decode(file if file.seekable() else io.BytesIO(_read_all(file, 'this pipe')))
@@ -185,53 +154,15 @@ def read_image(name: str) -> Image.Image:
         raise ImageError(_reason(error)) from error
 
 
-def _is_url(name: str) -> bool:
-    return name.lower().startswith(('http://', 'https://'))
-
-
 def _read_all(stream: BinaryIO, what: str) -> bytes:
     if stream.isatty():
         raise ImageError('standard input is a terminal: pipe an image into it')
     content = stream.read(MAX_BYTES + 1)
     if not content:
         raise ImageError(f'{what} was empty')
-    _check_size(content)
-    return content
-
-
-def _check_size(content: bytes | bytearray) -> None:
     if len(content) > MAX_BYTES:
         raise ImageError(f'more than {MAX_BYTES // 2**20} MB')
-
-
-def _download(url: str) -> bytes:
-    url = quote(url, safe=string.punctuation)  # as an address bar does with spaces and letters that are not ASCII
-    # Some servers refuse a client that does not say what it is
-    request = urllib.request.Request(url, headers={'User-Agent': f'cluster-zoo/{__version__}', 'Accept': 'image/*'})
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-            if response.headers.get_content_type() == 'text/html':
-                raise ImageError('this address is of a web page, not of an image')
-            return _receive(response)
-    except urllib.error.HTTPError as error:
-        raise ImageError(f'the server answered {error.code} {error.reason}') from error
-    except TimeoutError as error:
-        raise ImageError(f'the server was silent for {TIMEOUT:.0f} s') from error
-    except (urllib.error.URLError, HTTPException) as error:
-        raise ImageError(f'can not be downloaded: {_reason(getattr(error, "reason", error))}') from error
-
-
-def _receive(response: HTTPResponse) -> bytes:
-    end, content = time.monotonic() + DEADLINE, bytearray()
-    while block := response.read1(2**16):
-        content += block
-        _check_size(content)
-        if time.monotonic() > end:
-            raise ImageError(f'not received within {DEADLINE:.0f} s')
-    announced = response.headers.get('Content-Length', '')
-    if announced.isdecimal() and len(content) < int(announced):
-        raise ImageError(f'the connection was lost after {len(content)} of {announced} bytes')
-    return bytes(content)
+    return content
 
 
 def _decode(file: BinaryIO) -> Image.Image:

@@ -208,12 +208,21 @@ _ALL = (
     _semantic_fpn('coc_medium_4', 'coc_medium', 2, _COC_PAPER, '1CQAXrGoVVot5fcIJDEpx_VDqQaOpyd7u', 40.2),
     _semantic_fpn('coc_medium_25', 'coc_medium', 5, _COC_PAPER, '1tKYCQSqoOEPtHYBUEAEhzheObt6zBTwZ', 40.6),
     _semantic_fpn('coc_medium_49', 'coc_medium', 7, _COC_PAPER, '1VLfS9HH8WOM-VYFJo7oiTRut6JjxMuE9', 40.8),
-    _semantic_fpn('fec_small', 'fec_small', (10, 10, 5, 5), _FEC_PAPER, '1X7MhOpg50d1aAmWOP9M7psBhW_fJzg2A'),
-    _semantic_fpn('fec_base', 'fec_base', (10, 10, 5, 5), _FEC_PAPER, '1X7MhOpg50d1aAmWOP9M7psBhW_fJzg2A'),
-    _semantic_fpn('fec_large', 'fec_large', (10, 10, 5, 5), _FEC_PAPER, '1X7MhOpg50d1aAmWOP9M7psBhW_fJzg2A'),
+    # FEC's mIoU as a later paper of the same group quotes it
+    _semantic_fpn('fec_small', 'fec_small', (10, 10, 5, 5), _FEC_PAPER, '1X7MhOpg50d1aAmWOP9M7psBhW_fJzg2A', 35.3),
+    _semantic_fpn('fec_base', 'fec_base', (10, 10, 5, 5), _FEC_PAPER, '1X7MhOpg50d1aAmWOP9M7psBhW_fJzg2A', 37.7),
+    _semantic_fpn('fec_large', 'fec_large', (10, 10, 5, 5), _FEC_PAPER, '1X7MhOpg50d1aAmWOP9M7psBhW_fJzg2A', 40.5),
     # The ResNets are those whose first convolution is three of 3 x 3
     _condnet(
-        'r50', 'deeplabv3plus', 'resnet50c', 'ade20k', dict(output_stride=8), **_RESNET, miou=43.68, miou_ms=44.30
+        'r50',
+        'deeplabv3plus',
+        'resnet50c',
+        'ade20k',
+        dict(output_stride=8),
+        **_RESNET,
+        miou=43.68,
+        miou_ms=44.30,
+        source=_FILE + '1ngWFxzHgdKyHGKRzzHpM5qixb1nZQouI',
     ),
     _condnet(
         'r101',
@@ -226,6 +235,7 @@ _ALL = (
         test_stride=342,
         miou=45.64,
         miou_ms=47.12,
+        source=_FILE + '1LbMbEBkVuHFkKj3o1HSeTbRO4GzlA_ym',
     ),
     _condnet(
         'r101',
@@ -242,6 +252,7 @@ _ALL = (
         test_stride=320,
         miou=54.29,
         miou_ms=55.74,
+        source=_FILE + '1LjtqG_dcwseCJDx17ENj4o4EUlovk8EX',
     ),
     _condnet(
         'swin_base',

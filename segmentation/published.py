@@ -1,13 +1,10 @@
 """The names of the authors' dense checkpoints, those of mmsegmentation, as ours."""
 
-import re
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from cluster_zoo.published import context_cluster
-
-Names = tuple[tuple[str, str | Callable[[re.Match], str]], ...]
+from cluster_zoo.weights.names import Names, context_cluster, renamed, swin
 
 _HEADS: Names = (
     (r'^neck\.', 'head.decoder.'),
@@ -34,15 +31,6 @@ _VISION_TRANSFORMER: Names = (
     (r'\.ffn\.layers\.1\.', '.mlp.fc2.'),
     (r'^ln1\.', 'norm.'),
 )
-_SWIN: Names = (
-    (r'^patch_embed\.projection\.', 'patch_embed.proj.'),
-    (r'\.attn\.w_msa\.', '.attn.'),
-    (r'\.ffn\.layers\.0\.0\.', '.mlp.fc1.'),
-    (r'\.ffn\.layers\.1\.', '.mlp.fc2.'),
-    # Theirs ends a stage with its reduction, timm's begins the next with it.
-    (r'^stages\.(\d+)\.downsample\.', lambda m: f'layers.{int(m[1]) + 1}.downsample.'),
-    (r'^stages\.', 'layers.'),
-)
 _RESNET: Names = (
     (r'^stem\.7\.', 'bn1.'),  # the last norm of the deep stem
     (r'^stem\.', 'conv1.'),
@@ -62,7 +50,7 @@ def segmenter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tens
         heads = {name: value for name, value in state_dict.items() if not name.startswith('backbone.')}
         backbone = {name.removeprefix('backbone.'): x for name, x in state_dict.items() if name.startswith('backbone.')}
         backbone = {f'backbone.{name}': value for name, value in _backbone(backbone).items()}
-        state_dict = _renamed(heads, _HEADS) | backbone
+        state_dict = renamed(heads, _HEADS) | backbone
     modules = dict(model.named_modules())
     unused = [name for name in ('auxiliary', 'head.classifier.conv') if modules.get(name) is None]
     # Norms of levels that the heads do not read
@@ -75,8 +63,8 @@ def _backbone(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     names: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
         'network.0.0.norm1.weight': _context_cluster,
         'stages.0.blocks.0.attn.w_msa.qkv.weight': _swin,
-        'layers.0.ln1.weight': lambda x: _renamed(x, _VISION_TRANSFORMER),
-        'stem.0.weight': lambda x: _renamed(x, _RESNET),
+        'layers.0.ln1.weight': lambda x: renamed(x, _VISION_TRANSFORMER),
+        'stem.0.weight': lambda x: renamed(x, _RESNET),
     }
     convert = next((convert for name, convert in names.items() if name in state_dict), None)
     if convert is not None:
@@ -84,29 +72,11 @@ def _backbone(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name if name.startswith('norms.') else f'model.{name}': value for name, value in state_dict.items()}
 
 
-def _renamed(state_dict: dict[str, Tensor], names: Names) -> dict[str, Tensor]:
-    renamed = {}
-    for name, value in state_dict.items():
-        for pattern, replacement in names:
-            name = re.sub(pattern, replacement, name)
-        renamed[name] = value
-    return renamed
-
-
 def _context_cluster(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     # The authors number a stage's norm as the stage itself: 0, 2, 4, 6.
-    state_dict = _renamed(state_dict, ((r'^norm([0246])\.', lambda m: f'norms.{int(m[1]) // 2}.'),))
+    state_dict = renamed(state_dict, ((r'^norm([0246])\.', lambda m: f'norms.{int(m[1]) // 2}.'),))
     return context_cluster(state_dict)
 
 
 def _swin(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    converted = {}
-    for name, value in _renamed(state_dict, (*_SWIN, (r'^norm([0-3])\.', r'norms.\1.'))).items():
-        if name.endswith('.relative_position_index'):
-            continue
-        if re.search(r'\.downsample\.(reduction|norm)\.', name):
-            # Of the four neighbours that are joined theirs counts channel, row, column; timm's column, row, channel.
-            *out, joined = value.shape
-            value = value.reshape(*out, joined // 4, 2, 2).transpose(-1, -3).reshape(*out, joined)
-        converted[name] = value
-    return converted
+    return renamed(swin(state_dict), ((r'^norm([0-3])\.', r'norms.\1.'),))

@@ -3,6 +3,7 @@
 A head is a decoder with a classifier, or RegionProxy. `create_segmenter` puts them together by name.
 """
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,11 +11,15 @@ from typing import Any
 
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import save_model
 from torch import Tensor
 
 from cluster_zoo.grids import pad_to_multiple
 from cluster_zoo.options import nearest
-from cluster_zoo.weights import load_checkpoint
+from cluster_zoo.weights import CheckpointError, load_checkpoint
+from cluster_zoo.weights.cache import WEIGHTS, sha256, verified_weights
+from cluster_zoo.weights.configs import CONFIG
+from cluster_zoo.weights.download import fetch
 
 from . import published
 from .backbones import Pyramid, TokenGrids, create_backbone, family
@@ -23,7 +28,7 @@ from .configs import CONFIGS
 from .decoders import FCN, DeepLabV3Plus, SemanticFPN, UPerNet, resize
 from .region_proxy import RegionProxy
 
-__all__ = ['HEADS', 'DenseHead', 'Segmenter', 'create_segmenter']
+__all__ = ['HEADS', 'DenseHead', 'Segmenter', 'create_segmenter', 'fetch_segmenter']
 
 DECODERS = {'semantic_fpn': SemanticFPN, 'upernet': UPerNet, 'deeplabv3plus': DeepLabV3Plus, 'fcn': FCN}
 HEADS = (*DECODERS, 'region_proxy')
@@ -148,8 +153,10 @@ def create_segmenter(
     backbone: str | None = None,
     num_classes: int | None = None,
     *,
+    pretrained: bool = False,
     pretrained_backbone: bool | str | Path = False,
     checkpoint_path: str | Path | None = None,
+    cache_dir: str | Path | None = None,
     **options: Any,
 ) -> Segmenter:
     """Builds a segmenter by names.
@@ -160,8 +167,10 @@ def create_segmenter(
         backbone: Name of a registered model: coc_*, fec_*, timm's ResNets, Swin, ConvNeXt and others with stages; a
             vision transformer or a hybrid for region_proxy.
         num_classes: Classes K.
+        pretrained: Load the authors' weights of a published system, which are downloaded at the first use.
         pretrained_backbone: True for the weights that timm finds for the backbone, or a classifier's checkpoint file.
         checkpoint_path: Weights of the whole segmenter: this package's or the authors'.
+        cache_dir: Folder of the cache of released weights, in place of its own.
         **options: ``classifier`` 'plain', 'cond' or 'dnc', ``channels``, ``dropout``, ``auxiliary``, for a decoder;
             ``sub_centroids`` and ``common_start`` for 'dnc'; ``early`` for region_proxy; what the decoder has beside
             these, as ``pyramid_channels``; and any other for the backbone, as ``proposals``, ``drop_path_rate``,
@@ -176,6 +185,10 @@ def create_segmenter(
         >>> model(torch.randn(1, 3, 512, 683)).shape
         torch.Size([1, 150, 512, 683])
     """
+    if pretrained:
+        if head not in CONFIGS:
+            raise ValueError(f'There are no weights for {head!r}: pretrained is for the systems of list_segmenters().')
+        checkpoint_path = verified_weights(fetch_segmenter(head, root=cache_dir))
     if head in CONFIGS:
         config = CONFIGS[head]
         head, backbone = config.head, backbone or config.backbone
@@ -195,6 +208,32 @@ def create_segmenter(
     if checkpoint_path:
         load_checkpoint(model, checkpoint_path)
     return model
+
+
+def fetch_segmenter(name: str, member: str | None = None, force: bool = False, root: str | Path | None = None) -> Path:
+    """The authors' weights of a published system, from the cache or downloaded into it.
+
+    Args:
+        name: See `list_segmenters`.
+        member, force, root: See `cluster_zoo.weights.download.fetch`.
+
+    Returns:
+        A folder with ``model.safetensors`` under this package's names.
+
+    Raises:
+        CheckpointError: The authors have published none, or the download fails or is refused.
+    """
+    url = CONFIGS[name].source
+    if url is None:
+        raise CheckpointError(f'The authors of {name} have published no weights.')
+    return fetch(name, url, partial(_install, name), member, force, root)
+
+
+def _install(name: str, path: Path, folder: Path, source: dict[str, str]) -> None:
+    """Fill a folder of the cache with a published system, from the authors' file."""
+    save_model(create_segmenter(name, checkpoint_path=path), folder / WEIGHTS)
+    config = dict(segmenter=name, sha256=sha256(folder / WEIGHTS), source=source)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
 
 
 def _region_proxy(

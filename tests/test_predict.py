@@ -2,12 +2,9 @@
 
 import io
 import os
-import socket
 import struct
 import threading
 import zlib
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +52,9 @@ def test_a_folder_is_its_images_in_order_hidden_ones_left_out(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / 'a' / 'loop').symlink_to(tmp_path)
-    found = find_images([tmp_path, 'https://example.org/x', '-', tmp_path / 'notes.txt'])
+    found = find_images([tmp_path, '-', tmp_path / 'notes.txt'])
     assert found == [
         *(str(tmp_path / name) for name in ('a/10.webp', 'a/2.jpg', 'a.jpeg', 'b.PNG')),
-        'https://example.org/x',
         '-',
         str(tmp_path / 'notes.txt'),  # whoever names a file wants it tried
     ]
@@ -69,6 +65,12 @@ def test_what_stands_for_no_image_is_an_error_in_its_place(tmp_path):
     first, second = find_images([tmp_path / 'missing.png', tmp_path / 'empty'])
     assert first == Classified(str(tmp_path / 'missing.png'), error='no such file or folder')
     assert second == Classified(str(tmp_path / 'empty'), error='no image in this folder')
+
+
+@pytest.mark.parametrize('address', ['http://example.org/cat.png', 'HTTPS://example.org/cat.png', 'file:///cat.png'])
+def test_an_address_is_not_read(address):
+    [found] = find_images([address])
+    assert found.image == address and 'download the image first' in found.error and 'curl' in found.error
 
 
 # --- how images are read ----------------------------------------------------------------------------------------------
@@ -212,110 +214,7 @@ def test_a_pipe_can_be_named(photograph, tmp_path):
     writer.join()
 
 
-# --- URLs and standard input ------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def server(answer):
-    """Serves ``answer(handler)`` for every GET on a port of this machine; gives its address and what was asked."""
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append((self.path, dict(self.headers)))
-            answer(self)
-
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(('127.0.0.1', 0), Handler) as http:
-        thread = threading.Thread(target=http.serve_forever, kwargs=dict(poll_interval=0.01))
-        thread.start()
-        try:
-            yield f'http://127.0.0.1:{http.server_port}', asked
-        finally:
-            http.shutdown()
-            thread.join()
-
-
-def sends(content: bytes, kind: str = 'image/png', length: int | None = None, status: int = 200):
-    def answer(handler):
-        handler.send_response(status)
-        handler.send_header('Content-Type', kind)
-        if length != 0:
-            handler.send_header('Content-Length', str(length or len(content)))
-        handler.end_headers()
-        handler.wfile.write(content)
-
-    return answer
-
-
-def test_url(photograph):
-    with server(sends(saved(photograph))) as (url, asked):
-        assert read_image(f'{url}/a cat/schön.png?width=3&x=%20#top').tobytes() == photograph.tobytes()
-    [(path, headers)] = asked
-    assert path == '/a%20cat/sch%C3%B6n.png?width=3&x=%20'
-    assert headers['User-Agent'].startswith('cluster-zoo/')
-
-
-def test_url_without_a_length(photograph):
-    with server(sends(saved(photograph), length=0)) as (url, _):
-        assert read_image(url).tobytes() == photograph.tobytes()
-
-
-def test_url_that_redirects(photograph, tmp_path):
-    (tmp_path / 'secret.png').write_bytes(saved(photograph))
-
-    def answer(handler):
-        if handler.path == '/image':
-            return sends(saved(photograph))(handler)
-        handler.send_response(302)
-        handler.send_header('Location', '/image' if handler.path == '/' else f'file://{tmp_path}/secret.png')
-        handler.end_headers()
-
-    with server(answer) as (url, _):
-        assert read_image(url + '/').tobytes() == photograph.tobytes()
-        with pytest.raises(ImageError, match='302'):
-            read_image(f'{url}/to-a-file')
-
-
-@pytest.mark.parametrize(
-    ('answer', 'message'),
-    [
-        (sends(b'', status=404), 'the server answered 404 Not Found'),
-        (sends(b'', status=503), 'the server answered 503'),
-        (sends(b'<html>', 'text/html; charset=utf-8'), 'a web page'),
-        (sends(b'hello', 'text/plain'), 'not an image'),
-        (sends(saved(Image.new('RGB', (9, 9)))[:50], length=1000), 'the connection was lost after 50 of 1000 bytes'),
-        (sends(bytes(3000)), 'more than'),
-        (sends(bytes(3000), length=0), 'more than'),
-        (lambda handler: handler.wfile.write(b'SMTP ready\r\n\r\n'), 'can not be downloaded: .*SMTP'),
-        (lambda handler: None, 'can not be downloaded: Remote end closed connection'),
-    ],
-)
-def test_what_a_server_can_do_wrong(answer, message, monkeypatch):
-    monkeypatch.setattr(predict, 'MAX_BYTES', 2048)
-    with server(answer) as (url, _), pytest.raises(ImageError, match=message):
-        read_image(url)
-
-
-def test_a_silent_server_is_given_up(monkeypatch):
-    monkeypatch.setattr(predict, 'TIMEOUT', 0.1)
-    with socket.create_server(('127.0.0.1', 0)) as listening, pytest.raises(ImageError, match=r'silent|timed out'):
-        read_image(f'http://127.0.0.1:{listening.getsockname()[1]}/')
-
-
-def test_a_server_that_never_ends_is_given_up(monkeypatch):
-    monkeypatch.setattr(predict, 'DEADLINE', -1.0)
-    with server(sends(bytes(100))) as (url, _), pytest.raises(ImageError, match='not received within'):
-        read_image(url)
-
-
-def test_nobody_listens():
-    with socket.create_server(('127.0.0.1', 0)) as listening:
-        port = listening.getsockname()[1]
-    with pytest.raises(ImageError, match='can not be downloaded: Connection refused'):
-        read_image(f'http://127.0.0.1:{port}/')
+# --- standard input ---------------------------------------------------------------------------------------------------
 
 
 class Terminal(io.BytesIO):

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from .. import __version__
-from ..comparison import ExportError
 from ..data import DataError
+from ..export import ExportError
 from ..options import OptionError
 from ..weights import CheckpointError
-from . import completion, demo, export, models, predict, weights
+from . import completion, demo, export, predict, weights
 from .parser import Parser
 from .text import printable
 
@@ -91,6 +91,6 @@ def _parser() -> Parser:
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     completion.add_argument(parser)
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
-    for command in (demo, models, weights, predict, export):
+    for command in (demo, weights, predict, export):
         command.add_parser(commands)
     return parser

@@ -3,8 +3,8 @@
 import argparse
 from typing import Any, NoReturn
 
-from ..tags import our_models, our_tags
-from .parser import Parser, model_name, our_tag
+from ..weights.tags import our_models, our_tags
+from .parser import Parser
 
 
 def add_argument(parser: Parser) -> None:
@@ -35,7 +35,7 @@ class _PrintCompletion(argparse.Action):
             parser.error(f'there is completion for {", ".join(shtab.SUPPORTED_SHELLS)}, not for {shell}')
         commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
         for action in (action for command in commands.choices.values() for action in command._actions):
-            if action.type in (our_tag, model_name):
+            if action.metavar == 'NAME':
                 action.choices = [*our_models(), *our_tags()]  # as of now; argparse itself must not insist on them
             elif action.metavar in ('FILE', 'IMAGE'):
                 action.complete = shtab.FILE

@@ -9,8 +9,8 @@ import timm
 import torch.nn as nn
 
 from ..export import FORMATS, OPSET, TOLERANCE, Export, check_request, export_model
-from ..predict import load_model
 from ..weights import load_checkpoint
+from ..weights.build import load_model
 from .parser import Commands, model_name, positive
 
 
@@ -61,7 +61,7 @@ def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.img_size and len(args.img_size) > 2:
         parser.error('--img-size takes a side, or a height and a width')
     size = tuple(args.img_size * 2)[:2] if args.img_size else None
-    output = args.output or Path(args.name.rpartition(':')[2].rstrip('/').rpartition('/')[2] + FORMATS[args.to].suffix)
+    output = args.output or Path(args.name.rpartition(':')[2].rstrip('/').rpartition('/')[2] + FORMATS[args.to])
     check_request(output, args.to, size, args.opset)
     model = _model(args, size)
     if not args.json:  # tracing takes a while
@@ -71,8 +71,6 @@ def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.json:
         opset = args.opset if args.to == 'onnx' else None
         facts = dict(name=args.name, format=args.to, opset=opset) | asdict(export) | dict(path=str(export.path))
-        if export.sizes.fixed:
-            facts['sizes'] = dict(fixed=export.sizes.fixed, multiple=None, smallest=None)
         print(json.dumps(facts, indent=2))
     else:
         _print(export, args)
@@ -96,12 +94,9 @@ def _print(export: Export, args: argparse.Namespace) -> None:
     print(f'images: {export.sizes}{" alone, the size of the model" * bool(own)}, in batches of any size')
     if own:
         print('        (--img-size makes a file for another size)')
-    print(f'compared: {export.images} images, as {shapes} px')
+    print(f'compared: images of {shapes} px')
     if export.raised:
-        print(f'compared: once more with {export.raised} small layer scales raised, for all branches to count')
+        print(f'compared: a copy with {export.raised} small layer scales raised, for all branches to count')
     print(f'largest difference of a logit: {export.difference:.1e}, at most {TOLERANCE:.0e}')
-    if export.undecided:
-        print(
-            f'{export.undecided} of the images differ by up to {export.undecided_difference:.1e}: there a point lies '
-            'between two centers, as near as float32 can tell'
-        )
+    if export.ties:
+        print(f'{export.ties} of the images differ by more: rounding decides which center a point joins')

@@ -3,13 +3,13 @@
 import argparse
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg, parse_model_name
+from timm.models import parse_model_name
 
-from .. import tags
 from ..options import nearest
 
 DEMO_MODEL = 'coc_tiny_plain.cifar10'  # its weights are part of the package
@@ -78,7 +78,9 @@ def _device(name: str) -> torch.device:
 
 
 def model_name(name: str) -> str:
-    """Type of an argument: what ``timm.create_model`` may know a model by."""
+    """Type of an argument: what ``timm.create_model`` may know a model by, or the path of a model folder."""
+    if (Path(name) / 'config.json').is_file():
+        return f'local-dir:{name}'
     try:
         source, _ = parse_model_name(name)
     except ValueError as error:
@@ -94,14 +96,6 @@ def model_name(name: str) -> str:
     if tag and name not in names:
         raise argparse.ArgumentTypeError(f"there are no weights '{name}', only {', '.join(names) or architecture}")
     return name
-
-
-def our_tag(name: str) -> str:
-    """Type of an argument: weights of a model of this package; of a model without a tag, those that timm would take."""
-    known = tags.our_tags() if '.' in name else tags.our_models()
-    if name not in known:
-        raise argparse.ArgumentTypeError(f"this package has no '{name}'{nearest(name, known)}: see cluster-zoo list")
-    return name if '.' in name else f'{name}.{get_pretrained_cfg(name).tag}'
 
 
 def positive(value: str) -> int:

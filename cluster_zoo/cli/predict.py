@@ -17,14 +17,14 @@ def add_parser(commands: Commands) -> None:
     """Registers the command."""
     parser = commands.add_parser(
         'predict',
-        help='classify images: files, folders, URLs, standard input',
+        help='classify images: files, folders, standard input',
         description='Classify images and print the most probable classes of each.\n\n'
         'Images are turned upright as the camera noted, laid over white where transparent, and then resized and '
         "cropped as in the model's validation. One that can not be read is reported, and the others are classified.",
         epilog='examples:\n'
         '  cluster-zoo predict cat.jpg dog.png\n'
         '  cluster-zoo predict photographs/ --model coc_small.in1k --top 1\n'
-        '  cluster-zoo predict https://example.org/cat.jpg --model hf-hub:timm/resnet18.a1_in1k --json\n'
+        '  cluster-zoo predict cat.jpg --model hf-hub:timm/resnet18.a1_in1k --json\n'
         '  cat cat.jpg | cluster-zoo predict - --model local-dir:my_model\n\n'
         'exit status: 0 all images were classified, 1 some were not, 2 an error\n',
     )
@@ -33,7 +33,7 @@ def add_parser(commands: Commands) -> None:
         'images',
         nargs='+',
         metavar='IMAGE',
-        help='a file, a folder (all images in and below it), an http(s) address, or - for standard input',
+        help='a file, a folder (all images in and below it), or - for standard input',
     )
     add(
         '--model',

@@ -1,0 +1,23 @@
+"""Pretrained weights: where they come from, how files are read, and what is refused. See docs/security.md."""
+
+from .errors import CheckpointError
+from .reading import (
+    check_fit,
+    converted,
+    load_checkpoint,
+    load_state_dict,
+    load_weights,
+    read_checkpoint,
+    state_dict_of,
+)
+
+__all__ = [
+    'CheckpointError',
+    'check_fit',
+    'converted',
+    'load_checkpoint',
+    'load_state_dict',
+    'load_weights',
+    'read_checkpoint',
+    'state_dict_of',
+]
