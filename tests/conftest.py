@@ -14,10 +14,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')  # before anything imports Triton, as timm does
 
 
-# What is in the store of whoever runs the tests, or what they allow, is none of the tests' business.
-os.environ['CLUSTER_ZOO_HOME'] = os.path.join(tempfile.gettempdir(), 'cluster_zoo-tests-have-no-store')
-for name in ('CLUSTER_ZOO_HUB', 'CLUSTER_ZOO_AUTHORS'):
-    os.environ.pop(name, None)
+# What is in the cache of whoever runs the tests is none of the tests' business, and no test asks the network.
+os.environ['CLUSTER_ZOO_HOME'] = os.path.join(tempfile.gettempdir(), 'cluster_zoo-tests-have-no-cache')
+os.environ['CLUSTER_ZOO_AUTHORS'] = '0'
+os.environ.pop('CLUSTER_ZOO_HUB', None)
 
 
 @pytest.fixture(scope='session')
@@ -32,7 +32,7 @@ def validate():
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """An empty local store."""
+    """An empty cache."""
     monkeypatch.setenv('CLUSTER_ZOO_HOME', str(tmp_path / 'home'))
     return tmp_path / 'home'
 
@@ -45,11 +45,11 @@ def published_file(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def imported(published_file, tmp_path_factory):
-    """A store that has them as coc_tiny.in1k."""
-    from cluster_zoo.importing import import_checkpoint
+    """A cache that has them as coc_tiny.in1k."""
+    from cluster_zoo.weights.importing import import_checkpoint
 
-    root = tmp_path_factory.mktemp('store')
-    import_checkpoint(published_file, 'coc_tiny.in1k', root=root)
+    root = tmp_path_factory.mktemp('cache')
+    import_checkpoint(published_file, root / 'coc_tiny.in1k', 'coc_tiny')
     return root
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from cluster_zoo import __version__, cli
-from cluster_zoo.cli import demo, models, parser
+from cluster_zoo.cli import demo, weights
 from cluster_zoo.data import create_dataset
 from cluster_zoo.weights import CheckpointError
 
@@ -50,7 +50,6 @@ def test_the_examples_of_every_command_can_be_typed(name, capsys, tmp_path, monk
     assert examples and all(example.startswith(f'cluster-zoo {name}') for example in examples)
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'birds.txt').write_text('robin\n')
-    monkeypatch.setattr(parser.tags, 'our_tags', lambda: [*timm.list_models(include_tags=True), 'coc_tiny.birds'])
     for example in examples:
         assert callable(cli._parser().parse_args(shlex.split(example)[1:]).run)
 
@@ -75,7 +74,7 @@ def test_the_exit_status_is_documented(capsys):
         (['list', '--jsn'], r'unknown argument --jsn \(did you mean --json\?\)'),
         (['predict', 'cat.jpg', '--modle=x'], r'unknown argument --modle=x \(did you mean --model\?\)'),
         (['info', 'coc_small', 'coc_tiny'], 'unknown argument coc_tiny'),
-        (['fetch', 'coc_small', '--ye'], r'unknown argument --ye \(did you mean --yes'),  # there are no abbreviations
+        (['fetch', 'coc_small', '--forc'], r'unknown argument --forc \(did you mean --force'),  # there are no abbreviations
         (['demo', '--output', 'nowhere/at/all.png'], 'there is no folder'),
         (['demo', '--output', 'picture.txt'], r'picture\.txt names no picture format'),
         (['demo', '--output', '.png/'], 'names no picture format'),
@@ -107,7 +106,7 @@ def test_errors_are_one_message(monkeypatch, capsys):
     ],
 )
 def test_messages(error, message, monkeypatch, capsys):
-    monkeypatch.setattr(models, 'where', lambda name: exec('raise error', dict(error=error)))
+    monkeypatch.setattr(weights, '_where', lambda name: exec('raise error', dict(error=error)))
     assert cli.main(['list', 'coc_tiny']) == 2
     assert capsys.readouterr() == ('', f'error: {message}\n')
 
@@ -121,7 +120,7 @@ def test_terminated(monkeypatch, tmp_path, capsys):
             raise AssertionError('nothing has ended this')
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(models, 'where', work)
+    monkeypatch.setattr(weights, '_where', work)
     status, out, err = output_of(['list', 'coc_tiny'], capsys)
     assert (status, out, err) == (143, '', '') and list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) is before
@@ -139,17 +138,16 @@ def test_closed_streams(arguments, status, monkeypatch):
 def test_a_stream_that_knows_few_letters(monkeypatch):
     printed = io.TextIOWrapper(io.BytesIO(), encoding='ascii', errors='strict')
     monkeypatch.setattr(sys, 'stdout', printed)
-    monkeypatch.setattr(models, '_summary', lambda name: print('\u00fc \udce9'))
-    monkeypatch.setattr(models.json, 'dumps', lambda rows, indent: 'rows')
-    assert cli.main(['list', 'coc_tiny', '--json']) == 0
-    assert printed.buffer.getvalue().startswith(b'\\xfc \\udce9')
+    monkeypatch.setattr(weights, '_where', lambda name: '\u00fc \udce9')
+    assert cli.main(['list', 'coc_tiny.in1k']) == 0
+    assert printed.buffer.getvalue().endswith(b'\\xfc \\udce9\n')
 
 
 def test_interrupted(monkeypatch, capsys):
     def interrupt(name):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(models, 'where', interrupt)
+    monkeypatch.setattr(weights, '_where', interrupt)
     assert cli.main(['list', 'coc_tiny']) == 130
     assert capsys.readouterr().err == ''
 
@@ -197,7 +195,7 @@ def bash(tmp_path, capsys):
 def test_completion(bash):
     assert bash('cluster-zoo', 'in') == ['info']
     assert bash('cluster-zoo', 'import', 'wei') == ['weights.pth']
-    assert bash('cluster-zoo', 'import', 'weights.pth', '--no') == ['--no-ema']
+    assert bash('cluster-zoo', 'import', 'weights.pth', '--use') == ['--use-ema']
     assert {'fec_small', 'fec_small.in1k'} == set(bash('cluster-zoo', 'info', 'fec_s'))
     assert 'coc_tiny_plain.cifar10' in bash('cluster-zoo', 'predict', '--model', 'coc_tiny_plain.')
 

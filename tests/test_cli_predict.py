@@ -166,14 +166,14 @@ def test_wrong_use(arguments, message, capsys):
 def test_weights_that_nobody_has(images, capsys):
     assert cli.main(['predict', str(images / 'cat.png'), '--model', 'coc_small.in1k']) == 2
     out, err = capsys.readouterr()
-    assert out == '' and err.startswith('error: No weights were found for coc_small.in1k')
-    assert 'cluster-zoo fetch coc_small.in1k' in err and 'cluster-zoo import FILE --as coc_small.in1k' in err
+    assert out == '' and err.startswith('error: No pretrained weights for coc_small.in1k')
+    assert 'CLUSTER_ZOO_AUTHORS=0' in err and 'cluster-zoo import FILE --as coc_small.in1k' in err
 
 
 def test_a_folder_that_is_no_model(images, tmp_path, capsys):
     assert cli.main(['predict', str(images / 'cat.png'), '--model', f'local-dir:{tmp_path}']) == 2
     out, err = capsys.readouterr()
-    assert out == '' and re.fullmatch(r"error: 'local-dir:.*' can not be loaded: .*config\.json\n", err)
+    assert out == '' and re.fullmatch(r"error: '.*' is no model folder: .*config\.json\.\n", err)
 
 
 def test_memory_that_runs_out(images, monkeypatch, capsys):

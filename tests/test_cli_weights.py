@@ -1,393 +1,353 @@
-"""cluster-zoo fetch, import and push: ways into the store and out of it, with servers on this machine for a network."""
+"""cluster-zoo list, info, fetch, import and push: what they say, make and refuse."""
 
-import hashlib
 import json
 import os
-import random
 import re
-import subprocess
-import sys
-import zipfile
+import socket
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import timm
 import torch
 from drive_server import DriveServer
 from hub_server import GUEST, OWNER, HubServer
-from parity_cases import recipe, save_published
+from huggingface_hub import constants
+from parity_cases import recipe
 from PIL import Image
 
-from cluster_zoo import cli, importing, store
+from cluster_zoo import cli
+from cluster_zoo.weights import cache, tags
+from cluster_zoo.weights.importing import import_checkpoint, install
 
-ROOT = Path(__file__).parents[1]
 NAME, FOLDER = 'coc_tiny.in1k', '155Lfofxr7vpdcUxL8ZvzlrNX4cUlhn3J'  # as the authors' page has it
-URL = f'https://drive.google.com/drive/folders/{FOLDER}'
-SMALL = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_heads=(2, 2, 2, 2), head_dim=4)
-ARGUMENTS = ['--model-kwargs', *(f'{key}={value}' for key, value in SMALL.items())]
+BUNDLED = 'coc_tiny_plain.cifar10'
+TINY = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_heads=(2, 2, 2, 2), head_dim=4, regions=1)
+ARGUMENTS = ['--model-kwargs', *(f'{key}={value}' for key, value in TINY.items()), '--num-classes', '3']
+README = (Path(__file__).parents[1] / 'README.md').read_text(encoding='utf-8')
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    """An empty store, and a user with nothing."""
-    for name, folder in dict(CLUSTER_ZOO_HOME='store', HF_HOME='hf', TORCH_HOME='torch', HOME='').items():
-        monkeypatch.setenv(name, str(tmp_path / folder))
-    for name in ('CLUSTER_ZOO_HUB', 'CLUSTER_ZOO_AUTHORS', 'HF_TOKEN'):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
-
-
-def sha256(path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
-# --- fetch: the authors' publication ----------------------------------------------------------------------------------
+def place(home, tmp_path, monkeypatch):
+    """An empty cache, a user with nothing, and a folder of their own."""
+    monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
+    monkeypatch.delenv('HF_TOKEN', raising=False)
+    (tmp_path / 'work').mkdir()
+    monkeypatch.chdir(tmp_path / 'work')
+    return tmp_path / 'work'
 
 
 @pytest.fixture
-def drive(home, monkeypatch):
-    with DriveServer(home) as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        server.add_folder(FOLDER, 'coc_tiny')
-        yield server
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError('the network was asked')
+
+    monkeypatch.setattr(socket.socket, 'connect', refuse)
+    monkeypatch.setattr(socket, 'getaddrinfo', refuse)
 
 
 @pytest.fixture
-def content(drive, monkeypatch) -> bytes:
-    """Stands for a checkpoint where only its way here is tested: importing puts it into the store as it is."""
+def zoo(capsys):
+    """A function that runs the command, and returns what it prints, from JSON where that is asked for."""
 
-    def put(path, name, replace, source, root):
-        with store.new_folder(name, root, replace) as folder:
-            (folder / store.WEIGHTS).write_bytes(path.read_bytes())
-            cfg = dict(architecture='coc_tiny', pretrained_cfg={}, sha256=store.sha256(folder / store.WEIGHTS))
-            (folder / store.CONFIG).write_text(json.dumps(cfg | dict(source=source)))
+    def run(*arguments):
+        capsys.readouterr()
+        assert cli.main([*map(str, arguments)]) == 0
+        out = capsys.readouterr().out
+        return json.loads(out) if '--json' in arguments else out
 
-    monkeypatch.setattr(importing, 'import_checkpoint', put)
-    drive.add_file('F' * 33, 'model_best.pth.tar', random.Random(0).randbytes(1 << 20), FOLDER)
-    return drive.files['F' * 33][1]
+    return run
 
 
 @pytest.fixture
-def terminal(monkeypatch):
-    """A real terminal as standard input, and what is typed there."""
-    if not hasattr(os, 'openpty'):
-        pytest.skip('no terminals here')
-    master, slave = os.openpty()
-    with os.fdopen(slave) as stdin, os.fdopen(master, 'wb', buffering=0) as typed:
-        monkeypatch.setattr(sys, 'stdin', stdin)
-        yield typed
+def refused(capsys):
+    """A function that runs the command, and returns its error of one line."""
 
+    def run(*arguments):
+        capsys.readouterr()
+        assert cli.main([*map(str, arguments)]) == 2
+        out, err = capsys.readouterr()
+        assert out == '' and re.fullmatch(r'error: .*\n', err)
+        return err
 
-def test_fetch_a_published_checkpoint(drive, home, capsys):
-    """With the real conversion; the second time the store has it, and nobody is asked."""
-    path = save_published('coc_tiny', home / 'model_best.pth.tar')
-    drive.add_file('F' * 33, 'model_best.pth.tar', path.read_bytes(), FOLDER)
-    assert cli.main(['fetch', 'coc_tiny', '--yes', '--json']) == 0
-    out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert err == '' and found['name'] == NAME and found['found'] == "from the authors' publication"
-    assert found['sha256'] == sha256(found['weights']) and Path(found['weights']).parent == home / 'store' / NAME
-    model = timm.create_model('coc_tiny', pretrained=True)
-    assert torch.equal(model.head.fc.weight, recipe.state_dict('coc_tiny')['head.weight'].float())
-
-    asked = len(drive.requests)
-    assert cli.main(['fetch', 'coc_tiny']) == 0
-    out, err = capsys.readouterr()
-    assert 'in the store already' in out and found['sha256'] in out and len(drive.requests) == asked
-    assert f"timm.create_model('{NAME}', pretrained=True)" in out
-
-
-@pytest.mark.parametrize(('answer', 'agreed'), [('y', True), ('Yes', True), ('n', False), ('', False), ('x', False)])
-def test_the_question(answer, agreed, content, terminal, drive, capsys):
-    terminal.write(f'{answer}\n'.encode())
-    assert cli.main(['fetch', NAME]) == (0 if agreed else 2)
-    out, err = capsys.readouterr()
-    question = f'Downloading the weights of {NAME} from {URL}? [y/N] '
-    if agreed:
-        assert err == question and (store.folder(NAME) / store.WEIGHTS).read_bytes() == content
-    else:
-        assert out == '' and err == question + 'error: Nothing was downloaded.\n' and drive.requests == []
-
-
-def test_nobody_to_ask(content, drive, monkeypatch, capsys):
-    with open(os.devnull) as nothing:
-        monkeypatch.setattr(sys, 'stdin', nothing)
-        assert cli.main(['fetch', NAME]) == 2
-    out, err = capsys.readouterr()
-    assert out == '' and URL in err and '--yes' in err and len(err.splitlines()) == 1 and drive.requests == []
-
-
-def test_leave_that_was_given_before(content, monkeypatch, capsys):
-    monkeypatch.setenv('CLUSTER_ZOO_AUTHORS', '1')
-    assert cli.main(['fetch', NAME]) == 0
-    assert capsys.readouterr().err == ''
-
-
-@pytest.mark.parametrize(
-    ('watched', 'quiet', 'shown'), [(True, False, True), (True, True, False), (False, False, False)]
-)
-def test_progress_where_somebody_watches(watched, quiet, shown, content, monkeypatch, capfd):
-    monkeypatch.setattr(sys.stderr, 'isatty', lambda: watched)
-    assert cli.main(['fetch', NAME, '--yes', *['--quiet'] * quiet]) == 0
-    out, err = capfd.readouterr()
-    assert bool(re.search(r'100%\|', err)) == shown and '%|' not in out
-    assert shown or err == ''
-
-
-def test_a_damaged_entry_is_fetched_again(content, drive, capsys):
-    assert cli.main(['fetch', NAME, '--yes']) == 0
-    weights = store.folder(NAME) / store.WEIGHTS
-    weights.write_bytes(content[:-1])
-    capsys.readouterr()
-    assert cli.main(['fetch', NAME, '--yes']) == 0
-    err = capsys.readouterr().err
-    assert err.startswith('note: ') and 'damaged' in err and weights.read_bytes() == content
-
-
-def test_a_file_of_the_folder_by_its_name(content, drive, capsys):
-    drive.add_file('L' * 33, 'last.pth.tar', content[::-1], FOLDER)
-    assert cli.main(['fetch', NAME, '--yes', '--file', 'first.pth.tar']) == 2
-    err = capsys.readouterr().err
-    assert 'first.pth.tar' in err and 'last.pth.tar' in err and len(err.splitlines()) == 1
-    assert cli.main(['fetch', NAME, '--yes', '--file', 'last.pth.tar']) == 0
-    assert (store.folder(NAME) / store.WEIGHTS).read_bytes() == content[::-1]
-
-
-def test_force_accepts_a_file_that_the_authors_have_changed(content, drive, capsys):
-    assert cli.main(['fetch', NAME, '--yes']) == 0
-    drive.add_file('F' * 33, 'model_best.pth.tar', content[::-1], FOLDER)
-    assert cli.main(['fetch', NAME, '--yes']) == 0  # the store has it
-    assert (store.folder(NAME) / store.WEIGHTS).read_bytes() == content
-    assert cli.main(['fetch', NAME, '--yes', '--force']) == 0
-    assert (store.folder(NAME) / store.WEIGHTS).read_bytes() == content[::-1]
-
-
-def test_the_server_is_down(drive, monkeypatch, capsys):
-    drive.fail(FOLDER, status=404, times=None)
-    assert cli.main(['fetch', NAME, '--yes']) == 2
-    out, err = capsys.readouterr()
-    assert out == '' and err.startswith('error: ') and 'drive.google.com' in err and 'Traceback' not in err
-
-
-def test_nothing_to_fetch(capsys):
-    assert cli.main(['fetch', 'coc_tiny_plain.cifar10', '--json']) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found['found'] == 'part of the package' and found['sha256'] == sha256(found['weights'])
-    assert cli.main(['fetch', 'dnc_resnet50']) == 2
-    out, err = capsys.readouterr()
-    assert out == '' and 'no publication of dnc_resnet50.untrained' in err and 'cluster-zoo import FILE' in err
-
-
-# --- import -----------------------------------------------------------------------------------------------------------
+    return run
 
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
     """As timm's script saves it: two sets of weights, three classes."""
     torch.manual_seed(0)
-    first, second = (timm.create_model('coc_tiny', num_classes=3, **SMALL).state_dict() for _ in range(2))
+    first, second = (timm.create_model('coc_tiny', num_classes=3, **TINY).state_dict() for _ in range(2))
     path = tmp_path_factory.mktemp('checkpoint') / 'last.pth.tar'
     torch.save(dict(epoch=1, arch='coc_tiny', state_dict=first, state_dict_ema=second), path)
     return path
 
 
-@pytest.mark.parametrize(('options', 'key'), [([], 'state_dict_ema'), (['--no-ema'], 'state_dict')])
-def test_import(options, key, checkpoint, home, capsys):
-    labels = home / 'labels.txt'
-    labels.write_text('robin\nwren\ngreat tit\n', encoding='utf-8')
-    options += ['--num-classes', '3', '--label-names', str(labels), '--img-size', '64', *ARGUMENTS]
-    assert cli.main(['import', str(checkpoint), '--as', 'coc_tiny.birds', '--json', *options]) == 0
-    out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert err == '' and found['classes'] == 3 and found['input_size'] == [3, 64, 64]
-    assert Path(found['folder']) == home / 'store' / 'coc_tiny.birds'
-    assert found['sha256'] == sha256(Path(found['folder']) / 'model.safetensors')
+# --- list and info ----------------------------------------------------------------------------------------------------
+
+
+def test_list_has_every_model_and_what_the_readme_says_of_it(zoo, no_network):
+    found = {row.pop('name'): row for row in zoo('list', '--json')}
+    assert set(found) == set(tags.our_tags())
+    models = re.search(r'^## Models$.*?(?=^## )', README, re.MULTILINE | re.DOTALL).group()
+    stated = re.findall(r'^\| `(\w+)` \| ([\d.]+) \| ([\d.]*) ?\|', models, re.MULTILINE)
+    assert len(stated) >= 20
+    for model, parameters, published in stated:
+        rows = [row for name, row in found.items() if name.partition('.')[0] == model and name != BUNDLED]
+        assert [f'{row["parameters"] / 1e6:.2f}' for row in rows] == [parameters]
+        assert [row['published_top1'] for row in rows] == [float(published) if published else None]
+
+
+def test_list_as_text_says_the_same_and_where_weights_are(zoo, home, monkeypatch, published_file):
+    with cache.new_folder(home / NAME) as folder:
+        install(NAME, published_file, folder, {})
+    rows = zoo('list', 'coc_t', '--json')
+    header, *lines = zoo('list', 'coc_t').splitlines()
+    assert header.split() == ['name', 'parameters', 'published', 'measured', 'weights']
+    for line, row in zip(lines, rows, strict=True):
+        name, millions, _, published, measured, *weights = line.split()
+        assert (name, float(millions)) == (row['name'], round(row['parameters'] / 1e6, 2))
+        assert [published, measured] == [
+            f'{row[x]:.1f}' if row[x] else '-' for x in ('published_top1', 'measured_top1')
+        ]
+        assert ' '.join(weights) == row['weights']
+    where = {row['name']: row['weights'] for row in rows}
+    assert where[NAME] == 'in the cache' and where[BUNDLED] == 'in the package'
+    assert where['coc_tiny_plain.in1k'] == "the authors' release" and where['coc_tiny2.untrained'] == 'none released'
+    monkeypatch.setenv('CLUSTER_ZOO_HUB', 'my-lab')
+    assert "my-lab on Hugging Face may have them, the authors' release" in zoo('list', 'coc_small')
+
+
+@pytest.mark.parametrize('pattern, expected', [
+    ('fec', ['dnc_fec_base', 'dnc_fec_large', 'dnc_fec_small', 'fec_base', 'fec_large', 'fec_small']),
+    ('fec_*', ['fec_base', 'fec_large', 'fec_small']),
+    ('*_swin_[bs]*', ['dnc_swin_base', 'dnc_swin_small']),
+])  # fmt: skip
+def test_patterns(pattern, expected, zoo):
+    assert [row['name'].partition('.')[0] for row in zoo('list', pattern, '--json')] == expected
+
+
+def test_unknown_names(refused, checkpoint, place):
+    assert 'did you mean coc_small or' in refused('list', 'coc_smal*l', '--json')
+    (place / 'empty').mkdir()
+    for arguments, message in (
+        (['info', 'coc_smal'], r"cluster_zoo has no 'coc_smal' \(did you mean coc_small"),
+        (['info', 'coc_small.in2k'], r'did you mean coc_small\.in1k'),
+        (['info', 'resnet18'], "no 'resnet18'.*see cluster-zoo list"),
+        (['info', 'empty'], "'empty' is no model folder: it holds no config.json"),
+        (['info', 'local-dir:nowhere'], "'nowhere' is no model folder"),
+        (['fetch', 'fec_smal'], 'did you mean fec_small'),
+        (['fetch', '../fec_small'], 'see cluster-zoo list'),
+        (['push', 'coc_smal', '--to', 'a/b'], 'did you mean coc_small'),
+        (['import', checkpoint, '--as', 'coc_tny.in1k'], r'did you mean coc_tiny\.in1k'),
+        (['import', checkpoint, '--as', 'coc_tiny.birds'], r'did you mean coc_tiny\.in1k'),
+        (['import', checkpoint, '--to', 'x', '--model', 'coc_tny'], 'did you mean coc_tiny'),
+    ):
+        assert re.search(message, refused(*arguments))
+
+
+def test_info(zoo, no_network):
+    found = zoo('info', 'fec_small', '--json')
+    assert (found['name'], found['published_top1'], found['license']) == ('fec_small.in1k', 72.7, 'apache-2.0')
+    assert found['weights'] == "the authors' release" and found['sha256'] is None and 'arXiv' not in found['paper']
+    assert len(found['label_names']) == 1000 and found['citation'].startswith('@inproceedings')
+    found = zoo('info', BUNDLED, '--json')
+    cfg = timm.create_model(BUNDLED, pretrained=True).pretrained_cfg
+    assert found['label_names'] == list(cfg['label_names']) and found['input_size'] == [3, 64, 64]
+    assert found['weights'] == 'in the package' and found['measured'][0]['top1'] > 80
+    lines = dict(line.split(maxsplit=1) for line in zoo('info', 'coc_medium').splitlines())
+    assert lines['parameters'] == '29.29 M' and lines['classes'].startswith('1000: tench, goldfish, ')
+    assert lines['made_from'] == '-' and 'drive.google.com' in lines['url'] and lines['license'] == 'apache-2.0'
+
+
+def test_info_of_folders_that_others_wrote(zoo, refused, place):
+    model = timm.create_model('resnet18', num_classes=3)
+    timm.models.save_for_hf(model, place / 'timm', model_args=dict(num_classes=3), safe_serialization=True)
+    assert zoo('info', 'timm', '--json')['classes'] == 3
+    config = json.loads((place / 'timm' / 'config.json').read_text())
+    earlier = dict(config.pop('pretrained_cfg'), architecture='resnet18', num_classes=3)
+    (place / 'timm' / 'config.json').write_text(json.dumps(earlier))
+    assert zoo('info', 'local-dir:timm', '--json')['classes'] == 3
+    (place / 'timm' / 'config.json').write_text(
+        json.dumps(dict(config, pretrained_cfg={}, model_args=dict(base_width=60000)))
+    )
+    assert 'describes' in refused('info', 'timm')
+
+
+# --- fetch ------------------------------------------------------------------------------------------------------------
+
+
+def test_fetch_what_is_on_this_machine(zoo, refused, home, no_network, published_file):
+    assert zoo('fetch', BUNDLED) == f'{BUNDLED}: part of the package\n'
+    with cache.new_folder(home / NAME) as folder:
+        install(NAME, published_file, folder, {})
+    found = zoo('fetch', 'coc_tiny', '--json')
+    assert found == dict(folder=str(home / NAME), sha256=cache.sha256(home / NAME / 'model.safetensors'))
+    assert f"timm.create_model('{NAME}', pretrained=True)" in zoo('fetch', NAME)
+    with cache.new_folder(home / 'semantic_fpn_fec_small') as folder:
+        (folder / 'model.safetensors').touch()
+        (folder / 'config.json').write_text('{"source": {"drive_id": "F", "sha256": "0"}}')
+    printed = zoo('fetch', 'semantic_fpn_fec_small', '--pin')
+    assert "create_segmenter('semantic_fpn_fec_small', pretrained=True)" in printed
+    assert printed.endswith("\n    'semantic_fpn_fec_small': ('F', '0'),\n")
+    assert 'CLUSTER_ZOO_AUTHORS=0' in refused('fetch', 'coc_small')
+    assert 'published none' in refused('fetch', 'coc_tiny2')
+    assert cli.main(['fetch', NAME, '--pin']) == 2  # it did not come from there
+
+
+def test_fetch_from_the_authors(zoo, refused, home, tmp_path, monkeypatch, published_file):
+    monkeypatch.delenv('CLUSTER_ZOO_AUTHORS')
+    with DriveServer(tmp_path) as server:
+        for key, value in server.environment.items():
+            monkeypatch.setenv(key, value)
+        server.add_folder(FOLDER, 'coc_tiny')
+        content = Path(published_file).read_bytes()
+        for file_id, name in (('F' * 33, 'first.pth.tar'), ('L' * 33, 'second.pth.tar')):
+            server.add_file(file_id, name, content, FOLDER)
+        assert "--file 'PATH'" in refused('fetch', NAME) and not (home / NAME).exists()
+        printed = zoo('fetch', NAME, '--file', 'second.pth.tar', '--pin')
+        assert printed.endswith(f"\n    '{NAME}': ('{'L' * 33}', '{cache.sha256(published_file)}'),\n")
+        asked = len(server.requests)
+        found = zoo('info', NAME, '--json')
+        assert found['weights'] == 'in the cache' and found['made_from']['weights'] == 'not averaged'
+        model = timm.create_model('coc_tiny', pretrained=True)
+        assert torch.equal(model.head.fc.weight, recipe.state_dict('coc_tiny')['head.weight'].float())
+        assert len(server.requests) == asked
+
+
+# --- import -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(('options', 'key'), [([], 'state_dict'), (['--use-ema'], 'state_dict_ema')])
+def test_the_whole_way_of_an_own_model(options, key, checkpoint, zoo, place, no_network):
+    (place / 'labels.txt').write_text('\ufeffrobin\nwren\ngreat tit\n', encoding='utf-8')
+    options += ['--label-names', 'labels.txt', '--img-size', '64', *ARGUMENTS]
+    found = zoo('import', checkpoint, '--to', 'birds', '--json', *options)
+    assert found['classes'] == 3 and found['input_size'] == [3, 64, 64] and found['architecture'] == 'coc_tiny'
+    assert found['sha256'] == cache.sha256('birds/model.safetensors')
+    assert sorted(os.listdir()) == ['birds', 'labels.txt']
     expected = torch.load(checkpoint, weights_only=True)[key]
-    assert found['parameters'] == sum(value.numel() for value in expected.values())
-    model = timm.create_model(f'local-dir:{found["folder"]}', pretrained=True)
+    model = timm.create_model('local-dir:birds', pretrained=True).eval()
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
+    info = zoo('info', 'birds', '--json')
+    assert info['label_names'] == ['robin', 'wren', 'great tit'] and info['weights'] == 'in this folder'
+    assert info['made_from']['weights'] == ('averaged' if 'ema' in key else 'not averaged')
+    assert info['made_from']['sha256'] == cache.sha256(checkpoint) and info['sha256'] == found['sha256']
+    assert info['published_top1'] is None and info['parameters'] == sum(x.numel() for x in model.parameters())
+    assert 'birds' not in zoo('list') and 'classes         3: robin, wren, great tit' in zoo('info', 'local-dir:birds/')
 
-def test_the_whole_way_of_an_own_model(checkpoint, home):
-    """Import, and then in another process, which finds the tag by its name: list, info, predict, fetch."""
-    archive = home / 'drive-download.zip'
-    with zipfile.ZipFile(archive, 'w', zipfile.ZIP_DEFLATED) as packed:
-        packed.write(checkpoint, 'birds/last.pth.tar')
-        packed.writestr('birds/readme.txt', 'a model')
-    arguments = ['--as', 'coc_tiny.birds', '--num-classes', '3', '--img-size', '64', *ARGUMENTS]
-    assert cli.main(['import', str(archive), *arguments]) == 0
-    picture = home / 'picture.png'
-    Image.new('RGB', (90, 70), 'green').save(picture)
-    listed, info, predicted, fetched = in_a_new_process(
-        ['list', 'birds', '--json'],
-        ['info', 'coc_tiny.birds', '--json'],
-        ['predict', str(picture), '--model', 'coc_tiny.birds', '--json'],
-        ['fetch', 'coc_tiny.birds', '--json'],
-    )
-    [row] = listed
-    assert row['name'] == 'coc_tiny.birds' and row['weights'] == 'store' and row['published_top1'] is None
-    assert row['parameters'] == info['parameters'] and info['num_classes'] == 3
-    assert info['weights']['sha256'] == sha256(home / 'store/coc_tiny.birds/model.safetensors') == fetched['sha256']
-    assert info['weights']['made_from']['file'] == 'drive-download.zip' and fetched['found'] == 'in the store already'
-    model = timm.create_model(f'local-dir:{home}/store/coc_tiny.birds', pretrained=True).eval()
+    Image.new('RGB', (90, 70), 'green').save('picture.png')
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    with torch.inference_mode(), Image.open(picture) as image:
-        expected = model(transform(image).unsqueeze(0)).softmax(-1)[0]
-    [classified] = predicted['images']
-    for one in classified['classes']:
-        assert one['label'] is None and one['probability'] == pytest.approx(float(expected[one['index']]), abs=1e-5)
+    with torch.inference_mode(), Image.open('picture.png') as image:
+        probabilities = model(transform(image).unsqueeze(0)).softmax(-1)[0].tolist()
+    for name in ('birds', 'local-dir:birds'):
+        (classified,) = zoo('predict', 'picture.png', '--model', name, '--json')['images']
+        for one in classified['classes']:
+            assert one['label'] == info['label_names'][one['index']]
+            assert one['probability'] == pytest.approx(probabilities[one['index']], abs=1e-5)
+    exported = zoo('export', 'birds/', '--to', 'torchscript', '--json')
+    assert exported['path'] == 'birds.pt' and exported['difference'] <= 1e-4
 
 
-def test_import_says_how_to_use_it(checkpoint, capsys):
-    arguments = ['import', str(checkpoint), '--as', 'coc_tiny.birds', '--num-classes', '3', *ARGUMENTS]
-    assert cli.main(arguments) == 0
-    out = capsys.readouterr().out
-    lines = dict(re.findall(r'^  (\S+(?: \S+)*) {2,}(.*)$', out, re.MULTILINE))
-    assert lines['classes'] == '3, without names' and lines['image size'] == '3 x 224 x 224'
-    assert re.fullmatch(r'\d\.\d\d M', lines['parameters']) and re.fullmatch('[0-9a-f]{64}', lines['SHA-256'])
-    assert 'made with   head_dim=4\n' in out
-    assert "timm.create_model('coc_tiny.birds', pretrained=True)" in out
-    assert cli.main(arguments) == 2
-    assert '--force' in capsys.readouterr().err
-    assert cli.main([*arguments, '--force']) == 0
+def test_a_release_obtained_by_hand(published_file, zoo, refused, home):
+    found = zoo('import', published_file, '--as', 'coc_tiny', '--json')
+    assert found['folder'] == str(home / NAME) and found['source']['sha256'] == cache.sha256(published_file)
+    model = timm.create_model(NAME, pretrained=True)
+    assert torch.equal(model.head.fc.weight, recipe.state_dict('coc_tiny')['head.weight'].float())
+    assert 'With --force it is replaced' in refused('import', published_file, '--as', NAME)
+    zoo('import', published_file, '--as', NAME, '--force')
+    assert 'is of coc_tiny, which is not fec_small' in refused('import', published_file, '--as', 'fec_small')
+    assert 'part of the package' in refused('import', published_file, '--as', BUNDLED)
+    for options in (['--use-ema'], ['--num-classes', '3'], ['--model', 'coc_tiny'], ['--img-size', '64']):
+        assert '--as takes no further options' in refused('import', published_file, '--as', 'coc_small', *options)
+    assert 'No checkpoint at' in refused('import', 'nowhere.pth', '--as', 'coc_small')
+    assert sorted(path.name for path in home.iterdir()) == ['.locks', NAME]
 
 
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [
-        (['--as', 'coc_tny.birds'], r"argument --as: .* 'coc_tny' \(did you mean coc_tiny"),
-        (['--as', 'resnet18.birds'], "no model 'resnet18'"),
-        ([], '--as'),
-        (['--as', 'coc_tiny.birds', '--model-kwargs', 'depths'], "'depths' is not of the form name=value"),
-        (['--as', 'coc_tiny.birds', '--label-names', 'nowhere.txt'], r'nowhere\.txt can not be read'),
-        (['--as', 'coc_tiny.birds', '--num-classes', '-3'], 'not a whole number'),
-        (['--as', 'coc_tiny.birds', '--label-names', 'gaps.txt'], r'gaps\.txt has no name on line 2'),
-    ],
-)
-def test_wrong_use_of_import(options, message, checkpoint, home, monkeypatch, capsys):
-    monkeypatch.chdir(home)
-    (home / 'gaps.txt').write_text('robin\n \nwren\n')
+def test_what_is_there_stays_unless_it_is_to_be_replaced(checkpoint, zoo, refused, place):
+    command = ['import', checkpoint, *ARGUMENTS, '--to']
+    for name in ('empty', 'full', 'inside'):
+        (place / name).mkdir()
+    (place / 'full' / 'thesis.txt').write_text('mine')
+    (place / 'file').write_text('mine')
+    zoo(*command, 'empty')
+    before = (place / 'empty' / 'README.md').read_bytes()
+    assert 'With --force' in refused(*command, 'empty')
+    for name, options in (('full', []), ('full', ['--force']), ('file', []), ('file', ['--force']), ('.', ['--force'])):
+        assert f"'{name}' " in refused(*command, name, *options)
+    assert 'cannot be written' in refused(*command, 'file/birds')
+    assert 'does not fit' in refused('import', checkpoint, '--to', 'empty', '--force')
+    assert (place / 'empty' / 'README.md').read_bytes() == before
+    zoo(*command, 'empty', '--force', '--use-ema')
+    assert (place / 'empty' / 'README.md').read_bytes() != before
+    assert sorted(os.listdir()) == ['empty', 'file', 'full', 'inside'] and (place / 'file').read_text() == 'mine'
+
+
+@pytest.mark.parametrize('options, message', [
+    ([], 'one of the arguments --to --as is required'),
+    (['--to', 'x', '--as', NAME], 'not allowed with'),
+    (['--to', 'x', '--model-kwargs', 'depths'], "'depths' is not of the form name=value"),
+    (['--to', 'x', '--label-names', 'nowhere.txt'], r'nowhere\.txt cannot be read'),
+    (['--to', 'x', '--label-names', 'gaps.txt'], r'gaps\.txt has no name on line 2'),
+    (['--to', 'x', '--num-classes', '-3'], 'not a whole number'),
+])  # fmt: skip
+def test_wrong_use_of_import(options, message, checkpoint, place, capsys):
+    (place / 'gaps.txt').write_text('robin\n \nwren\n')
     with pytest.raises(SystemExit) as status:
         cli.main(['import', str(checkpoint), *options])
     out, err = capsys.readouterr()
     assert status.value.code == 2 and out == '' and re.search(f'^error: .*{message}', err)
 
 
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [
-        (['coc_tiny'], "'coc_tiny' is no name for weights"),
-        (['coc_tiny.../birds'], 'is no name for weights'),
-        (['coc_tiny_plain.cifar10'], 'part of the package'),
-        (['coc_tiny.birds'], 'does not fit'),
-        (['coc_tiny.birds', '--num-classes', '5', *ARGUMENTS], 'does not fit'),
-        (['coc_tiny.birds', '--model-kwargs', 'no_such_argument=1'], 'no_such_argument'),
-    ],
-)
-def test_what_can_not_be_imported(options, message, checkpoint, home, capsys):
-    assert cli.main(['import', str(checkpoint), '--as', *options]) == 2
-    out, err = capsys.readouterr()
-    assert out == '' and err.startswith('error: ') and message in err
-    assert store.entries() == {}
-
-
-def test_files_that_are_no_checkpoints(home, capsys):
-    (home / 'notes.txt').write_text('hello')
-    for file in ('notes.txt', 'missing.pth', '.'):
-        assert cli.main(['import', str(home / file), '--as', 'coc_tiny.birds']) == 2
-        out, err = capsys.readouterr()
-        assert out == '' and re.fullmatch(r'error: .*\n', err)
-
-
-# --- the Hub ----------------------------------------------------------------------------------------------------------
+# --- push -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def hub(monkeypatch):
+def hub(monkeypatch, tmp_path):
     with HubServer() as server:
-        for name, value in dict(HF_ENDPOINT=server.url, HF_HUB_DISABLE_XET='1', NO_PROXY='*').items():
-            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(constants, 'ENDPOINT', server.url)
+        monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'hf'))
+        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, 'endpoint', server.url)
+        template = server.url + '/{repo_id}/resolve/{revision}/{filename}'
+        monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+        monkeypatch.setattr(constants, 'HF_TOKEN_PATH', str(tmp_path / 'token'))
+        monkeypatch.setenv('NO_PROXY', '*')
+        monkeypatch.setenv('HF_TOKEN', OWNER)
         yield server
 
 
-def in_a_new_process(*commands, status: int = 0):
-    """Runs commands one after the other as a user would, and gives what they print, from JSON."""
-    code = (
-        'import json, sys\n'
-        'from cluster_zoo.cli import main\n'
-        'for arguments in json.loads(sys.argv[1]):\n'
-        '    status = main(arguments)\n'
-        '    print("\\0", status, flush=True)\n'
-    )
-    run = subprocess.run(
-        [sys.executable, '-c', code, json.dumps(commands)],
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    printed = run.stdout.split('\0')
-    statuses = [part.splitlines()[0].strip() for part in printed[1:]]
-    assert run.returncode == 0 and statuses == [str(status)] * len(commands), run.stderr
-    if status:
-        return run.stderr
-    return [json.loads(part.partition('\n')[2] if index else part) for index, part in enumerate(printed[:-1])]
-
-
-def test_push_and_load_back(hub, home, monkeypatch):
-    """The package's own tag to the Hub, and from there by both of its names."""
-    monkeypatch.setenv('HF_TOKEN', OWNER)
+def test_push_and_load_back(hub, zoo, place, checkpoint, home, published_file, monkeypatch):
+    import_checkpoint(checkpoint, place / 'birds', model_args=dict(TINY, num_classes=3))
+    (place / 'birds' / 'notes.txt').write_text('private')
+    import_checkpoint(published_file, home / NAME)
+    for name, repo_id in (('birds', 'my-lab/birds'), (BUNDLED, f'my-lab/{BUNDLED}'), ('coc_tiny', f'my-lab/{NAME}')):
+        address = zoo('push', name, '--to', repo_id, '--private', '--message', 'A first model', '--json')['address']
+        repository = hub.repositories[repo_id]
+        files = repository.commits[repository.head]
+        assert address.startswith(hub.url) and repository.private
+        assert set(files) - {'.gitattributes'} == {'model.safetensors', 'config.json', 'README.md'}
+        own = timm.create_model('local-dir:birds' if name == 'birds' else name, pretrained=True).state_dict()
+        loaded = timm.create_model(f'hf-hub:{repo_id}', pretrained=True).state_dict()
+        assert all(torch.equal(value, own[key]) for key, value in loaded.items())
+    assert json.loads(files['config.json'])['architecture'] == 'coc_tiny'
+    bundled = hub.repositories[f'my-lab/{BUNDLED}']
+    files = bundled.commits[bundled.head]
+    assert json.loads(files['config.json'])['label_names'][0] == 'airplane' and b'83.70 %' in files['README.md']
+    (home / NAME).rename(home / 'elsewhere')
     monkeypatch.setenv('CLUSTER_ZOO_HUB', 'my-lab')
-    name, picture = 'coc_tiny_plain.cifar10', home / 'picture.png'
-    Image.new('RGB', (64, 64), 'green').save(picture)
-    pushed, again, loaded, bundled, fetched = in_a_new_process(
-        ['push', name, '--to', f'my-lab/{name}', '--private', '--message', 'A first model', '--json'],
-        ['push', name, '--to', 'my-lab/coc_tiny_plain.in1k', '--json'],  # stands for another tag's weights
-        ['predict', str(picture), '--model', f'hf-hub:my-lab/{name}', '--json'],
-        ['predict', str(picture), '--json'],
-        ['fetch', 'coc_tiny_plain.in1k', '--json'],
-    )
-    assert pushed['name'] == f'hf-hub:my-lab/{name}' and pushed['url'].startswith(hub.url)
-    repository = hub.repositories[f'my-lab/{name}']
-    files = repository.commits[repository.head]
-    assert repository.private and {'model.safetensors', 'config.json', 'README.md'} <= set(files)
-    assert hashlib.sha256(files['model.safetensors']).hexdigest() == pushed['sha256'] == again['sha256']
-    assert json.loads(files['config.json'])['label_names'][0] == 'airplane'
-    assert f'hf-hub:my-lab/{name}' in files['README.md'].decode()
-    assert loaded['images'] == bundled['images']
-    assert fetched['found'] == 'from my-lab on Hugging Face' and fetched['sha256'] == again['sha256']
-    assert Path(fetched['weights']).is_relative_to(home / 'hf') and sha256(fetched['weights']) == again['sha256']
+    assert 'hf' in Path(zoo('fetch', NAME, '--json')['folder']).parts
 
 
-def test_what_the_hub_does_not_have_and_does_not_take(hub, monkeypatch):
-    """A note, and then the next source; or one error."""
-    monkeypatch.setenv('CLUSTER_ZOO_HUB', 'my-lab')
-    monkeypatch.setenv('HF_TOKEN', GUEST)
-    said = in_a_new_process(
-        ['fetch', NAME],
-        ['fetch', 'dnc_resnet50'],
-        ['push', 'coc_tiny_plain.cifar10', '--to', 'my-lab/x'],
-        ['push', NAME, '--to', 'my-lab/x'],
-        status=2,
-    )
-    note, question, missing, refused, absent = said.strip().splitlines()
-    assert note.startswith('note: ') and f'my-lab/{NAME}' in note
-    assert question.startswith('error: ') and '--yes' in question
-    assert missing.startswith('error: ') and 'my-lab/dnc_resnet50' in missing
-    assert refused.startswith('error: ') and 'my-lab/x' in refused
-    assert absent.startswith('error: ') and f'cluster-zoo fetch {NAME}' in absent
-
-
-@pytest.mark.parametrize('repository', ['my-lab', 'a/b/c', '/x', 'https://huggingface.co/my-lab/x'])
-def test_where_nothing_can_be_pushed(repository, capsys):
-    with pytest.raises(SystemExit) as status:
-        cli.main(['push', 'coc_tiny_plain.cifar10', '--to', repository])
-    assert status.value.code == 2 and 'not of the form organisation/name' in capsys.readouterr().err
-
-
-@pytest.mark.parametrize('repository', ['my-lab/x y', 'my-lab/x..y', '-lab/x', 'my-lab/' + 'x' * 100])
-def test_names_that_the_hub_does_not_have(repository, capsys):
-    with pytest.raises(SystemExit) as status:
-        cli.main(['push', 'coc_tiny_plain.cifar10', f'--to={repository}'])
-    assert status.value.code == 2 and re.match('error: argument --to: .*\n', capsys.readouterr().err)
+def test_what_is_not_pushed(hub, refused, place, checkpoint, monkeypatch):
+    import_checkpoint(checkpoint, place / 'birds', model_args=dict(TINY, num_classes=3))
+    for repo_id in ('a/b/c', 'my-lab/x y', 'my-lab/x..y', 'https://huggingface.co/my-lab/x', 'my-lab/' + 'x' * 100):
+        assert f'The Hub did not take {repo_id}' in refused('push', 'birds', '--to', repo_id)
+    assert 'cluster-zoo fetch coc_small.in1k' in refused('push', 'coc_small', '--to', 'my-lab/x')
+    for token in (GUEST, None):
+        monkeypatch.setenv('HF_TOKEN', token) if token else monkeypatch.delenv('HF_TOKEN')
+        assert 'Log in first' in refused('push', 'birds', '--to', 'my-lab/x')
+    (place / 'birds' / 'model.safetensors').write_bytes(b'damaged')
+    assert 'is damaged or was changed' in refused('push', 'birds', '--to', 'my-lab/x')
+    assert not hub.repositories

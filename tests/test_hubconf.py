@@ -10,7 +10,7 @@ import timm
 from parity_cases import recipe, save_published
 
 import cluster_zoo  # noqa: F401
-from cluster_zoo.importing import import_checkpoint
+from cluster_zoo.weights.importing import import_checkpoint
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,6 +34,7 @@ found |= dict(
     file=sys.modules['cluster_zoo'].__file__,
     bundled=torch.hub.load(root, 'coc_tiny_plain.cifar10', source='local', pretrained=True).num_classes,
     stored=torch.hub.load(root, 'coc_tiny', source='local', pretrained=True).norm.weight.tolist(),
+    own=sys.modules['timm'].create_model('local-dir:own', pretrained=True).norm.weight.tolist(),
 )
 try:
     torch.hub.load(root, 'coc_small', source='local', pretrained=True)
@@ -53,13 +54,14 @@ def found(tmp_path_factory):
     home = tmp_path_factory.mktemp('home')
     (home / 'hub').mkdir()
     (home / 'hub' / 'owner_cluster_zoo_main').symlink_to(ROOT, target_is_directory=True)
-    # Where the local store is by default
+    # Where the cache is by default
     published = save_published('coc_tiny', home / 'model_best.pth.tar')
-    import_checkpoint(published, 'coc_tiny.in1k', root=home / 'hub' / 'cluster_zoo')
+    import_checkpoint(published, home / 'hub' / 'cluster_zoo' / 'coc_tiny.in1k')
+    import_checkpoint(published, home / 'own')
     run = subprocess.run(
         [sys.executable, '-c', SCRIPT, str(ROOT), 'owner/cluster_zoo:main'],
         cwd=home,
-        env=dict(TORCH_HOME=str(home), OMP_NUM_THREADS='1'),
+        env=dict(TORCH_HOME=str(home), OMP_NUM_THREADS='1', CLUSTER_ZOO_AUTHORS='0'),
         capture_output=True,
         text=True,
     )
@@ -97,5 +99,5 @@ def test_pretrained_and_tag_reach_timm(found):
 
 def test_pretrained_weights_come_from_the_same_sources(found):
     assert found['bundled'] == 10
-    assert found['stored'] == recipe.state_dict('coc_tiny')['norm.weight'].float().tolist()
-    assert 'cluster-zoo fetch coc_small.in1k' in found['nowhere']
+    assert found['stored'] == found['own'] == recipe.state_dict('coc_tiny')['norm.weight'].float().tolist()
+    assert 'cluster-zoo import FILE --as coc_small.in1k' in found['nowhere']

@@ -88,7 +88,7 @@ def test_parameters_fall_into_groups_by_depth(name):
 def test_published_tags(name):
     cfg = get_pretrained_cfg(name)
     assert (cfg.crop_pct, cfg.interpolation, cfg.input_size) == (0.9, 'bicubic', (3, 224, 224))
-    with torch.device('meta'), pytest.raises(RuntimeError, match=f'No weights were found for {name}'):
+    with torch.device('meta'), pytest.raises(RuntimeError, match=f'No pretrained weights for {name}'):
         timm.create_model(name, pretrained=True)
 
 

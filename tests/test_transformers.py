@@ -6,10 +6,9 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from timm.models import save_for_hf
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.store import sha256
+from cluster_zoo.weights.importing import write_folder
 
 transformers = pytest.importorskip('transformers', minversion='5.0', reason='transformers is not installed')
 
@@ -29,13 +28,8 @@ def offline(monkeypatch):
     monkeypatch.setattr(transformers.utils.hub, 'is_offline_mode', lambda: True, raising=False)
 
 
-def _folder(model, path, **model_config):
-    """A model folder, which timm writes; its arguments without the classes, which transformers passes by itself."""
-    save_for_hf(model, path, safe_serialization=True, model_config=model_config)
-    config = json.loads((path / 'config.json').read_text(encoding='utf-8'))
-    config['model_args'].pop('num_classes')
-    config |= dict(sha256=sha256(path / 'model.safetensors'), source=dict(url='https://example.org', member='a.pth'))
-    (path / 'config.json').write_text(json.dumps(config), encoding='utf-8')
+def _folder(model, path, label_names=None):
+    write_folder(model, path, 'a model', dict(file='a.pth'), label_names=label_names)
     return path
 
 

@@ -20,7 +20,7 @@ _SHOWN = 4
 
 def is_archive(path: Path) -> bool:
     """Whether a file is a zip, tar or gzip archive, and no checkpoint itself."""
-    if zipfile.is_zipfile(path):
+    if _is_zip(path):
         with zipfile.ZipFile(path) as archive:
             return not any(PurePosixPath(name).name == 'data.pkl' for name in archive.namelist())
     return _starts_with(path, b'\x1f\x8b') or _is_tar(path)
@@ -30,6 +30,10 @@ def _starts_with(path: Path, magic: bytes, offset: int = 0) -> bool:
     with path.open('rb') as file:
         file.seek(offset)
         return file.read(len(magic)) == magic
+
+
+def _is_zip(path: Path) -> bool:
+    return _starts_with(path, b'PK') and zipfile.is_zipfile(path)  # which takes a tar that ends with a zip for one
 
 
 def _is_tar(path: Path) -> bool:
@@ -51,7 +55,7 @@ def unpack_checkpoint(path: Path, folder: Path) -> Path:
     """
     limit = _MAX_RATIO * path.stat().st_size + _CHUNK
     try:
-        if zipfile.is_zipfile(path):
+        if _is_zip(path):
             with zipfile.ZipFile(path) as archive:
                 name = _only_checkpoint(path, [entry.filename for entry in archive.infolist() if not entry.is_dir()])
                 with archive.open(name) as content:

@@ -52,17 +52,19 @@ def build_model(
     """
     overlay = dict(pretrained_cfg_overlay or {})
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-    foreign = cfg.source in _FOREIGN
+    source = resolve_pretrained_cfg(variant, pretrained_cfg).source
+    foreign = source in _FOREIGN
     folder, stored = None, {}
     if foreign:
         own = get_pretrained_cfg(variant)
         overlay |= dict(classifier=own.classifier, first_conv=own.first_conv, source=None)  # not for a file to say
+        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
         _check_described(variant, pretrained_cfg, kwargs.get('pretrained_model_args'))
-        if pretrained:
-            folder = Path(cfg.file) if cfg.source == 'local-dir' else hub_folder(*_split(cfg.hf_hub_id), cache_dir)
+        if pretrained and not cfg.state_dict:
+            folder = Path(cfg.file) if source == 'local-dir' else hub_folder(*_split(cfg.hf_hub_id), cache_dir)
     elif pretrained and not (cfg.state_dict or cfg.file or cfg.hf_hub_id) and (is_drive(cfg.url) or not cfg.url):
         folder = weights_folder(f'{variant}.{cfg.tag}', cfg.url, cache_dir)
-    if folder is not None and not cfg.state_dict:
+    if folder is not None:
         config, state_dict = open_folder(folder, variant)
         overlay |= dict(state_dict=state_dict)
         stored = {} if foreign else config.get('model_args') or {}
@@ -128,7 +130,7 @@ def weights_folder(name: str, url: str | None, root: str | Path | None = None, *
         name: Architecture and tag.
         url: Where its authors published it; None if they have not.
         root: Folder of the cache.
-        **options: ``member`` and ``force`` of `fetch`, which are about the authors' file.
+        **options: ``member`` and ``force`` of `fetch`. A ``member`` is one of the authors' files.
 
     Raises:
         CheckpointError: None of them has the weights. The message says why, and what to do.
@@ -139,14 +141,16 @@ def weights_folder(name: str, url: str | None, root: str | Path | None = None, *
     try:
         if not options and (found := cache.cached(name, root)):
             return found
+        force = options.get('force', False)
         named = organization()
-        if named and not options:
+        if named and not options.get('member'):
             try:
                 folder = hub_folder(f'{named}/{name}', cache_dir=root)
-                cache.check_digest(f'hub:{named}/{name}', cache.sha256(cache.verified_weights(folder)), root)
-                return folder
             except CheckpointError as error:
                 problems.append(str(error))
+            else:
+                cache.check_digest(f'hub:{named}/{name}', cache.sha256(cache.verified_weights(folder)), root, force)
+                return folder
         if url is None:
             raise CheckpointError('The authors have published none.')
         return fetch(name, url, partial(install, name), root=root, **options)

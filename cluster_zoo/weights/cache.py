@@ -9,6 +9,7 @@ A folder appears in one step, complete or not at all. Its config.json has the SH
 with it whenever they are read. Reading writes nothing.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -17,14 +18,13 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from filelock import SoftFileLease, Timeout
 from safetensors import SafetensorError
 
-from .errors import CheckpointError
+from .errors import CheckpointError, one_line
 
 __all__ = ['cached', 'check_digest', 'entry', 'exclusive', 'home', 'new_folder', 'say', 'sha256', 'verified_weights']
 
@@ -72,10 +72,13 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     fresh, former = path.with_name(f'.new-{path.name}'), _former(path)
     try:
+        if path.is_file():
+            raise FileExistsError(errno.EEXIST, 'it is a file')
         shutil.rmtree(fresh, ignore_errors=True)  # of a process that was killed
         fresh.mkdir(parents=True)
         yield fresh
         for file in fresh.iterdir():
+            file.chmod(fresh.stat().st_mode & 0o666)  # safetensors writes for the user alone
             with file.open('rb') as written:
                 os.fsync(written.fileno())
         if path.exists():
@@ -84,12 +87,16 @@ def new_folder(path: Path) -> Iterator[Path]:
         fresh.rename(path)
         shutil.rmtree(former, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, 'strerror', None) or error
-        raise CheckpointError(
-            f"'{path}' cannot be written ({reason}). CLUSTER_ZOO_HOME names another folder for the cache."
-        ) from error
+        raise unwritable(path, error) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def unwritable(path: Path, error: Exception) -> CheckpointError:
+    """The error where a file or a folder of the cache cannot be written."""
+    reason = getattr(error, 'strerror', None) or one_line(error)
+    hint = ' CLUSTER_ZOO_HOME names another folder for the cache.' if path.is_relative_to(home()) else ''
+    return CheckpointError(f"'{path}' cannot be written ({reason}).{hint}")
 
 
 @contextmanager
@@ -102,26 +109,30 @@ def exclusive(name: str, root: str | Path | None = None) -> Iterator[None]:
     Raises:
         CheckpointError: The cache cannot be written to, or the process that this one has waited for has failed.
     """
+    from filelock import SoftFileLease, Timeout  # of filelock 3.30: torch alone brings an older one
+
     folder = entry(name, root).parent / '.locks'
-    lease, failure, began = SoftFileLease(folder / f'{name}.lease'), folder / f'{name}.failed', time.time()
+    lease, failure = SoftFileLease(folder / f'{name}.lease'), folder / f'{name}.failed'
+    began, waited = time.time(), False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             lease.acquire(blocking=False)
         except Timeout:
+            waited = True
             say(f'{name}: waiting for another process that is getting it')
             lease.acquire(poll_interval=0.1)
     except OSError as error:
-        raise CheckpointError(
-            f"The cache '{folder.parent}' cannot be written ({error.strerror}). CLUSTER_ZOO_HOME names another folder."
-        ) from error
+        raise unwritable(folder.parent, error) from error
     try:
-        if failure.is_file() and failure.stat().st_mtime >= began:  # while this process waited
+        if waited and failure.is_file() and failure.stat().st_mtime >= began:
             raise CheckpointError(failure.read_text(encoding='utf-8'))
-        yield
-    except CheckpointError as error:
-        failure.write_text(str(error), encoding='utf-8')
-        raise
+        try:
+            yield
+        except CheckpointError as error:
+            with suppress(OSError):
+                failure.write_text(str(error), encoding='utf-8')
+            raise
     finally:
         lease.release()
 
@@ -136,13 +147,16 @@ def verified_weights(folder: Path) -> Path:
     file = next((file for file in files if file.is_file()), None)
     if file is None:
         raise CheckpointError(f"'{folder}' holds no weights: no {WEIGHTS}.")
-    config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-    # transformers copies the entry to weights that it has trained further
-    expected = None if 'transformers_version' in config else config.get('sha256')
+    try:
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        # transformers copies the entry to weights that it has trained further
+        expected = None if 'transformers_version' in config else config.get('sha256')
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"'{folder / 'config.json'}' is damaged ({one_line(error)}).") from error
     if expected and file.name == WEIGHTS and (found := sha256(file)) != expected:
         raise CheckpointError(
-            f"'{file}' is damaged or was changed: its SHA-256 is {found}, and {expected} in config.json. Get it again; "
-            f'for a release, cluster-zoo fetch {folder.name} --force.'
+            f"'{file.resolve()}' is damaged or was changed: its SHA-256 is {found}, and {expected} in config.json. "
+            'Remove it and get it again.'
         )
     return file
 
@@ -185,7 +199,11 @@ def check_digest(source: str, digest: str, root: str | Path | None = None, force
             raise CheckpointError(f'{changed}. If you know why, accept it with cluster-zoo fetch NAME --force.')
         say(changed)
     if known != digest:
-        path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f'.sha256-{os.getpid()}.json')
-        scratch.write_text(json.dumps(records | {source: digest}, indent=2, sort_keys=True) + '\n', encoding='utf-8')
-        scratch.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = json.dumps(records | {source: digest}, indent=2, sort_keys=True) + '\n'
+            scratch.write_text(content, encoding='utf-8')
+            scratch.replace(path)
+        except OSError as error:
+            raise unwritable(path, error) from error

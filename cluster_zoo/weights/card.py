@@ -6,11 +6,11 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from .tags import Release, label_names
+from .tags import label_names, release
 
 __all__ = ['model_card']
 
-_DATASETS = {'ImageNet-1k': 'imagenet-1k', 'CIFAR-10': 'cifar10'}  # as the Hub calls them
+_DATASETS = {'ImageNet-1k': ['imagenet-1k'], 'CIFAR-10': ['cifar10']}  # as the Hub calls them
 _LICENSES = ('apache-2.0', 'mit', 'bsd-3-clause', 'cc0-1.0', 'cc-by-4.0', 'cc-by-nc-4.0', 'gpl-3.0')  # as the Hub does
 _SHOWN = 20  # classes that are named
 
@@ -45,59 +45,54 @@ Classes by their index: {classes}
 ## Origin
 
 {origin}
+- SHA-256 of model.safetensors: {sha256}
 
 Licence of the weights: {license}.
-"""
+{citation}"""
 
 
-def model_card(config: dict[str, Any], release: Release, title: str, load: str) -> str:
+def model_card(config: dict[str, Any], title: str) -> str:
     """A model card in Markdown, with the YAML front matter that the Hub reads.
 
     Args:
         config: The folder's ``config.json``. Its text may come from elsewhere, and adds no markup.
-        release: What is known of the weights.
         title: Heading.
-        load: Name for ``timm.create_model``.
     """
-    cfg = config['pretrained_cfg']
-    license_name = str(cfg.get('license') or 'unknown')
-    known = license_name in (*_LICENSES, 'unknown')
+    cfg, name = config['pretrained_cfg'], config['architecture']
+    known = release(f'{name}.{cfg["tag"]}' if cfg.get('tag') else name)
+    stated = str(cfg.get('license') or 'unknown')
+    common = stated in (*_LICENSES, 'unknown')
     data = ModelCardData(
-        license=license_name if known else 'other',
-        license_name=None if known else _text(license_name),
+        license=stated if common else 'other',
+        license_name=None if common else _text(stated),
         library_name='timm',
         pipeline_tag='image-classification' if config.get('num_classes') else 'image-feature-extraction',
         tags=['timm', 'cluster_zoo'],
-        datasets=[_DATASETS[release.data]] if release.data in _DATASETS else None,
+        datasets=_DATASETS.get(known.data),
     )
-    results = [f'- {release.published_top1} % top-1 on ImageNet-1k, as published by the authors']
-    results = results if release.published_top1 is not None else []
-    results += [
-        f'- {one["top1"]:.2f} % top-1 on {one["images"]}, measured with cluster_zoo by `{one["command"]}` on '
-        f'{one["machine"]}, {one["date"]}'
-        for one in release.measured
-    ]
-    origin = [f'- {_text(key)}: {_text(value)}' for key, value in (config.get('source') or {}).items() if value]
-    names = label_names({**cfg, **{key: config[key] for key in ('num_classes', 'label_names') if config.get(key)}})
-    shown = ', '.join(map(_text, (names or [])[:_SHOWN]))
-    card = _CARD.format(
+    published = [f'- {known.published_top1} % top-1 on ImageNet-1k, as published by the authors']
+    measured = '- {top1:.2f} % top-1 on {images}, measured with cluster_zoo by `{command}` on {machine}, {date}'
+    results = published * bool(known.published_top1) + [measured.format(**one) for one in known.measured]
+    labels = label_names(cfg | {key: config[key] for key in ('num_classes', 'label_names') if config.get(key)}) or []
+    return _CARD.format(
         data=data.to_yaml(),
         title=_text(title),
-        architecture=_text(config['architecture']),
+        architecture=name,
         num_classes=config.get('num_classes'),
-        trained_on=_text(release.data or 'data that is not known'),
+        trained_on=known.data or 'data that is not known',
         paper=_text(' '.join(str(cfg[key]) for key in ('paper_name', 'paper_ids') if cfg.get(key))),
-        load=_text(load),
+        load=f'{name}.{cfg["tag"]}' if cfg.get('tag') else 'local-dir:FOLDER',
         results='\n'.join(results) or 'No figure is known for these weights.',
-        classes=f'{shown or "not known"}{", ..." if names and len(names) > _SHOWN else ""}',
-        origin='\n'.join([*origin, f'- SHA-256 of model.safetensors: {config["sha256"]}']),
-        license=_text(license_name),
+        classes=(', '.join(map(_text, labels[:_SHOWN])) or 'not known') + ', ...' * (len(labels) > _SHOWN),
+        origin='\n'.join(f'- {_text(key)}: {_text(value)}' for key, value in config['source'].items() if value),
+        sha256=config['sha256'],
+        license=_text(stated),
+        citation=f'\n## Citation\n\n```bibtex\n{known.citation}\n```\n' if known.citation else '',
         **{key: _text(cfg.get(key)) for key in ('input_size', 'crop_pct', 'interpolation', 'mean', 'std')},
     )
-    return card + (f'\n## Citation\n\n```bibtex\n{release.citation}\n```\n' if release.citation else '')
 
 
 def _text(value: Any) -> str:
     """Text of a configuration on one line, with all that Markdown or HTML would take for markup escaped."""
     line = ' '.join(''.join(c if c.isprintable() else ' ' for c in str(value)).split())
-    return re.sub(r'([\\`*\[\]#|~$!])', r'\\\1', html.escape(line, quote=False))
+    return re.sub(r'([\\`*_\[\]#|~$!])', r'\\\1', html.escape(line, quote=False))

@@ -184,7 +184,7 @@ def _check(config: Any, architecture: str | None) -> None:
     if not isinstance(arguments, dict):
         raise ValueError(f'its model_args are an object, not {quoted(arguments)}')
     for key, value in arguments.items():
-        if key in _FACTORY or not re.fullmatch(r'[a-z]\w*', key):
+        if key in _FACTORY or not re.fullmatch(r'[a-z]\w*', str(key)):
             raise ValueError(f'model_args.{one_line(key)} is no argument of a model, but of what builds and loads it')
         if not _is_argument(value):
             raise ValueError(f'model_args.{key} is no number, no choice and no list of these: {quoted(value)}')

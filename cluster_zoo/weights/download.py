@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
 from urllib.parse import urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import Request, build_opener
 
 import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from . import cache, tags
 from .archives import SUFFIXES
@@ -110,13 +110,13 @@ def check_network(url: str) -> None:
 
     def ask() -> None:
         try:
-            urlopen(Request(url, method='HEAD'), timeout=5).close()
+            build_opener().open(Request(url, method='HEAD'), timeout=5).close()  # with the proxies of now
             outcome[0] = None
-        except OSError as error:
+        except TimeoutError as error:
+            outcome[0] = error
+        except Exception as error:
             unreachable = type(error) is URLError and not isinstance(error.reason, ssl.SSLError)
             outcome[0] = error.reason if unreachable else None
-            if isinstance(error, TimeoutError):
-                outcome[0] = error
 
     thread = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit of its own
     thread.start()
@@ -152,15 +152,22 @@ def _choose(name: str, url: str, member: str | None) -> tuple[str, str]:
 
 def _matching(name: str, paths: list[str]) -> list[str]:
     """The paths of a folder that can be the file of a name; one, if their words decide it."""
-    own, segmenter = _models(name), '.' not in name
-    others = _DETECTION | (set() if segmenter else _SEGMENTATION) | (_SMALL_DATA - _words(name))
+    models = {frozenset(model.split('_')) - {'dnc'} for model in tags.our_models()}
+
+    def named(path: str) -> set[frozenset[str]]:  # where one name is part of another, the longer one is meant
+        found = {model for model in models if model <= _words(path)}
+        return {model for model in found if not any(model < other for other in found)}
+
+    own, segmenter = named(name), '.' not in name
+    others = {word for model in models for word in model if not word.isdigit()} | _SMALL_DATA
+    others = others - _words(name) | _DETECTION | (set() if segmenter else _SEGMENTATION)
     found = [
         path
         for path in paths
-        if path.lower().endswith(SUFFIXES) and not _words(path) & others and _models(path) in (own, set())
+        if path.lower().endswith(SUFFIXES) and not _words(path) & others and named(path) in (own, set())
     ]
     for keep in (
-        lambda path: _models(path) == own,
+        lambda path: named(path) == own,
         lambda path: name.partition('.')[0].split('_')[-1] in _words(path),
         lambda path: bool(_words(path) & _SEGMENTATION) == segmenter,
         lambda path: 'best' in _words(path),
@@ -171,25 +178,17 @@ def _matching(name: str, paths: list[str]) -> list[str]:
 
 
 def _words(path: str) -> set[str]:
-    return set(re.split(r'[^a-z0-9]+', path.lower()))
-
-
-def _models(path: str) -> set[frozenset[str]]:
-    """The models that a path names, as their words. Where one name is part of another, the longer one is meant."""
-    words = _words(path)
-    names = {frozenset(name.split('_')) - {'dnc'} for name in tags.our_models()}
-    found = {name for name in names if name <= words}
-    return {name for name in found if not any(name < other for other in found)}
+    return set(re.split(r'[^a-z0-9]+', path.lower().replace('cifar1', 'cifar cifar1')))  # ..., as models are called
 
 
 def _download(file_id: str, path: str, folder: Path) -> Path:
     """Download a file of Google Drive to a name that the server has no part in; resume what was interrupted."""
     import gdown
 
-    folder.mkdir(parents=True, exist_ok=True)
     output = folder / re.sub(r'[^\w-]', '', file_id)
     left = [*folder.glob(f'{output.name}*.part')]
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         gdown.download(
             id=file_id,
             output=str(output),
@@ -200,6 +199,8 @@ def _download(file_id: str, path: str, folder: Path) -> Path:
             retries=_RETRIES,
         )
     except Exception as error:  # of gdown, of requests, and of pages that gdown cannot read
+        if isinstance(error, OSError) and error.errno:  # which errors of requests do not have
+            raise cache.unwritable(folder, error) from error
         if not (left and 'byte range' in str(error)):
             raise CheckpointError(
                 f"'{path or file_id}' cannot be downloaded from Google Drive: {one_line(error)}"
@@ -243,10 +244,11 @@ def hub_folder(repo_id: str, revision: str | None = None, cache_dir: str | Path 
             check_network(huggingface_hub.constants.ENDPOINT)
         except CheckpointError as error:
             reason = error  # what was downloaded before is used
+    local = _offline() or reason is not None
 
     def get(filename: str, revision: str | None) -> Path:
         path = huggingface_hub.hf_hub_download(
-            repo_id, filename, revision=revision, cache_dir=cache_dir, local_files_only=reason is not None
+            repo_id, filename, revision=revision, cache_dir=cache_dir, local_files_only=local
         )
         return Path(path)
 
@@ -254,7 +256,9 @@ def hub_folder(repo_id: str, revision: str | None = None, cache_dir: str | Path 
         folder = get(CONFIG, revision).parent
         try:
             get(WEIGHTS, folder.name)
-        except EntryNotFoundError:
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError) and not local:
+                raise  # trouble with these weights, in the place of which no others are taken
             get('pytorch_model.bin', folder.name)
     except Exception as error:  # of the client, or of the HTTP library under it
         said = one_line(reason or error.__cause__ or error)

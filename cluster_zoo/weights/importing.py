@@ -17,17 +17,20 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..options import nearest
 from . import cache, names, tags
 from .archives import is_archive, unpack_checkpoint
 from .build import load_model
 from .card import model_card
 from .configs import CONFIG, check_config, check_size
-from .errors import CheckpointError
-from .reading import load_weights, read_checkpoint, state_dict_of
+from .errors import CheckpointError, one_line
+from .reading import is_averaged, load_weights, read_checkpoint, state_dict_of
 
 __all__ = ['import_checkpoint', 'install', 'write_folder']
 
-_DATA = ('input_size', 'img_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+_DATA = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+# What timm's configuration of an architecture says of its own weights does not hold for others
+_OF_WEIGHTS = ('tag', 'url', 'file', 'hf_hub_id', 'license', 'origin_url', 'label_names', 'description')
 
 
 def import_checkpoint(
@@ -56,41 +59,39 @@ def import_checkpoint(
         CheckpointError: The file cannot be read, is refused, does not fit or says that it is of another model, or the
             model gives results that are not finite. Nothing is written then.
     """
-    path, folder = Path(path), Path(folder)
-    checkpoint = _read(path)
-    state_dict = state_dict_of(checkpoint, path, use_ema)
-    saved = checkpoint if isinstance(checkpoint, dict) else {}
-    options = _options(saved)
-    model_name = model_name or _architecture(saved) or ''
-    if not timm.is_model(model_name):
+    path, folder = Path(path), Path(folder).absolute()
+    saved, state_dict, weights = _read(path, use_ema)
+    options, found = _options(saved), saved.get('data_config')
+    model_name = model_name or _architecture(saved)
+    if not (model_name and timm.is_model(model_name)):
         what = f'There is no model {model_name!r}' if model_name else f"'{path}' does not name its architecture"
-        raise CheckpointError(f'{what}: give --model NAME, one of {", ".join(tags.our_models()[:4])}, ...')
+        hint = nearest(model_name or '', timm.list_models()) or f', such as {", ".join(tags.our_models()[:4])}'
+        raise CheckpointError(f'{what}: give --model NAME{hint}.')
     _check_architecture(saved, model_name, path)
+    # What a file says of its model and images is as little to be trusted as what a configuration says
     extra = options.get('model_kwargs')
-    arguments = dict(extra if isinstance(extra, dict) else {}, num_classes=options.get('num_classes'))
-    arguments |= dict(in_chans=options.get('in_chans'), global_pool=options.get('gp'))
+    arguments = dict(num_classes=options.get('num_classes'), in_chans=options.get('in_chans'))
+    arguments |= dict(global_pool=options.get('gp')) | (extra if isinstance(extra, dict) else {})
     arguments |= names.context_cluster_args(state_dict) | (model_args or {})
     arguments = {key: value for key, value in arguments.items() if value is not None}
-    data = _data_config(saved, data_config or {})
+    data = _data_config(found if isinstance(found, dict) else options, arguments)
+    data |= _data_config(data_config or {}, arguments)
     labels = label_names or saved.get('label_names')
-    # What a file says of its model and images is as little to be trusted as what a configuration says.
-    described = {key: value for key, value in data.items() if key != 'img_size'}
-    config = dict(architecture=model_name, pretrained_cfg=described, model_args=arguments)
-    check_config(config | (dict(label_names=list(labels)) if labels else {}), f"'{path}'")
-    # What timm's configuration of the architecture says of its own weights does not hold for these.
-    overlay = dict.fromkeys(
-        ('tag', 'url', 'file', 'hf_hub_id', 'license', 'origin_url', 'label_names', 'description', 'label_offset')
-    )
-    build = partial(timm.create_model, model_name, pretrained_cfg_overlay=overlay | dict(label_offset=0), **arguments)
+    config = dict(architecture=model_name, pretrained_cfg=data, model_args=arguments, label_names=labels)
+    check_config(config, f"'{path}'")
+    overlay = dict.fromkeys(_OF_WEIGHTS) | dict(label_offset=0)
+    build = partial(timm.create_model, model_name, pretrained_cfg_overlay=overlay, **arguments)
     check_size(build, state_dict, f"'{path}'")
     model = build()
-    if label_names and len(label_names) != model.num_classes:
-        raise CheckpointError(f'There are {len(label_names)} label names for {model.num_classes} classes.')
-    labels = dict(label_names=list(labels)) if labels and len(labels) == model.num_classes else {}
-    averaged = use_ema and any(key.endswith('ema') for key in saved)
-    source = dict(file=path.name, sha256=cache.sha256(path), weights='averaged' if averaged else 'not averaged')
+    labels = list(labels.values() if isinstance(labels, dict) else labels or ())
+    if label_names and len(labels) != model.num_classes:
+        raise CheckpointError(f'There are {len(labels)} label names for {model.num_classes} classes.')
+    load_weights(model, state_dict)
+    logits = _run(model, data)
+    source = dict(file=one_line(path.name), sha256=cache.sha256(path), weights=weights)
     with cache.new_folder(folder) as fresh:
-        _convert(model, state_dict, fresh, folder.name, source, data, labels)
+        write_folder(model, fresh, folder.name, source, data, labels if len(labels) == model.num_classes else None)
+        _compare(fresh, logits)
 
 
 def install(name: str, path: Path, folder: Path, source: dict[str, str]) -> None:
@@ -105,44 +106,44 @@ def install(name: str, path: Path, folder: Path, source: dict[str, str]) -> None
     Raises:
         CheckpointError: See `import_checkpoint`.
     """
-    checkpoint = _read(path)
-    state_dict = state_dict_of(checkpoint, path)
-    _check_architecture(checkpoint if isinstance(checkpoint, dict) else {}, name.partition('.')[0], path)
+    saved, state_dict, weights = _read(path)
+    _check_architecture(saved, name, path)
     model = timm.create_model(name, **names.context_cluster_args(state_dict))
-    _convert(model, state_dict, folder, name, source)
-
-
-def _read(path: Path) -> Any:
-    if not (path.is_file() and is_archive(path)):
-        return read_checkpoint(path)
-    with tempfile.TemporaryDirectory() as scratch:
-        return read_checkpoint(unpack_checkpoint(path, Path(scratch)))
-
-
-def _convert(
-    model: nn.Module,
-    state_dict: dict[str, Tensor],
-    folder: Path,
-    name: str,
-    source: dict[str, str],
-    data: dict[str, Any] | None = None,
-    labels: dict[str, Any] | None = None,
-) -> None:
-    """Load the weights, write the folder, and compare the model with what the folder gives."""
     load_weights(model, state_dict)
-    logits = _run(model, data)
-    if not bool(logits.isfinite().all()):
-        raise CheckpointError('The model gives NaN or infinity with these weights.')
-    write_folder(model, folder, name, source, data, labels)
-    if not torch.equal(_run(load_model(f'local-dir:{folder}'), data), logits):
-        raise CheckpointError(f'{name} gives other results from the converted file than before it was written.')
+    logits = _run(model)
+    write_folder(model, folder, name, source | dict(weights=weights))
+    _compare(folder, logits)
+
+
+def _read(path: Path, use_ema: bool = False) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """What a file holds if that is a dict, its weights, and which of them these are."""
+    with tempfile.TemporaryDirectory() as scratch:
+        packed = path.is_file() and is_archive(path)
+        file = unpack_checkpoint(path, Path(scratch)) if packed else path
+        try:
+            checkpoint = read_checkpoint(file)
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(str(file), str(path))) from error
+    weights = 'averaged' if is_averaged(checkpoint, use_ema) else 'not averaged'
+    return checkpoint if isinstance(checkpoint, dict) else {}, state_dict_of(checkpoint, path, use_ema), weights
 
 
 @torch.inference_mode()
-def _run(model: nn.Module, data: dict[str, Any] | None) -> Tensor:
+def _run(model: nn.Module, data: dict[str, Any] | None = None) -> Tensor:
     """Logits of two images of noise, of the size that the model is meant for."""
-    size = timm.data.resolve_data_config(data or {}, model=model)['input_size']
-    return model.eval()(torch.rand(2, *size, generator=torch.Generator().manual_seed(0)))
+    try:
+        size = timm.data.resolve_input_data_config(model, data)['input_size']
+        logits = model.eval()(torch.rand(2, *size, generator=torch.Generator().manual_seed(0)))
+    except Exception as error:  # a model can fail anywhere for images that make no sense
+        raise CheckpointError(f'The model does not take such images: {one_line(error)}') from error
+    if not bool(logits.isfinite().all()):
+        raise CheckpointError('The model gives NaN or infinity with these weights.')
+    return logits
+
+
+def _compare(folder: Path, logits: Tensor) -> None:
+    if not torch.equal(_run(load_model(f'local-dir:{folder}')), logits):
+        raise CheckpointError('The model gives other results from the converted file than before it was written.')
 
 
 def _options(saved: dict[str, Any]) -> dict[str, Any]:
@@ -153,57 +154,48 @@ def _options(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _architecture(saved: dict[str, Any]) -> str | None:
-    """The model of this package that a file says it is of."""
-    for said in (saved.get('arch'), _options(saved).get('model')):
-        if isinstance(said, str) and timm.is_model(said.partition('.')[0]):
-            return said.partition('.')[0]
-    return None
+    """The model that a file says it is of."""
+    said = (saved.get('arch'), _options(saved).get('model'))
+    return next((name.partition('.')[0] for name in said if isinstance(name, str) and timm.is_model(name)), None)
 
 
-def _check_architecture(saved: dict[str, Any], expected: str, path: Path) -> None:
+def _check_architecture(saved: dict[str, Any], name: str, path: Path) -> None:
     """The weights of one model may fit another, and mean nothing there."""
-    found = _architecture(saved)
+    found, expected = _architecture(saved), name.partition('.')[0]
     if found not in (None, expected) and tags.is_ours(found):
         raise CheckpointError(f"'{path}' was refused: it says that it is of {found}, which is not {expected}.")
 
 
-def _data_config(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """What this package's script has resolved, or else the options that timm's would have, under what is given."""
-    found = saved.get('data_config')
-    found = found if isinstance(found, dict) else _options(saved)
-    size = {'img_size', 'input_size'}
-    replaced = size if size & given.keys() else set()  # two ways to say the same
-    data = {key: found[key] for key in _DATA if found.get(key) and key not in replaced} | given
-    if isinstance(side := data.get('img_size'), int):
-        data['input_size'] = (data.get('input_size') or (3,))[:1] + (side, side)
+def _data_config(said: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """What options or a configuration say of images, in the terms of timm's configurations."""
+    data = {key: said[key] for key in _DATA if isinstance(said.get(key), (int, float, str, list, tuple)) and said[key]}
+    if isinstance(side := said.get('img_size'), int):
+        data.setdefault('input_size', (arguments.get('in_chans', 3), side, side))
     return data
 
 
 def write_folder(
     model: nn.Module,
     folder: Path,
-    name: str,
+    title: str,
     source: dict[str, str],
     data_config: dict[str, Any] | None = None,
-    labels: dict[str, Any] | None = None,
+    label_names: list[str] | None = None,
 ) -> None:
     """Write a model as a model folder.
 
     Args:
         model: A model of timm's factory.
         folder: Where to.
-        name: Its title; what is known of a release of this name is on the card.
+        title: Of the model card.
         source: Where the weights come from, for the record.
         data_config: See `import_checkpoint`.
-        labels: ``label_names`` and ``label_descriptions`` as timm's hub layout has them.
+        label_names: Likewise; by default those of the model's configuration.
     """
+    labels = dict(label_names=label_names or tags.label_names(model.pretrained_cfg))
     timm.models.save_for_hf(model, folder, safe_serialization=True, data_config=data_config, model_config=labels)
     config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
     config.get('model_args', {}).pop('num_classes', None)  # stands beside it; transformers would pass it twice
     config |= dict(sha256=cache.sha256(folder / cache.WEIGHTS), source=source)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-    known = name in tags.our_tags()
-    card = model_card(
-        config, tags.release(name if known else config['architecture']), name, name if known else 'local-dir:FOLDER'
-    )
-    (folder / 'README.md').write_text(card, encoding='utf-8')
+    (folder / 'README.md').write_text(model_card(config, title), encoding='utf-8')

@@ -21,7 +21,15 @@ from torch import Tensor
 from .errors import CheckpointError, one_line, quoted
 from .scan import check_checksums, check_file, check_tensors
 
-__all__ = ['check_fit', 'load_checkpoint', 'load_state_dict', 'load_weights', 'read_checkpoint', 'state_dict_of']
+__all__ = [
+    'check_fit',
+    'is_averaged',
+    'load_checkpoint',
+    'load_state_dict',
+    'load_weights',
+    'read_checkpoint',
+    'state_dict_of',
+]
 
 # Where training scripts keep the weights, and their average. timm's names come first.
 _KEYS = ('state_dict', 'model', 'model_state', 'model_state_dict', 'net', 'network', 'params', 'weights', 'module')
@@ -167,11 +175,7 @@ def state_dict_of(checkpoint: Any, path: str | Path, use_ema: bool = False) -> d
         path: The file, for messages.
         use_ema: Prefer the averaged weights where there are both.
     """
-    keys = (*_EMA_KEYS, *_KEYS) if use_ema else (*_KEYS, *_EMA_KEYS)
-    entries = dict.copy(checkpoint) if isinstance(checkpoint, dict) else {}
-    for _ in range(3):  # one may lie in another, as in a checkpoint of a whole task
-        inner = next((entries[key] for key in keys if isinstance(entries.get(key), dict) and entries[key]), entries)
-        entries = dict.copy(inner)
+    _, entries = _innermost(checkpoint, use_ema)
     if not entries:
         what = 'nothing' if isinstance(checkpoint, dict) else f'a {type(checkpoint).__name__}'
         raise CheckpointError(f"'{path}' holds no weights: expected tensors by name, found {what}.")
@@ -180,12 +184,27 @@ def state_dict_of(checkpoint: Any, path: str | Path, use_ema: bool = False) -> d
         named = ', '.join(others[:_SHOWN]) + (', ...' if len(others) > _SHOWN else '')
         raise CheckpointError(
             f"'{path}' holds no weights that can be told: {named} are not tensors, and there is none of the usual "
-            f'entries ({", ".join(keys[:4])}, ...). Save the state_dict alone.'
+            f'entries ({", ".join(_KEYS[:4])}, ...). Save the state_dict alone.'
         )
     entries = {name: value for name, value in entries.items() if not _NO_WEIGHTS.search(name)}
     while prefix := next((p for p in _PREFIXES if entries and all(name.startswith(p) for name in entries)), None):
         entries = {name.removeprefix(prefix): value for name, value in entries.items()}
     return entries
+
+
+def is_averaged(checkpoint: Any, use_ema: bool = False) -> bool:
+    """Whether `state_dict_of` takes averaged weights."""
+    return not set(_EMA_KEYS).isdisjoint(_innermost(checkpoint, use_ema)[0])
+
+
+def _innermost(checkpoint: Any, use_ema: bool) -> tuple[list[str], dict]:
+    """The entry with the weights, which may lie in another as in a checkpoint of a whole task, and the keys to it."""
+    order = (*_EMA_KEYS, *_KEYS) if use_ema else (*_KEYS, *_EMA_KEYS)
+    path, entries = [], dict.copy(checkpoint) if isinstance(checkpoint, dict) else {}
+    while len(path) < 3 and (found := [key for key in order if isinstance(entries.get(key), dict) and entries[key]]):
+        path.append(found[0])
+        entries = dict.copy(entries[found[0]])
+    return path, entries
 
 
 def check_fit(

@@ -46,7 +46,11 @@ def check_file(path: Path) -> None:
         if file.read(4) == b'PK\3\4':
             # With PyTorch's own reader, because other readers may find other entries in the same file.
             reader = torch._C.PyTorchFileReader(str(path))
-            size = sum(reader.get_record_size(name) for name in reader.get_all_records())
+            if hasattr(reader, 'get_record_size'):  # PyTorch 2.11 lacks it
+                size = sum(reader.get_record_size(name) for name in reader.get_all_records())
+            else:
+                with zipfile.ZipFile(path) as archive:
+                    size = sum(entry.file_size for entry in archive.infolist())
             if size > path.stat().st_size:
                 raise CheckpointError(
                     f"'{path}' was refused: its entries are compressed or overlap, and take {size} bytes. torch.save "
