@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import struct
+import tarfile
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster_zoo.untrusted import CheckpointError
+from cluster_zoo.weights import CheckpointError
 
 REBUILD = torch._utils._rebuild_tensor_v2
 
@@ -39,19 +40,15 @@ class _Pickler(pickle.Pickler):
         return value.words if isinstance(value, Reference) else None
 
 
-def pickled(value: Any) -> bytes:
+def pickled(value: Any, protocol: int = 2) -> bytes:
     content = io.BytesIO()
-    _Pickler(content, 2).dump(value)
+    _Pickler(content, protocol).dump(value)
     return content.getvalue()
 
 
-def storage(numel: Any = 4, key: Any = '0', kind: Any = torch.FloatStorage, location: Any = 'cpu') -> Reference:
-    return Reference('storage', kind, key, location, numel)
-
-
-def tensor(numel: int, size: Any, stride: Any, offset: Any = 0, hooks: Any = None, **kwargs: Any) -> Call:
-    hooks = OrderedDict() if hooks is None else hooks
-    return Call(REBUILD, storage(numel, **kwargs), offset, size, stride, False, hooks)
+def tensor(numel: Any, size: Any, stride: Any, offset: Any = 0, key: Any = '0', kind: Any = torch.FloatStorage) -> Call:
+    storage = Reference('storage', kind, key, 'cpu', numel)
+    return Call(REBUILD, storage, offset, size, stride, False, OrderedDict())
 
 
 def write_checkpoint(path: Path, program: bytes, compression: int = zipfile.ZIP_STORED, **entries: bytes) -> Path:
@@ -65,12 +62,11 @@ def write_checkpoint(path: Path, program: bytes, compression: int = zipfile.ZIP_
     return path
 
 
-def write_legacy(path: Path, value: Any, keys: Any, content: bytes) -> Path:
-    """A file as ``torch.save`` wrote it before PyTorch 1.6."""
+def write_legacy(path: Path, value: Any, keys: Any = (), content: bytes = b'') -> Path:
+    """A file as ``torch.save`` wrote it before PyTorch 1.6. The value may be a pickle."""
     head = (0x1950A86A20F9469CFC6C, 1001, dict(protocol_version=1001, little_endian=True))
-    path.write_bytes(
-        b''.join(pickle.dumps(part, 2) for part in head) + pickled(value) + pickle.dumps(keys, 2) + content
-    )
+    program = value if isinstance(value, bytes) else pickled(value)
+    path.write_bytes(b''.join(pickle.dumps(part, 2) for part in head) + program + pickle.dumps(keys, 2) + content)
     return path
 
 
@@ -79,9 +75,25 @@ def legacy_tensor(numel: Any, size: Any, key: str = '0', view: Any = None) -> Ca
     return Call(REBUILD, reference, 0, size, (1,), False, OrderedDict())
 
 
+def write_zip(path: Path, entries: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, 'w', compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return path
+
+
+def write_tar(path: Path, entries: dict[str, bytes], mode: str = 'w') -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, content in entries.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.type = len(content), tarfile.DIRTYPE if name.endswith('/') else tarfile.REGTYPE
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
 def edit_zip(path: Path, name: str, **fields: int) -> Path:
-    """Changes what a zip's directory says about an entry: ``offset``, ``size``, ``packed``, ``flags``."""
-    places = dict(flags=(8, 'H'), packed=(20, 'I'), size=(24, 'I'), offset=(42, 'I'))
+    """Changes what a zip's directory says about an entry: ``offset``, ``size``, ``packed``, ``crc``, ``flags``."""
+    places = dict(flags=(8, 'H'), crc=(16, 'I'), packed=(20, 'I'), size=(24, 'I'), offset=(42, 'I'))
     content = bytearray(path.read_bytes())
     start = content.rindex(b'PK\1\2', 0, content.rindex(name.encode()))
     for field, value in fields.items():
@@ -97,10 +109,10 @@ def write_safetensors(path: Path, header: Any, content: bytes = b'', length: int
     return path
 
 
-def refusal(action, *args):
+def refusal(action, *args, **kwargs):
     """The message of the one error that `action` has to end in: one line that a terminal shows as it is."""
     with pytest.raises(CheckpointError) as error:
-        action(*args)
+        action(*args, **kwargs)
     text = str(error.value)
     assert text.isprintable()
     assert len(text) < 1000

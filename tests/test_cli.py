@@ -74,7 +74,7 @@ def test_the_exit_status_is_documented(capsys):
         (['list', '--jsn'], r'unknown argument --jsn \(did you mean --json\?\)'),
         (['predict', 'cat.jpg', '--modle=x'], r'unknown argument --modle=x \(did you mean --model\?\)'),
         (['info', 'coc_small', 'coc_tiny'], 'unknown argument coc_tiny'),
-        (['fetch', 'coc_small', '--forc'], r'unknown argument --forc \(did you mean --force'),  # there are no abbreviations
+        (['fetch', 'coc_small', '--forc'], r'--forc \(did you mean --force'),  # there are no abbreviations
         (['demo', '--output', 'nowhere/at/all.png'], 'there is no folder'),
         (['demo', '--output', 'picture.txt'], r'picture\.txt names no picture format'),
         (['demo', '--output', '.png/'], 'names no picture format'),

@@ -4,19 +4,20 @@ import json
 import os
 import re
 import socket
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import timm
 import torch
-from drive_server import DriveServer
 from hub_server import GUEST, OWNER, HubServer
 from huggingface_hub import constants
 from parity_cases import recipe
 from PIL import Image
 
 from cluster_zoo import cli
+from cluster_zoo.cli import weights
 from cluster_zoo.weights import cache, tags
 from cluster_zoo.weights.importing import import_checkpoint, install
 
@@ -50,27 +51,20 @@ def no_network(monkeypatch):
 def zoo(capsys):
     """A function that runs the command, and returns what it prints, from JSON where that is asked for."""
 
-    def run(*arguments):
+    def run(*arguments, status=0):
         capsys.readouterr()
-        assert cli.main([*map(str, arguments)]) == 0
-        out = capsys.readouterr().out
-        return json.loads(out) if '--json' in arguments else out
+        assert cli.main([*map(str, arguments)]) == status
+        out, err = capsys.readouterr()
+        assert status == 0 or (out == '' and re.fullmatch(r'error: .*\n', err))
+        return err if status else json.loads(out) if '--json' in arguments else out
 
     return run
 
 
 @pytest.fixture
-def refused(capsys):
+def refused(zoo):
     """A function that runs the command, and returns its error of one line."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        assert cli.main([*map(str, arguments)]) == 2
-        out, err = capsys.readouterr()
-        assert out == '' and re.fullmatch(r'error: .*\n', err)
-        return err
-
-    return run
+    return partial(zoo, status=2)
 
 
 @pytest.fixture(scope='module')
@@ -105,12 +99,12 @@ def test_list_as_text_says_the_same_and_where_weights_are(zoo, home, monkeypatch
     header, *lines = zoo('list', 'coc_t').splitlines()
     assert header.split() == ['name', 'parameters', 'published', 'measured', 'weights']
     for line, row in zip(lines, rows, strict=True):
-        name, millions, _, published, measured, *weights = line.split()
+        name, millions, _, published, measured, *where = line.split()
         assert (name, float(millions)) == (row['name'], round(row['parameters'] / 1e6, 2))
         assert [published, measured] == [
             f'{row[x]:.1f}' if row[x] else '-' for x in ('published_top1', 'measured_top1')
         ]
-        assert ' '.join(weights) == row['weights']
+        assert ' '.join(where) == row['weights']
     where = {row['name']: row['weights'] for row in rows}
     assert where[NAME] == 'in the cache' and where[BUNDLED] == 'in the package'
     assert where['coc_tiny_plain.in1k'] == "the authors' release" and where['coc_tiny2.untrained'] == 'none released'
@@ -118,13 +112,10 @@ def test_list_as_text_says_the_same_and_where_weights_are(zoo, home, monkeypatch
     assert "my-lab on Hugging Face may have them, the authors' release" in zoo('list', 'coc_small')
 
 
-@pytest.mark.parametrize('pattern, expected', [
-    ('fec', ['dnc_fec_base', 'dnc_fec_large', 'dnc_fec_small', 'fec_base', 'fec_large', 'fec_small']),
-    ('fec_*', ['fec_base', 'fec_large', 'fec_small']),
-    ('*_swin_[bs]*', ['dnc_swin_base', 'dnc_swin_small']),
-])  # fmt: skip
-def test_patterns(pattern, expected, zoo):
-    assert [row['name'].partition('.')[0] for row in zoo('list', pattern, '--json')] == expected
+def test_patterns(zoo):
+    swin, fec = ['dnc_swin_base', 'dnc_swin_small'], ['fec_base', 'fec_large', 'fec_small']
+    for pattern, expected in (('fec', [f'dnc_{x}' for x in fec] + fec), ('fec_*', fec), ('*_swin_[bs]*', swin)):
+        assert [row['name'].partition('.')[0] for row in zoo('list', pattern, '--json')] == expected
 
 
 def test_unknown_names(refused, checkpoint, place):
@@ -178,7 +169,7 @@ def test_info_of_folders_that_others_wrote(zoo, refused, place):
 
 
 def test_fetch_what_is_on_this_machine(zoo, refused, home, no_network, published_file):
-    assert zoo('fetch', BUNDLED) == f'{BUNDLED}: part of the package\n'
+    assert Path(zoo('fetch', BUNDLED, '--json')['file']).is_file()
     with cache.new_folder(home / NAME) as folder:
         install(NAME, published_file, folder, {})
     found = zoo('fetch', 'coc_tiny', '--json')
@@ -186,33 +177,23 @@ def test_fetch_what_is_on_this_machine(zoo, refused, home, no_network, published
     assert f"timm.create_model('{NAME}', pretrained=True)" in zoo('fetch', NAME)
     with cache.new_folder(home / 'semantic_fpn_fec_small') as folder:
         (folder / 'model.safetensors').touch()
-        (folder / 'config.json').write_text('{"source": {"drive_id": "F", "sha256": "0"}}')
-    printed = zoo('fetch', 'semantic_fpn_fec_small', '--pin')
-    assert "create_segmenter('semantic_fpn_fec_small', pretrained=True)" in printed
-    assert printed.endswith("\n    'semantic_fpn_fec_small': ('F', '0'),\n")
+        (folder / 'config.json').write_text('{}')
+    assert "create_segmenter('semantic_fpn_fec_small', pretrained=True)" in zoo('fetch', 'semantic_fpn_fec_small')
     assert 'CLUSTER_ZOO_AUTHORS=0' in refused('fetch', 'coc_small')
     assert 'published none' in refused('fetch', 'coc_tiny2')
-    assert cli.main(['fetch', NAME, '--pin']) == 2  # it did not come from there
+    assert 'not from the authors' in refused('fetch', NAME, '--pin')
 
 
-def test_fetch_from_the_authors(zoo, refused, home, tmp_path, monkeypatch, published_file):
-    monkeypatch.delenv('CLUSTER_ZOO_AUTHORS')
-    with DriveServer(tmp_path) as server:
-        for key, value in server.environment.items():
-            monkeypatch.setenv(key, value)
-        server.add_folder(FOLDER, 'coc_tiny')
-        content = Path(published_file).read_bytes()
-        for file_id, name in (('F' * 33, 'first.pth.tar'), ('L' * 33, 'second.pth.tar')):
-            server.add_file(file_id, name, content, FOLDER)
-        assert "--file 'PATH'" in refused('fetch', NAME) and not (home / NAME).exists()
-        printed = zoo('fetch', NAME, '--file', 'second.pth.tar', '--pin')
-        assert printed.endswith(f"\n    '{NAME}': ('{'L' * 33}', '{cache.sha256(published_file)}'),\n")
-        asked = len(server.requests)
-        found = zoo('info', NAME, '--json')
-        assert found['weights'] == 'in the cache' and found['made_from']['weights'] == 'not averaged'
-        model = timm.create_model('coc_tiny', pretrained=True)
-        assert torch.equal(model.head.fc.weight, recipe.state_dict('coc_tiny')['head.weight'].float())
-        assert len(server.requests) == asked
+def test_what_is_asked_of_the_authors(zoo, home, monkeypatch):
+    def fetch(name, url, **options):
+        assert (name, options) == (NAME, dict(member='a/best.pth', force=True)) and FOLDER in url
+        return home / name
+
+    monkeypatch.setattr(weights, 'weights_folder', fetch)
+    (home / NAME).mkdir(parents=True)
+    (home / NAME / 'config.json').write_text('{"source": {"drive_id": "FILE_ID", "sha256": "0123"}}')
+    printed = zoo('fetch', 'coc_tiny', '--file', 'a/best.pth', '--force', '--pin')
+    assert printed == f"    '{NAME}': ('FILE_ID', '0123'),\n"
 
 
 # --- import -----------------------------------------------------------------------------------------------------------
@@ -267,11 +248,14 @@ def test_a_release_obtained_by_hand(published_file, zoo, refused, home):
 
 def test_what_is_there_stays_unless_it_is_to_be_replaced(checkpoint, zoo, refused, place):
     command = ['import', checkpoint, *ARGUMENTS, '--to']
-    for name in ('empty', 'full', 'inside'):
+    for name in ('empty', 'full', 'linked'):
         (place / name).mkdir()
     (place / 'full' / 'thesis.txt').write_text('mine')
     (place / 'file').write_text('mine')
     zoo(*command, 'empty')
+    (place / 'link').symlink_to('linked')
+    zoo(*command, 'link')
+    assert (place / 'linked' / 'config.json').is_file() and (place / 'link').is_symlink()
     before = (place / 'empty' / 'README.md').read_bytes()
     assert 'With --force' in refused(*command, 'empty')
     for name, options in (('full', []), ('full', ['--force']), ('file', []), ('file', ['--force']), ('.', ['--force'])):
@@ -281,7 +265,9 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(checkpoint, zoo, refuse
     assert (place / 'empty' / 'README.md').read_bytes() == before
     zoo(*command, 'empty', '--force', '--use-ema')
     assert (place / 'empty' / 'README.md').read_bytes() != before
-    assert sorted(os.listdir()) == ['empty', 'file', 'full', 'inside'] and (place / 'file').read_text() == 'mine'
+    assert (
+        sorted(os.listdir()) == ['empty', 'file', 'full', 'link', 'linked'] and (place / 'file').read_text() == 'mine'
+    )
 
 
 @pytest.mark.parametrize('options, message', [

@@ -351,7 +351,7 @@ def test_models_that_can_not_be_had(name, message):
 def test_folders_with_something_else(config, tmp_path):
     (tmp_path / 'config.json').write_text(config)
     (tmp_path / 'model.safetensors').write_bytes(b'damaged')
-    with pytest.raises(CheckpointError, match='is damaged or not a|was refused|is truncated'):
+    with pytest.raises(CheckpointError, match=r'is damaged or not a|was refused|is truncated'):
         load_classifier(f'local-dir:{tmp_path}')
 
 

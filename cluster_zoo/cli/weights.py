@@ -127,9 +127,9 @@ def _list(args: argparse.Namespace) -> None:
         raise OptionError(f"no name matches '{args.filter}'{nearest(args.filter, tags.our_models())}")
     rows = []
     for name in names:
-        release = tags.release(name)
-        measured = release.measured[0]['top1'] if release.measured else None
-        top1 = dict(published_top1=release.published_top1, measured_top1=measured)
+        known = tags.release(name)
+        measured = next((figure['top1'] for figure in known.measured), None)
+        top1 = dict(published_top1=known.published_top1, measured_top1=measured)
         rows.append(dict(name=name, parameters=_described(name)[1], **top1, weights=_where(name)))
     if args.json:
         print(json.dumps(rows, indent=2))
@@ -149,9 +149,10 @@ def _info(args: argparse.Namespace) -> None:
     config = read_config(stored) if stored else {}
     model, parameters = _described(name)
     cfg = model.pretrained_cfg
-    labels, release = tags.label_names(cfg), tags.release(config['architecture'] if folder else name)
+    shown = config['architecture'] if folder else name
+    labels, release = tags.label_names(cfg), tags.release(shown)
     facts = dict(
-        name=config['architecture'] if folder else name,
+        name=shown,
         parameters=parameters,
         classes=model.num_classes,
         data=release.data,
@@ -188,16 +189,17 @@ def _fetch(args: argparse.Namespace) -> None:
         name = _tag(args.name)
         cfg, use = get_pretrained_cfg(name), _loading(name)
         if cfg.file:
-            print(f'{name}: part of the package')
+            _show(args, f'{name}: part of the package', dict(file=cfg.file), use)
             return
         folder = weights_folder(name, cfg.url, **options)
     config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
-    _show(args, f'{name}: on this machine', dict(folder=str(folder), sha256=config.get('sha256')), use)
-    if args.pin:
-        source = config.get('source') or {}
-        if 'drive_id' not in source:
-            raise OptionError(f'{name} is not from the authors: download it from them with --force')
+    source = config.get('source') or {}
+    if not args.pin:
+        _show(args, f'{name}: on this machine', dict(folder=str(folder), sha256=config.get('sha256')), use)
+    elif 'drive_id' in source:
         print(f"    '{name}': ('{source['drive_id']}', '{source['sha256']}'),")
+    else:
+        raise OptionError(f'{name} is not from the authors: download it from them with --force')
 
 
 def _loading(name: str) -> str:
@@ -215,8 +217,7 @@ def _show(args: argparse.Namespace, headline: str, facts: dict[str, Any], use: s
 
 def _import(args: argparse.Namespace) -> None:
     if args.name:
-        _import_release(args)
-        return
+        return _import_release(args)
     if args.to.exists():
         here, target = Path.cwd(), args.to.resolve()
         if not target.is_dir() or target in (here, *here.parents):
@@ -234,8 +235,7 @@ def _import(args: argparse.Namespace) -> None:
 
 def _import_release(args: argparse.Namespace) -> None:
     name = _tag(args.name)
-    own = (args.model, args.num_classes, args.img_size, args.label_names, args.model_kwargs, args.use_ema)
-    if any(own):
+    if any((args.model, args.num_classes, args.img_size, args.label_names, args.model_kwargs, args.use_ema)):
         raise OptionError(f'{name} has its own classes and images: --as takes no further options. Take --to FOLDER.')
     if get_pretrained_cfg(name).file:
         raise OptionError(f'{name} is part of the package')

@@ -51,15 +51,17 @@ def build_model(
             elsewhere is refused.
     """
     overlay = dict(pretrained_cfg_overlay or {})
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     source = resolve_pretrained_cfg(variant, pretrained_cfg).source
     foreign = source in _FOREIGN
-    folder, stored = None, {}
     if foreign:
         own = get_pretrained_cfg(variant)
         overlay |= dict(classifier=own.classifier, first_conv=own.first_conv, source=None)  # not for a file to say
-        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-        _check_described(variant, pretrained_cfg, kwargs.get('pretrained_model_args'))
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+    where, folder, stored = str(cfg.hf_hub_id or cfg.file), None, {}
+    if foreign:
+        described = {k: v for k, v in pretrained_cfg.items() if k not in ('source', 'hf_hub_id', 'file')}
+        model_args = kwargs.get('pretrained_model_args') or {}
+        check_config(dict(architecture=variant, pretrained_cfg=described, model_args=model_args), where)
         if pretrained and not cfg.state_dict:
             folder = Path(cfg.file) if source == 'local-dir' else hub_folder(*_split(cfg.hf_hub_id), cache_dir)
     elif pretrained and not (cfg.state_dict or cfg.file or cfg.hf_hub_id) and (is_drive(cfg.url) or not cfg.url):
@@ -73,7 +75,6 @@ def build_model(
     build = partial(build_model_with_cfg, model_cls, variant, pretrained_cfg=pretrained_cfg)
     arguments = {**(variant_args or {}), **stored, **kwargs}
     if foreign:
-        where = str(cfg.hf_hub_id or cfg.file)
         check_size(partial(build, pretrained=False, **copy.deepcopy(arguments)), overlay.get('state_dict'), where)
     model = build(
         pretrained=pretrained,
@@ -89,14 +90,6 @@ def build_model(
 def _split(hub_id: str) -> tuple[str, str | None]:
     repo_id, _, revision = hub_id.partition('@')
     return repo_id, revision or None
-
-
-def _check_described(variant: str, pretrained_cfg: Any, model_args: dict[str, Any] | None) -> None:
-    """Refuse what a configuration from a hub or a folder may not say, before anything acts on it."""
-    described = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else dict(pretrained_cfg)
-    where = f'the configuration of {described.get("hf_hub_id") or described.get("file")}'
-    described = {key: value for key, value in described.items() if key not in ('source', 'hf_hub_id', 'file')}
-    check_config(dict(architecture=variant, pretrained_cfg=described, model_args=model_args or {}), where)
 
 
 def _checked(filter_fn: Callable | None, cfg: PretrainedCfg, features_only: bool) -> Callable:

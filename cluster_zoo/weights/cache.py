@@ -175,30 +175,33 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def check_digest(source: str, digest: str, root: str | Path | None = None, force: bool = False) -> None:
-    """Compare the SHA-256 of a source's file with the one at its first use, or record it.
+def check_digest(
+    source: str, digest: str, root: str | Path | None = None, force: bool = False, pinned: str | None = None
+) -> None:
+    """Compare the SHA-256 of a source's file with the pinned one or that of its first use, or record it.
 
     Args:
         source: What the record is called.
         digest: The SHA-256 now.
         root: See `entry`.
         force: Accept another file, and record it in place of the first.
+        pinned: The SHA-256 that the package states.
 
     Raises:
-        CheckpointError: The file has changed, or the records are damaged.
+        CheckpointError: The file is another, or the records are damaged.
     """
     path = Path(root or home()) / 'sha256.json'
     try:
         records = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
-        known = records.get(source)
+        known, since = (pinned, 'as pinned') if pinned else (records.get(source), 'at the first use')
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(f"'{path}' is damaged ({error}). Remove it to start anew.") from error
     if known not in (None, digest):
-        changed = f'{source} has changed: its SHA-256 was {known} at the first use and is {digest} now'
+        changed = f'{source} has changed: its SHA-256 was {known} {since} and is {digest} now'
         if not force:
             raise CheckpointError(f'{changed}. If you know why, accept it with cluster-zoo fetch NAME --force.')
         say(changed)
-    if known != digest:
+    if records.get(source) != digest:
         scratch = path.with_name(f'.sha256-{os.getpid()}.json')
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -52,11 +52,9 @@ Licence of the weights: {license}.
 
 
 def model_card(config: dict[str, Any], title: str) -> str:
-    """A model card in Markdown, with the YAML front matter that the Hub reads.
+    """A model card in Markdown, with the YAML front matter that the Hub reads, from a folder's ``config.json``.
 
-    Args:
-        config: The folder's ``config.json``. Its text may come from elsewhere, and adds no markup.
-        title: Heading.
+    Text in the configuration may come from elsewhere, and adds no markup.
     """
     cfg, name = config['pretrained_cfg'], config['architecture']
     known = release(f'{name}.{cfg["tag"]}' if cfg.get('tag') else name)
@@ -70,9 +68,9 @@ def model_card(config: dict[str, Any], title: str) -> str:
         tags=['timm', 'cluster_zoo'],
         datasets=_DATASETS.get(known.data),
     )
-    published = [f'- {known.published_top1} % top-1 on ImageNet-1k, as published by the authors']
-    measured = '- {top1:.2f} % top-1 on {images}, measured with cluster_zoo by `{command}` on {machine}, {date}'
-    results = published * bool(known.published_top1) + [measured.format(**one) for one in known.measured]
+    top1 = '- {top1:.2f} % top-1 on {images}, measured with cluster_zoo by `{command}` on {machine}, {date}'
+    published = f'- {known.published_top1} % top-1 on ImageNet-1k, as published by the authors'
+    results = [published] * bool(known.published_top1) + [top1.format(**one) for one in known.measured]
     labels = label_names(cfg | {key: config[key] for key in ('num_classes', 'label_names') if config.get(key)}) or []
     return _CARD.format(
         data=data.to_yaml(),

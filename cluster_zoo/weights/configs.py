@@ -28,104 +28,58 @@ __all__ = ['CONFIG', 'check_config', 'check_size', 'read_config']
 CONFIG = 'config.json'
 
 _MAX_BYTES = 4 << 20  # the names and descriptions of ImageNet-21k take two
+_MAX_DEPTH = 8
 _MAX_CLASSES = 1_000_000
+_MAX_NUMBER = 65_536  # of any other number: channels, centers, ...
 _MAX_SIDE = 4096  # pixels of an image
-_MAX_NUMBER = 65_536  # of any argument: channels, centers, ...
-_MAX_LIST = 64  # items of an argument, characters of a choice
+_MAX_LIST = 64  # items of an argument
 _LARGEST = 250_000_000  # numbers of a model that comes without weights; the largest here has 87 million
 _SECONDS = 20.0  # to build a model without memory; the largest of timm takes two
 
-# Keys that name code to import or another place for weights
 _CODE = {'auto_map', 'trust_remote_code', 'custom_load', 'custom_pipelines', '_target_'}
-_PLACES = {'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'state_dict'}
+_PLACES = {'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'state_dict'}  # of other weights
+_LABELS = ('label_names', 'label_descriptions', 'labels')
 # What `timm.create_model` takes for itself, before a model sees its arguments
 _FACTORY = {
+    *_CODE,
     *inspect.signature(timm.create_model).parameters,
     *inspect.signature(build_model_with_cfg).parameters,
-    *_CODE,
-    *('features_only', 'out_indices', 'feature_cls', 'pruned', 'device', 'dtype', 'variant_args', 'args_from_weights'),
+    *('features_only', 'out_indices', 'feature_cls', 'pruned', 'device', 'dtype', 'variant_args'),
 }
-
-
-def _is_number(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-
-
-def _is_count(value: Any, high: int, low: int = 0) -> bool:
-    return isinstance(value, int) and _is_number(value, low, high)
-
-
-def _is_list(value: Any, check: Callable[[Any], bool], longest: int = _MAX_LIST) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) <= longest and all(map(check, value))
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value.isprintable()
-
-
-def _is_size(value: Any) -> bool:
-    return _is_list(value, lambda side: _is_count(side, _MAX_SIDE, 1), 3)
-
-
-def _are_names(value: Any) -> bool:
-    return _is_list(list(value.values()) if isinstance(value, dict) else value, _is_text, _MAX_CLASSES)
-
-
-def _is_argument(value: Any, nested: bool = False) -> bool:
-    """A number, a choice such as 'avg', or a list of these; never a path or an address."""
-    if isinstance(value, str):
-        return len(value) <= _MAX_LIST and re.fullmatch(r'[\w+-]*', value) is not None
-    if isinstance(value, (list, tuple)):
-        return not nested and _is_list(value, lambda item: _is_argument(item, True))
-    return value is None or isinstance(value, bool) or _is_number(value, -_MAX_NUMBER, _MAX_NUMBER)
-
-
-def _one_of(*choices: str) -> tuple[Callable[[Any], bool], str]:
-    return (lambda value: value in choices), f'one of {", ".join(choices)}'
-
-
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(
-        ('input_size', 'test_input_size', 'min_input_size'), (_is_size, f'channels, height and width up to {_MAX_SIDE}')
+_INTERPOLATIONS = ('bicubic', 'bilinear', 'nearest', 'lanczos', 'box', 'hamming', 'random')
+_CROP_MODES = ('center', 'squash', 'border')
+_EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ('num_classes', lambda x: isinstance(x, int) and x >= 0, 'a number of at least 0'),
+    ('label_offset', lambda x: x in (0, 1), '0 or 1'),
+    (
+        'label_names',
+        lambda x: isinstance(x, list | dict) and all(isinstance(name, str) for name in x),
+        'a list of text',
     ),
-    **dict.fromkeys(('pool_size', 'test_pool_size'), (_is_size, f'a size up to {_MAX_SIDE}')),
-    'mean': (lambda value: _is_list(value, lambda x: _is_number(x, -1000, 1000)), 'one number a channel'),
-    'std': (lambda value: _is_list(value, lambda x: _is_number(x, 1e-6, 1000)), 'one positive number a channel'),
-    **dict.fromkeys(('crop_pct', 'test_crop_pct'), (lambda value: _is_number(value, 0.1, 2), 'from 0.1 to 2')),
-    'interpolation': _one_of('bicubic', 'bilinear', 'nearest', 'lanczos', 'box', 'hamming', 'random'),
-    'crop_mode': _one_of('center', 'squash', 'border'),
-    **dict.fromkeys(
-        ('num_classes', 'num_features'), (lambda value: _is_count(value, _MAX_CLASSES), f'from 0 to {_MAX_CLASSES:,}')
-    ),
-    'label_offset': (lambda value: _is_count(value, 1), '0 or 1'),
-    **dict.fromkeys(('label_names', 'label_descriptions', 'labels'), (_are_names, 'a list of text')),
-    **dict.fromkeys(
-        ('first_conv', 'classifier', 'notes', 'paper_ids'),
-        (lambda value: _is_text(value) or _are_names(value), 'text, or a list of it'),
-    ),
-    **dict.fromkeys(('fixed_input_size', 'custom_load'), (lambda value: isinstance(value, bool), 'true or false')),
-    'sha256': (lambda value: _is_text(value) and bool(re.fullmatch('[0-9a-f]{64}', value)), '64 hexadecimal digits'),
-}
-_TEXT = (_is_text, 'text')
+    ('label_descriptions', lambda x: isinstance(x, dict), 'text for each label'),
+    ('input_size', lambda x: isinstance(x, list | tuple) and len(x) == 3, 'channels, height and width'),
+    ('interpolation', lambda x: x in _INTERPOLATIONS, f'one of {", ".join(_INTERPOLATIONS)}'),
+    ('crop_mode', lambda x: x in _CROP_MODES, f'one of {", ".join(_CROP_MODES)}'),
+    ('crop_pct', lambda x: isinstance(x, int | float) and 0.1 <= x <= 2, '0.1 to 2'),
+    ('mean', lambda x: isinstance(x, list | tuple) and all(isinstance(one, int | float) for one in x), 'numbers'),
+    ('std', lambda x: isinstance(x, list | tuple) and all(isinstance(one, int | float) for one in x), 'numbers'),
+    ('sha256', lambda x: isinstance(x, str) and bool(re.fullmatch('[0-9a-f]{64}', x)), '64 hexadecimal digits'),
+)
 
 
-def read_config(path: Path, architecture: str | None = None) -> dict[str, Any]:
+def read_config(folder: Path, architecture: str | None = None) -> dict[str, Any]:
     """The configuration of a model folder, checked by `check_config`.
-
-    Args:
-        path: The folder.
-        architecture: See `check_config`.
 
     Raises:
         CheckpointError: There is no ``config.json``, it is too large or not JSON, or `check_config` refuses it.
     """
-    path = Path(path) / CONFIG
+    path = Path(folder) / CONFIG
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f'it has more than {_MAX_BYTES} bytes')
         config = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError as error:
-        raise CheckpointError(f"'{path.parent}' is no model folder: it holds no {CONFIG}.") from error
+        raise CheckpointError(f"'{folder}' is no model folder: it holds no {CONFIG}.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"'{path}' is damaged or not a model configuration ({one_line(error)}).") from error
     check_config(config, f"'{path}'", architecture)
@@ -146,25 +100,26 @@ def check_config(config: Any, where: str, architecture: str | None = None) -> No
     """
     try:
         _check(config, architecture)
-    except ValueError as error:
-        raise CheckpointError(f'{where} was refused: {error}.') from error
+    except Exception as error:  # of ours, and of timm for values of other types than it expects
+        raise CheckpointError(f'{where} was refused: {one_line(error)}.') from error
 
 
 def _check(config: Any, architecture: str | None) -> None:
     if not isinstance(config, dict):
-        raise ValueError(f'a configuration is an object, not {quoted(config)}')
+        raise ValueError(f'it is an object, not {quoted(config)}')
     name = config.get('architecture')
-    if not isinstance(name, str) or not re.fullmatch(r'[\w.-]+', name) or not timm.is_model(name):
+    if not isinstance(name, str) or not timm.is_model(name):
         raise ValueError(f'its architecture, {quoted(name)}, is none that timm or cluster_zoo has')
     if architecture not in (None, name):
         raise ValueError(f'its architecture is {name}, not {architecture}')
     cfg = config.get('pretrained_cfg')
     if cfg is None:  # the earlier layout
         cfg = {key: value for key, value in config.items() if key not in ('architecture', 'labels', 'model_args')}
-    elif not isinstance(cfg, dict):
-        raise ValueError(f'its pretrained_cfg is an object, not {quoted(cfg)}')
+    arguments = config.get('model_args') or {}
+    if not (isinstance(cfg, dict) and isinstance(arguments, dict)):
+        raise ValueError('its pretrained_cfg and model_args are objects')
     for key in _CODE:
-        if config.get(key) or cfg.get(key):
+        if config.get(key) or cfg.get(key) or key in arguments:
             raise ValueError(f'{key} asks for code of its own')
     known = {field.name for field in dataclasses.fields(PretrainedCfg)}
     for key, value in cfg.items():
@@ -172,32 +127,51 @@ def _check(config: Any, architecture: str | None) -> None:
             raise ValueError(f'its pretrained_cfg has an unknown key, {quoted(key)}')
         if key in _PLACES and value:
             raise ValueError(f'its {key} leads to other weights than those beside it')
-        _check_value(key, value)
-    for key in ('num_classes', 'num_features', 'labels', 'label_names', 'label_descriptions', 'sha256'):
-        _check_value(key, config.get(key))
-    channels = (cfg.get('input_size') or (3,))[0]
-    for key in ('mean', 'std'):
-        if len(cfg.get(key) or (0,)) not in (1, 3, channels):
-            raise ValueError(f'its {key} has {len(cfg[key])} numbers for {channels} channels')
-
-    arguments = config.get('model_args') or {}
-    if not isinstance(arguments, dict):
-        raise ValueError(f'its model_args are an object, not {quoted(arguments)}')
     for key, value in arguments.items():
         if key in _FACTORY or not re.fullmatch(r'[a-z]\w*', str(key)):
-            raise ValueError(f'model_args.{one_line(key)} is no argument of a model, but of what builds and loads it')
-        if not _is_argument(value):
+            raise ValueError(f'model_args.{key} is no argument of a model, but of what builds and loads it')
+        if isinstance(value, dict) or (isinstance(value, str) and not re.fullmatch(r'[\w+-]{0,64}', value)):
             raise ValueError(f'model_args.{key} is no number, no choice and no list of these: {quoted(value)}')
-        if key == 'img_size' and not all(
-            _is_count(side, _MAX_SIDE, 1) for side in (value if isinstance(value, list) else [value])
-        ):
-            raise ValueError(f'model_args.img_size is one or two sides of up to {_MAX_SIDE} px, not {quoted(value)}')
+    _check_values(config, '')
+
+    sizes = [cfg.get(key) or () for key in ('input_size', 'test_input_size', 'min_input_size')]
+    own = arguments.get('img_size')
+    sizes.append(own if isinstance(own, list | tuple) else [own] if own is not None else [])
+    for side in (side for size in sizes for side in size):
+        if not (isinstance(side, int) and 0 < side <= _MAX_SIDE):
+            raise ValueError(f'its images have a side of {quoted(side)}, where 1 to {_MAX_SIDE} is expected')
+    for key, check, expected in _EXPECTED:
+        for part in (config, cfg):
+            if part.get(key) is not None and not check(part[key]):
+                raise ValueError(f'its {key} is {quoted(part[key])}, where {expected} is expected')
+    data = timm.data.resolve_data_config({}, pretrained_cfg={'input_size': (3, 224, 224), **cfg})
+    channels = data['input_size'][0]
+    if not {len(data['mean']), len(data['std'])} <= {1, 3, channels} or min(data['std']) <= 0:
+        raise ValueError(
+            f'its mean and std are not one number for each of {channels} channels, or a std is not positive'
+        )
 
 
-def _check_value(key: str, value: Any) -> None:
-    check, expected = _CHECKS.get(key, _TEXT)
-    if value is not None and key not in _PLACES and not check(value):
-        raise ValueError(f'its {key} is {expected}, not {quoted(value)}')
+def _check_values(value: Any, path: str, depth: int = 0) -> None:
+    """Raise unless all values are JSON's, and their sizes are bounded."""
+    key = path.rpartition('.')[2]
+    if depth > _MAX_DEPTH:
+        raise ValueError(f'{path} is nested too deeply')
+    if isinstance(value, dict | list | tuple):
+        if len(value) > (_MAX_CLASSES if key in _LABELS else _MAX_LIST):
+            raise ValueError(f'{path} has {len(value)} items')
+        items = value.items() if isinstance(value, dict) else ((None, item) for item in value)
+        for name, item in items:
+            _check_values(item, path if name is None else f'{path}.{one_line(name)}'.lstrip('.'), depth + 1)
+    elif isinstance(value, str):
+        if not value.replace('\n', '').replace('\t', '').isprintable():
+            raise ValueError(f'{path} has control characters')
+    elif value is not None and not isinstance(value, int | float):
+        raise ValueError(f'{path} is a {type(value).__name__}')
+    elif value is not None and not abs(value) <= (
+        _MAX_CLASSES if key in ('num_classes', 'num_features') else _MAX_NUMBER
+    ):
+        raise ValueError(f'{path} is {quoted(value)}, where up to {_MAX_NUMBER} is expected')
 
 
 def check_size(build: Callable[[], nn.Module], state_dict: dict[str, Tensor] | None, where: str) -> None:

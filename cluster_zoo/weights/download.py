@@ -1,7 +1,7 @@
 """Downloads: the authors' files on Google Drive, through gdown, and model folders on the Hugging Face Hub.
 
 ``pretrained=True`` is the consent to a download, as in timm. ``CLUSTER_ZOO_AUTHORS=0`` forbids those from the authors,
-``HF_HUB_OFFLINE=1`` all. No organisation of the Hub is asked unless ``CLUSTER_ZOO_HUB`` or ``hf-hub:`` names it.
+``HF_HUB_OFFLINE=1`` all. No organization of the Hub is asked unless ``CLUSTER_ZOO_HUB`` or ``hf-hub:`` names it.
 """
 
 import os
@@ -66,8 +66,9 @@ def fetch(
     """
     if found := None if force else cache.cached(name, root):
         return found
-    if reason := _forbidden():
-        raise CheckpointError(f'{name} is not in the cache, and {reason} forbids to download it from {url}.')
+    if _offline() or os.environ.get('CLUSTER_ZOO_AUTHORS') == '0':
+        setting = 'HF_HUB_OFFLINE' if _offline() else 'CLUSTER_ZOO_AUTHORS=0'
+        raise CheckpointError(f'{name} is not in the cache, and {setting} forbids to download it from {url}.')
     with cache.exclusive(name, root):
         if found := None if force else cache.cached(name, root):  # by another process in the meantime
             return found
@@ -77,28 +78,15 @@ def fetch(
         state = 'its SHA-256 is pinned' if pinned else 'no SHA-256 is pinned: it is recorded at the first use'
         cache.say(f'downloading {name} ({path or file_id}) from {url}; {state}')
         target = cache.entry(name, root)
-        downloads = target.parent / 'downloads'
-        file = _download(file_id, path or '', downloads)
+        file = _download(file_id, path or '', target.parent / 'downloads')
         try:
             digest = cache.sha256(file)
-            if pinned and digest != pinned:
-                changed = f'the SHA-256 of {name} is pinned as {pinned} and the downloaded file has {digest}'
-                if not force:
-                    raise CheckpointError(f'{changed[0].upper()}{changed[1:]}. With --force it is accepted.')
-                cache.say(changed)
             with cache.new_folder(target) as folder:
                 install(file, folder, dict(url=url, file=path or '', drive_id=file_id, sha256=digest))
-                cache.check_digest(f'drive:{file_id}', digest, root, force)
+                cache.check_digest(f'drive:{file_id}', digest, root, force, pinned)
         finally:
             file.unlink(missing_ok=True)
     return target
-
-
-def _forbidden() -> str | None:
-    """The setting that forbids downloads from the authors, if there is one."""
-    if _offline():
-        return 'HF_HUB_OFFLINE'
-    return 'CLUSTER_ZOO_AUTHORS=0' if os.environ.get('CLUSTER_ZOO_AUTHORS') == '0' else None
 
 
 def check_network(url: str) -> None:
@@ -178,7 +166,8 @@ def _matching(name: str, paths: list[str]) -> list[str]:
 
 
 def _words(path: str) -> set[str]:
-    return set(re.split(r'[^a-z0-9]+', path.lower().replace('cifar1', 'cifar cifar1')))  # ..., as models are called
+    # A model for CIFAR-10 has cifar in its name
+    return set(re.split(r'[^a-z0-9]+', path.lower().replace('cifar1', 'cifar cifar1')))
 
 
 def _download(file_id: str, path: str, folder: Path) -> Path:
@@ -237,20 +226,15 @@ def hub_folder(repo_id: str, revision: str | None = None, cache_dir: str | Path 
     Raises:
         CheckpointError: It cannot be had. The message says why.
     """
-
-    reason: CheckpointError | None = None
-    if not _offline():
-        try:
-            check_network(huggingface_hub.constants.ENDPOINT)
-        except CheckpointError as error:
-            reason = error  # what was downloaded before is used
-    local = _offline() or reason is not None
+    local, reason = _offline(), None
+    try:
+        local or check_network(huggingface_hub.constants.ENDPOINT)
+    except CheckpointError as error:
+        local, reason = True, error  # what was downloaded before is used
 
     def get(filename: str, revision: str | None) -> Path:
-        path = huggingface_hub.hf_hub_download(
-            repo_id, filename, revision=revision, cache_dir=cache_dir, local_files_only=local
-        )
-        return Path(path)
+        options = dict(revision=revision, cache_dir=cache_dir, local_files_only=local)
+        return Path(huggingface_hub.hf_hub_download(repo_id, filename, **options))
 
     try:
         folder = get(CONFIG, revision).parent

@@ -8,6 +8,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,15 +60,14 @@ def import_checkpoint(
         CheckpointError: The file cannot be read, is refused, does not fit or says that it is of another model, or the
             model gives results that are not finite. Nothing is written then.
     """
-    path, folder = Path(path), Path(folder).absolute()
-    saved, state_dict, weights = _read(path, use_ema)
-    options, found = _options(saved), saved.get('data_config')
-    model_name = model_name or _architecture(saved)
+    path, folder = Path(path), Path(folder).resolve()
+    saved, state_dict, source = _read(path, model_name, use_ema)
+    options, found = saved['args'], saved.get('data_config')
+    model_name = model_name or saved['arch']
     if not (model_name and timm.is_model(model_name)):
         what = f'There is no model {model_name!r}' if model_name else f"'{path}' does not name its architecture"
         hint = nearest(model_name or '', timm.list_models()) or f', such as {", ".join(tags.our_models()[:4])}'
         raise CheckpointError(f'{what}: give --model NAME{hint}.')
-    _check_architecture(saved, model_name, path)
     # What a file says of its model and images is as little to be trusted as what a configuration says
     extra = options.get('model_kwargs')
     arguments = dict(num_classes=options.get('num_classes'), in_chans=options.get('in_chans'))
@@ -86,12 +86,9 @@ def import_checkpoint(
     labels = list(labels.values() if isinstance(labels, dict) else labels or ())
     if label_names and len(labels) != model.num_classes:
         raise CheckpointError(f'There are {len(labels)} label names for {model.num_classes} classes.')
-    load_weights(model, state_dict)
-    logits = _run(model, data)
-    source = dict(file=one_line(path.name), sha256=cache.sha256(path), weights=weights)
-    with cache.new_folder(folder) as fresh:
-        write_folder(model, fresh, folder.name, source, data, labels if len(labels) == model.num_classes else None)
-        _compare(fresh, logits)
+    source = dict(file=one_line(path.name), sha256=cache.sha256(path)) | source
+    images = dict(data_config=data, label_names=labels if len(labels) == model.num_classes else None)
+    _convert(model, state_dict, cache.new_folder(folder), folder.name, source, **images)
 
 
 def install(name: str, path: Path, folder: Path, source: dict[str, str]) -> None:
@@ -106,17 +103,16 @@ def install(name: str, path: Path, folder: Path, source: dict[str, str]) -> None
     Raises:
         CheckpointError: See `import_checkpoint`.
     """
-    saved, state_dict, weights = _read(path)
-    _check_architecture(saved, name, path)
+    _, state_dict, weights = _read(path, name)
     model = timm.create_model(name, **names.context_cluster_args(state_dict))
-    load_weights(model, state_dict)
-    logits = _run(model)
-    write_folder(model, folder, name, source | dict(weights=weights))
-    _compare(folder, logits)
+    _convert(model, state_dict, nullcontext(folder), name, source | weights)
 
 
-def _read(path: Path, use_ema: bool = False) -> tuple[dict[str, Any], dict[str, Tensor], str]:
-    """What a file holds if that is a dict, its weights, and which of them these are."""
+def _read(path: Path, expected: str | None, use_ema: bool = False) -> tuple[dict[str, Any], dict[str, Tensor], dict]:
+    """What a file says, with its architecture and the training script's options; its weights; and which those are.
+
+    The weights of one model may fit another, and mean nothing there.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         packed = path.is_file() and is_archive(path)
         file = unpack_checkpoint(path, Path(scratch)) if packed else path
@@ -124,8 +120,26 @@ def _read(path: Path, use_ema: bool = False) -> tuple[dict[str, Any], dict[str, 
             checkpoint = read_checkpoint(file)
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(str(file), str(path))) from error
-    weights = 'averaged' if is_averaged(checkpoint, use_ema) else 'not averaged'
-    return checkpoint if isinstance(checkpoint, dict) else {}, state_dict_of(checkpoint, path, use_ema), weights
+    saved = dict.copy(checkpoint) if isinstance(checkpoint, dict) else {}
+    options = saved.get('args')
+    options = vars(options) if isinstance(options, argparse.Namespace) else options
+    options = options if isinstance(options, dict) else {}
+    said = [name for name in (saved.get('arch'), options.get('model')) if isinstance(name, str) and timm.is_model(name)]
+    found = said[0].partition('.')[0] if said else None
+    if found and tags.is_ours(found) and timm.is_model(expected or '') and expected.partition('.')[0] != found:
+        raise CheckpointError(f"'{path}' was refused: it says that it is of {found}, which is not {expected}.")
+    taken = dict(weights='averaged' if is_averaged(checkpoint, use_ema) else 'not averaged')
+    return saved | dict(args=options, arch=found), state_dict_of(checkpoint, path, use_ema), taken
+
+
+def _convert(model: nn.Module, state_dict: dict, place: Any, title: str, source: dict, **images: Any) -> None:
+    """Load the weights, write the folder, see `write_folder`, and compare the model with what the folder gives."""
+    load_weights(model, state_dict)
+    logits = _run(model, images.get('data_config'))
+    with place as folder:
+        write_folder(model, folder, title, source, **images)
+        if not torch.equal(_run(load_model(f'local-dir:{folder}')), logits):
+            raise CheckpointError('The model gives other results from the converted file than before it was written.')
 
 
 @torch.inference_mode()
@@ -139,31 +153,6 @@ def _run(model: nn.Module, data: dict[str, Any] | None = None) -> Tensor:
     if not bool(logits.isfinite().all()):
         raise CheckpointError('The model gives NaN or infinity with these weights.')
     return logits
-
-
-def _compare(folder: Path, logits: Tensor) -> None:
-    if not torch.equal(_run(load_model(f'local-dir:{folder}')), logits):
-        raise CheckpointError('The model gives other results from the converted file than before it was written.')
-
-
-def _options(saved: dict[str, Any]) -> dict[str, Any]:
-    """The options of the training script, timm's or this package's."""
-    options = saved.get('args')
-    options = vars(options) if isinstance(options, argparse.Namespace) else options
-    return options if isinstance(options, dict) else {}
-
-
-def _architecture(saved: dict[str, Any]) -> str | None:
-    """The model that a file says it is of."""
-    said = (saved.get('arch'), _options(saved).get('model'))
-    return next((name.partition('.')[0] for name in said if isinstance(name, str) and timm.is_model(name)), None)
-
-
-def _check_architecture(saved: dict[str, Any], name: str, path: Path) -> None:
-    """The weights of one model may fit another, and mean nothing there."""
-    found, expected = _architecture(saved), name.partition('.')[0]
-    if found not in (None, expected) and tags.is_ours(found):
-        raise CheckpointError(f"'{path}' was refused: it says that it is of {found}, which is not {expected}.")
 
 
 def _data_config(said: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -182,15 +171,9 @@ def write_folder(
     data_config: dict[str, Any] | None = None,
     label_names: list[str] | None = None,
 ) -> None:
-    """Write a model as a model folder.
+    """Write a model of timm's factory as a model folder, with the title of its card and where the weights come from.
 
-    Args:
-        model: A model of timm's factory.
-        folder: Where to.
-        title: Of the model card.
-        source: Where the weights come from, for the record.
-        data_config: See `import_checkpoint`.
-        label_names: Likewise; by default those of the model's configuration.
+    What images and classes are like is as in `import_checkpoint`, by default as in the model's configuration.
     """
     labels = dict(label_names=label_names or tags.label_names(model.pretrained_cfg))
     timm.models.save_for_hf(model, folder, safe_serialization=True, data_config=data_config, model_config=labels)

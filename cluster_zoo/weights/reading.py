@@ -146,7 +146,9 @@ def _explain(path: Path, start: bytes, error: Exception) -> str:
     for magic, what in _OTHER_FILES.items():
         if start.startswith(magic):
             return f"'{path}' is {what}."
-    reason = one_line(said.partition('\n')[0] or type(error).__name__)
+    reason = one_line((re.search('Unpickler error: (.+)', said) or [error, said or type(error).__name__])[1]).split(
+        '. '
+    )[0]
     return f"'{path}' is truncated, damaged or not a checkpoint ({reason}). Get the file again."
 
 

@@ -5,6 +5,7 @@ hashing them overflows the stack, keys whose hashes all collide, zip entries tha
 looks at a file's instructions and sizes before they are executed, and at the tensors afterwards.
 """
 
+import math
 import pickletools
 import zipfile
 from argparse import Namespace
@@ -19,7 +20,7 @@ from .errors import CheckpointError
 
 __all__ = ['check_checksums', 'check_file', 'check_tensors']
 
-_MAX_INSTRUCTIONS = 5_000_000  # some 200,000 tensors
+_MAX_INSTRUCTIONS = 2_000_000  # some 80,000 tensors
 _MAX_DEPTH = 200  # of values inside of each other
 _MAX_ODD_KEYS = 10_000  # keys whose hash a file can choose: large integers, floats, complex numbers, tuples
 _MAX_SAFE_INTEGER = 2**31  # its hash is itself, so that such keys do not collide
@@ -29,7 +30,8 @@ _LEGACY_PICKLES = 5  # magic number, version, system, the object, keys of the st
 _IN_PLACE = ('APPEND', 'APPENDS', 'SETITEM', 'SETITEMS', 'ADDITEMS', 'BUILD')  # change the value below the others
 _PUTS = ('PUT', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE')
 _GETS = ('GET', 'BINGET', 'LONG_BINGET')
-_HASHING = ('builtins set', '__builtin__ set', 'collections Counter', 'collections OrderedDict')
+_CALLS = ('REDUCE', 'NEWOBJ')
+_LATIN = ('latin1', 'latin-1')  # as pickles spell bytes; another codec may take its time or grow the text
 
 
 def check_file(path: Path) -> None:
@@ -62,7 +64,7 @@ def check_file(path: Path) -> None:
             programs = [file] * _LEGACY_PICKLES
         try:
             for program in programs:
-                _check_program(program)
+                _check_program(program, path.stat().st_size)
         except _Refused as error:
             raise CheckpointError(f"'{path}' was refused: {error}, as no checkpoint does.") from error
 
@@ -75,18 +77,20 @@ class _Value:
     """What is known of a value on the pickle machine's stack.
 
     Attributes:
+        kind: The instruction that made it.
+        content: A number, a text, an imported name, or the values in a tuple.
         depth: Containers inside of each other.
         odd: Keys of hashes that a file can choose, if this value is a key or its items become keys.
-        name: 'integer' for an integer or a tuple of one, or the imported name.
+        held: Whether another value has it inside, so that what is known of that one would not follow a change.
     """
 
-    __slots__ = ('depth', 'name', 'odd')
+    __slots__ = ('content', 'depth', 'held', 'kind', 'odd')
 
-    def __init__(self, depth: int = 0, odd: int = 0, name: str = ''):
-        self.depth, self.odd, self.name = depth, odd, name
+    def __init__(self, kind: str, content: Any = None, depth: int = 0, odd: int = 0):
+        self.kind, self.content, self.depth, self.odd, self.held = kind, content, depth, odd, False
 
 
-def _check_program(program: bytes | IO[bytes]) -> None:
+def _check_program(program: bytes | IO[bytes], size: int) -> None:
     """Follow the instructions of one pickle without executing them."""
     stack: list[_Value | None] = []  # None is a mark
     memo: dict[int, _Value] = {}
@@ -103,7 +107,7 @@ def _check_program(program: bytes | IO[bytes]) -> None:
             stack.append(None)
         else:
             taken = _take(stack, opcode)
-            odd_keys += _hashed(name, taken)
+            odd_keys += _hashed(name, taken, size)
             if odd_keys > _MAX_ODD_KEYS:
                 raise _Refused(f'it has more than {_MAX_ODD_KEYS} keys that are not text or small integers')
             stack += [_result(name, argument, taken)] * len(opcode.stack_after)
@@ -114,7 +118,8 @@ def _take(stack: list, opcode: pickletools.OpcodeInfo) -> list[_Value]:
     before = opcode.stack_before
     start = len(stack) - len(before)
     if pickletools.markobject in before:
-        start = len(stack) - 1 - stack[::-1].index(None) - before.index(pickletools.markobject)
+        mark = next(i for i in reversed(range(len(stack))) if stack[i] is None)
+        start = mark - before.index(pickletools.markobject)
     if start < 0:
         raise ValueError('the stack of the pickle runs empty')
     taken = [value for value in stack[start:] if value is not None]
@@ -122,40 +127,74 @@ def _take(stack: list, opcode: pickletools.OpcodeInfo) -> list[_Value]:
     return taken
 
 
-def _hashed(name: str, taken: list[_Value]) -> int:
-    """How many keys of chosen hashes an instruction puts into a dictionary or a set."""
+def _hashed(name: str, taken: list[_Value], size: int) -> int:
+    """How many keys of chosen hashes an instruction puts into a dictionary or a set, if it may be executed."""
     if name in ('SETITEM', 'SETITEMS'):
         return sum(key.odd for key in taken[1::2])
-    if name in ('ADDITEMS', 'FROZENSET', 'DICT'):
-        return sum(value.odd for value in taken)
-    if name in ('REDUCE', 'NEWOBJ'):
-        function, arguments = taken[0], taken[1]
-        if function.name in ('builtins bytearray', '__builtin__ bytearray') and arguments.name == 'integer':
-            raise _Refused('it makes a bytearray of a size that it names')
-        return arguments.odd if function.name in _HASHING else 0
+    if name == 'BUILD' and taken[0].kind in _CALLS and not (taken[1].kind == 'EMPTY_DICT' or _is_plain(taken[1])):
+        if str(taken[0].content[0].content).startswith('torch'):
+            raise _Refused('it changes a tensor')
+    if name in ('ADDITEMS', 'BUILD'):
+        return sum(value.odd for value in taken[1:])
+    if name == 'BINPERSID' and 'TUPLE' in taken[0].kind:
+        _check_numbers(taken[0].content[4:5], size)
+    return _hashed_by_call(*taken, size) if name in _CALLS else 0
+
+
+def _hashed_by_call(function: _Value, arguments: _Value, size: int) -> int:
+    """Likewise for a call. It may not make more of its arguments than the file has, or take a tensor apart."""
+    if 'TUPLE' not in arguments.kind:
+        raise _Refused('it calls a function with other arguments than a tuple')
+    items = arguments.content
+    name = function.content.split()[-1] if function.kind == 'GLOBAL' else ''
+    if name == '_rebuild_from_type_v2' and len(items) > 2:  # which calls the first with the third
+        return _hashed_by_call(items[0], items[2], size)
+    if name in ('encode', 'bytearray'):
+        if items and items[-1].content not in _LATIN:
+            raise _Refused(f'it calls {name} for something else than bytes')
+    elif name.startswith(('_rebuild_tensor', '_rebuild_qtensor')):
+        _check_numbers(items[2].content if len(items) > 2 and 'TUPLE' in items[2].kind else [arguments], size)
+    elif name.startswith('_rebuild_device') or (name in ('Tensor', 'UntypedStorage', 'TypedStorage') and items):
+        raise _Refused(f'it makes tensors with {name}')
+    elif name in ('set', 'Counter', 'OrderedDict', 'Size'):
+        if not _is_plain(arguments):
+            raise _Refused(f'it makes a {name} of a tensor')
+        return arguments.odd if name != 'Size' else 0
     return 0
+
+
+def _is_plain(value: _Value) -> bool:
+    """Whether it is a tuple without tensors and other objects directly inside."""
+    return 'TUPLE' in value.kind and not any(item.kind in (*_CALLS, 'BINPERSID') for item in value.content)
+
+
+def _check_numbers(shape: list[_Value], size: int) -> None:
+    sides = [side.content for side in shape[:_MAX_DEPTH] if type(side.content) is int]
+    if len(sides) < len(shape) or math.prod(sides) > size:
+        raise _Refused('it has a tensor of more numbers than the file has bytes')
 
 
 def _result(name: str, argument: Any, taken: list[_Value]) -> _Value:
     """What an instruction leaves on the stack."""
-    depth = 1 + max((value.depth for value in taken), default=-1)
+    if not taken:
+        odd = type(argument) is float or (type(argument) is int and abs(argument) >= _MAX_SAFE_INTEGER)
+        return _Value(name, taken if 'TUPLE' in name else argument, 0, odd)
+    depth = 1 + max(value.depth for value in taken)
     if depth > _MAX_DEPTH:
         raise _Refused(f'its values are nested more than {_MAX_DEPTH} deep')
     odd = sum(value.odd for value in taken)
     if name in _IN_PLACE:
         changed = taken[0]
+        if changed.held:
+            raise _Refused('it changes a value that is inside of another')
         changed.depth = max([changed.depth, *(1 + value.depth for value in taken[1:])])
         changed.odd = odd
+        taken = taken[1:]
+    for value in taken:
+        value.held = True
+    if name in _IN_PLACE:
         return changed
-    if name == 'GLOBAL':
-        return _Value(name=argument)
-    if type(argument) is int:
-        return _Value(odd=abs(argument) >= _MAX_SAFE_INTEGER, name='integer')
-    if isinstance(argument, float):
-        return _Value(odd=1)
-    if name.startswith('TUPLE'):
-        return _Value(depth, max(1, odd), 'integer' if any(value.name == 'integer' for value in taken) else '')
-    return _Value(depth, max(odd, name in ('REDUCE', 'NEWOBJ')))
+    return _Value(name, taken, depth, max(1, odd) if 'TUPLE' in name or name in _CALLS else odd)
 
 
 def check_checksums(path: Path) -> None:
