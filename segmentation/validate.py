@@ -32,7 +32,7 @@ from timm import utils
 from cluster_zoo import build
 from cluster_zoo.data import DataError
 from cluster_zoo.options import OptionError, Parser, available_workers
-from cluster_zoo.weights import CheckpointError, read_checkpoint
+from cluster_zoo.weights import CheckpointError, load_checkpoint, read_checkpoint
 from segmentation import Segmenter, create_segmenter, inference, options, segmenter_config
 from segmentation.datasets import SegmentationDataset, create_dataset
 from segmentation.evaluation import evaluate
@@ -52,6 +52,7 @@ def parser() -> Parser:
     group.add_argument('--split', default='val', metavar='NAME', help='split to measure on (default: val)')
     group = options.add_model_options(parser)
     group.add_argument('--checkpoint', metavar='FILE', help="weights: of train.py, or a published system's")
+    group.add_argument('--use-ema', action='store_true', help='take the averaged weights where the file has both')
     group = options.add_test_options(parser, prefix='')
     add = group.add_argument
     add('--scales', type=float, nargs='+', default=[1.0], metavar='F', help='average over these scales (default: 1)')
@@ -129,7 +130,8 @@ def build_model(args: argparse.Namespace, dataset: SegmentationDataset) -> Segme
         args.num_classes = len(dataset.classes)
     arguments = options.model_options(args)
     with build.blame('model'):
-        model = create_segmenter(checkpoint_path=args.checkpoint, **arguments)
+        model = create_segmenter(**arguments)
+        load_checkpoint(model, args.checkpoint, args.use_ema)
     if model.num_classes != len(dataset.classes):
         raise OptionError(
             f'the model tells {model.num_classes} classes apart, {args.dataset} has {len(dataset.classes)}: give the '

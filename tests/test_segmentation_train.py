@@ -106,17 +106,17 @@ def test_checkpoint_alone_rebuilds_the_model(run, tmp_path):
     names = ('head', 'backbone', 'num_classes', 'classifier', 'channels', 'auxiliary', 'sub_centroids')
     args = checkpoint['args']
     model = create_segmenter(**{name: args[name] for name in names}, **args['model_kwargs'] or {})
-    load_checkpoint(model, tmp_path / 'a' / 'last.pth.tar')
+    load_checkpoint(model, tmp_path / 'a' / 'last.pth.tar', use_ema=True)
     assert_same(dict(model.state_dict()), dict(checkpoint['state_dict_ema']))
     assert checkpoint['epoch'] == 2 and args['centroid_momentum'] == 0.5
     [[learned]] = checkpoint['learned']
     assert learned['memory']['features'].shape[1] == 8
-    # And is what another run starts from
+    # And another run starts from its weights that are not averaged
     assert run('b', '--iterations', 1, *flags, '--checkpoint', tmp_path / 'a' / 'last.pth.tar', '--lr', 1e-12) == 0
     first, second = (_load(tmp_path / name / 'last.pth.tar')['state_dict'] for name in ('a', 'b'))
     name = 'backbone.model.layer1.0.conv1.weight'
-    torch.testing.assert_close(second[name], checkpoint['state_dict_ema'][name])
-    assert not torch.equal(second[name], first[name])
+    torch.testing.assert_close(second[name], first[name])
+    assert not torch.equal(second[name], checkpoint['state_dict_ema'][name])
 
 
 @pytest.mark.parametrize('classifier', ['plain', 'cond', 'dnc'])

@@ -82,10 +82,10 @@ def test_checkpoint_is_plain_data_in_timms_layout(run, tmp_path):
     expected = {'epoch', 'arch', 'optimizer', 'version', 'args', 'state_dict', 'state_dict_ema', 'metric', 'amp_scaler'}
     assert expected <= checkpoint.keys()
     assert (checkpoint['epoch'], checkpoint['arch'], checkpoint['args']['lr']) == (0, 'test_resnet', 0.05)
-    # timm's own loader and ours read it, each with the averaged weights.
+    # timm's own loader and ours read it, each with the averaged weights where they are asked for.
     for load in (timm.models.load_checkpoint, load_checkpoint):
         model = timm.create_model('test_resnet', num_classes=3)
-        load(model, str(tmp_path / 'a' / 'last.pth.tar'))
+        load(model, str(tmp_path / 'a' / 'last.pth.tar'), use_ema=True)
         assert_same(dict(model.state_dict()), dict(checkpoint['state_dict_ema']))
 
 

@@ -262,8 +262,8 @@ def test_mistakes_are_one_line(run, flags, message):
 
 def test_weights_that_are_nowhere(run):
     status, error = run(model='coc_small', weights=None)
-    assert status == 2 and error.startswith('error: No weights were found for coc_small.in1k')
-    assert 'cluster-zoo fetch coc_small.in1k' in error
+    assert status == 2 and error.startswith('error: No pretrained weights for coc_small.in1k')
+    assert 'cluster-zoo import FILE --as coc_small.in1k' in error
 
 
 @pytest.mark.parametrize(

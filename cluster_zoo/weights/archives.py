@@ -20,9 +20,12 @@ _SHOWN = 4
 
 def is_archive(path: Path) -> bool:
     """Whether a file is a zip, tar or gzip archive, and no checkpoint itself."""
-    if _is_zip(path):
-        with zipfile.ZipFile(path) as archive:
-            return not any(PurePosixPath(name).name == 'data.pkl' for name in archive.namelist())
+    try:
+        if _is_zip(path):
+            with zipfile.ZipFile(path) as archive:
+                return not any(PurePosixPath(name).name == 'data.pkl' for name in archive.namelist())
+    except Exception:  # it is damaged, which reading tells
+        return False
     return _starts_with(path, b'\x1f\x8b') or _is_tar(path)
 
 

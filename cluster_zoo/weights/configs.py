@@ -53,7 +53,7 @@ _EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('label_offset', lambda x: x in (0, 1), '0 or 1'),
     (
         'label_names',
-        lambda x: isinstance(x, list | dict) and all(isinstance(name, str) for name in x),
+        lambda x: isinstance(x, list | tuple | dict) and all(isinstance(name, str) for name in x),
         'a list of text',
     ),
     ('label_descriptions', lambda x: isinstance(x, dict), 'text for each label'),
@@ -114,7 +114,8 @@ def _check(config: Any, architecture: str | None) -> None:
         raise ValueError(f'its architecture is {name}, not {architecture}')
     cfg = config.get('pretrained_cfg')
     if cfg is None:  # the earlier layout
-        cfg = {key: value for key, value in config.items() if key not in ('architecture', 'labels', 'model_args')}
+        beside = ('architecture', 'num_features', 'labels', 'model_args')
+        cfg = {key: value for key, value in config.items() if key not in beside}
     arguments = config.get('model_args') or {}
     if not (isinstance(cfg, dict) and isinstance(arguments, dict)):
         raise ValueError('its pretrained_cfg and model_args are objects')

@@ -2,7 +2,7 @@
 
 __all__ = ['CheckpointError', 'one_line', 'quoted']
 
-_LONGEST = 300  # characters
+_LONGEST = 200  # characters
 
 
 class CheckpointError(RuntimeError):

@@ -18,7 +18,7 @@ import torch.nn as nn
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .errors import CheckpointError, one_line, quoted
+from .errors import CheckpointError, one_line
 from .scan import check_checksums, check_file, check_tensors
 
 __all__ = [
@@ -118,7 +118,11 @@ def _read_pickle(path: Path) -> Any:
 
 def _explain(path: Path, start: bytes, error: Exception) -> str:
     """Why a file cannot be read, and what to do about it."""
-    said, name = str(error), one_line(path.name)
+    name = one_line(path.name)
+    try:
+        said = str(error)
+    except Exception:  # of a KeyError whose key is a value of the file
+        said = ''
     again = f"torch.save(torch.load('{name}', weights_only=False)['state_dict'], 'weights.pth')"
     refused = re.search(r'GLOBAL (\S+)|unrecognized function (.+)|[Cc]an only (.+)', said)
     if 'TorchScript' in said:
@@ -146,9 +150,8 @@ def _explain(path: Path, start: bytes, error: Exception) -> str:
     for magic, what in _OTHER_FILES.items():
         if start.startswith(magic):
             return f"'{path}' is {what}."
-    reason = one_line((re.search('Unpickler error: (.+)', said) or [error, said or type(error).__name__])[1]).split(
-        '. '
-    )[0]
+    found = re.search('Unpickler error: (.+)', said)
+    reason = one_line(found[1] if found else said or type(error).__name__).partition('. ')[0]
     return f"'{path}' is truncated, damaged or not a checkpoint ({reason}). Get the file again."
 
 
@@ -181,17 +184,28 @@ def state_dict_of(checkpoint: Any, path: str | Path, use_ema: bool = False) -> d
     if not entries:
         what = 'nothing' if isinstance(checkpoint, dict) else f'a {type(checkpoint).__name__}'
         raise CheckpointError(f"'{path}' holds no weights: expected tensors by name, found {what}.")
-    others = [quoted(name) for name, x in entries.items() if not (isinstance(name, str) and isinstance(x, Tensor))]
+    others = [key for key, x in entries.items() if not (isinstance(key, str) and _is_plain(x))]
+    others = [repr(key) if isinstance(key, (str, int)) else f'a {type(key).__name__}' for key in others]
     if others:
-        named = ', '.join(others[:_SHOWN]) + (', ...' if len(others) > _SHOWN else '')
+        named = _shown(others)
         raise CheckpointError(
-            f"'{path}' holds no weights that can be told: {named} are not tensors, and there is none of the usual "
+            f"'{path}' holds no weights that can be told: {named} are no plain tensors, and there is none of the usual "
             f'entries ({", ".join(_KEYS[:4])}, ...). Save the state_dict alone.'
         )
-    entries = {name: value for name, value in entries.items() if not _NO_WEIGHTS.search(name)}
+    # Without the attributes that a file may give to a parameter, which could stand before its methods
+    entries = {name: Tensor.detach(value) for name, value in entries.items() if not _NO_WEIGHTS.search(name)}
     while prefix := next((p for p in _PREFIXES if entries and all(name.startswith(p) for name in entries)), None):
         entries = {name.removeprefix(prefix): value for name, value in entries.items()}
     return entries
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor whose numbers are all there: not sparse, nested or on the meta device."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_nested)
+
+
+def _shown(names: list[str]) -> str:
+    return one_line(', '.join(names[:_SHOWN])) + (', ...' if len(names) > _SHOWN else '')
 
 
 def is_averaged(checkpoint: Any, use_ema: bool = False) -> bool:
@@ -242,8 +256,7 @@ def check_fit(
         ),
     ):  # fmt: skip
         if names:
-            shown = ', '.join(map(one_line, names[:_SHOWN])) + (', ...' if len(names) > _SHOWN else '')
-            differences.append(f'{len(names)} {label} ({shown})')
+            differences.append(f'{len(names)} {label} ({_shown(names)})')
     name = type(model).__name__
     if differences:
         raise CheckpointError(

@@ -81,13 +81,13 @@ class _Value:
         content: A number, a text, an imported name, or the values in a tuple.
         depth: Containers inside of each other.
         odd: Keys of hashes that a file can choose, if this value is a key or its items become keys.
-        held: Whether another value has it inside, so that what is known of that one would not follow a change.
+        held: How many other values have it inside. What is known of these would not follow a change.
     """
 
     __slots__ = ('content', 'depth', 'held', 'kind', 'odd')
 
     def __init__(self, kind: str, content: Any = None, depth: int = 0, odd: int = 0):
-        self.kind, self.content, self.depth, self.odd, self.held = kind, content, depth, odd, False
+        self.kind, self.content, self.depth, self.odd, self.held = kind, content, depth, odd, 0
 
 
 def _check_program(program: bytes | IO[bytes], size: int) -> None:
@@ -131,9 +131,13 @@ def _hashed(name: str, taken: list[_Value], size: int) -> int:
     """How many keys of chosen hashes an instruction puts into a dictionary or a set, if it may be executed."""
     if name in ('SETITEM', 'SETITEMS'):
         return sum(key.odd for key in taken[1::2])
-    if name == 'BUILD' and taken[0].kind in _CALLS and not (taken[1].kind == 'EMPTY_DICT' or _is_plain(taken[1])):
-        if str(taken[0].content[0].content).startswith('torch'):
+    if name == 'BUILD':
+        target, state = taken
+        made_by = str(target.content[0].content) if target.kind in _CALLS else ''
+        if made_by.startswith('torch') and not (state.kind == 'EMPTY_DICT' or _is_plain(state)):
             raise _Refused('it changes a tensor')
+        if state.held:
+            raise _Refused('it copies a value')
     if name in ('ADDITEMS', 'BUILD'):
         return sum(value.odd for value in taken[1:])
     if name == 'BINPERSID' and 'TUPLE' in taken[0].kind:
@@ -149,18 +153,26 @@ def _hashed_by_call(function: _Value, arguments: _Value, size: int) -> int:
     name = function.content.split()[-1] if function.kind == 'GLOBAL' else ''
     if name == '_rebuild_from_type_v2' and len(items) > 2:  # which calls the first with the third
         return _hashed_by_call(items[0], items[2], size)
-    if name in ('encode', 'bytearray'):
-        if items and items[-1].content not in _LATIN:
-            raise _Refused(f'it calls {name} for something else than bytes')
-    elif name.startswith(('_rebuild_tensor', '_rebuild_qtensor')):
+    if name.startswith(('_rebuild_tensor', '_rebuild_qtensor')):
         _check_numbers(items[2].content if len(items) > 2 and 'TUPLE' in items[2].kind else [arguments], size)
-    elif name.startswith('_rebuild_device') or (name in ('Tensor', 'UntypedStorage', 'TypedStorage') and items):
+    if name.startswith('_rebuild_device') or (name in ('Tensor', 'UntypedStorage', 'TypedStorage') and items):
         raise _Refused(f'it makes tensors with {name}')
+    if name in ('encode', 'bytearray'):
+        if items and items[-1].content not in _LATIN and not (name == 'bytearray' and _is_bytes(items[-1])):
+            raise _Refused(f'it calls {name} for something else than bytes')
     elif name in ('set', 'Counter', 'OrderedDict', 'Size'):
         if not _is_plain(arguments):
             raise _Refused(f'it makes a {name} of a tensor')
-        return arguments.odd if name != 'Size' else 0
-    return 0
+    else:
+        return 0
+    if arguments.held or any(item.held > 1 for item in items[:1]):
+        raise _Refused('it copies a value')
+    return arguments.odd if name in ('set', 'Counter', 'OrderedDict') else 0
+
+
+def _is_bytes(value: _Value) -> bool:
+    """Whether it is the result of ``_codecs.encode``, or the bytes of later protocols."""
+    return 'BYTES' in value.kind or (value.kind == 'REDUCE' and str(value.content[0].content).endswith(' encode'))
 
 
 def _is_plain(value: _Value) -> bool:
@@ -191,7 +203,7 @@ def _result(name: str, argument: Any, taken: list[_Value]) -> _Value:
         changed.odd = odd
         taken = taken[1:]
     for value in taken:
-        value.held = True
+        value.held += 1
     if name in _IN_PLACE:
         return changed
     return _Value(name, taken, depth, max(1, odd) if 'TUPLE' in name or name in _CALLS else odd)
@@ -230,9 +242,9 @@ def check_tensors(value: Any, path: Path) -> None:
         value = pending.pop()
         if isinstance(value, Tensor):
             if value.layout is torch.strided and not value.is_meta:
-                storage = value.untyped_storage()
+                storage = Tensor.untyped_storage(value)
                 storages[storage.data_ptr()] = storage.nbytes()
-                if value.numel() * value.element_size() > storage.nbytes():
+                if Tensor.numel(value) * Tensor.element_size(value) > storage.nbytes():
                     raise CheckpointError(
                         f"'{path}' was refused: a tensor of shape {list(value.shape)} is larger than its storage."
                     )
