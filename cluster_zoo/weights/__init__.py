@@ -1,4 +1,7 @@
-"""Pretrained weights: where they come from, how files are read, and what is refused. See docs/security.md."""
+"""Pretrained weights: where they come from, how files are read, and what is refused (docs/security.md).
+
+Whatever is wrong with weights, a file, a server or a configuration is one `CheckpointError` with one line of text.
+"""
 
 from .errors import CheckpointError
 from .reading import (

@@ -44,18 +44,7 @@ def _is_tar(path: Path) -> bool:
 
 
 def unpack_checkpoint(path: Path, folder: Path) -> Path:
-    """Copy the one checkpoint of an archive into a folder. Nothing else is unpacked, and its path has no effect.
-
-    Args:
-        path: A ``.zip``, ``.tar``, ``.tar.gz`` or ``.gz`` file.
-        folder: Where to write.
-
-    Returns:
-        The written file.
-
-    Raises:
-        CheckpointError: The archive is damaged, grows more than a hundred times, or has not exactly one checkpoint.
-    """
+    """Copy the one checkpoint of an archive into a folder. Nothing else is unpacked, and its path has no effect."""
     limit = _MAX_RATIO * path.stat().st_size + _CHUNK
     try:
         if _is_zip(path):

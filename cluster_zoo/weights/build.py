@@ -117,17 +117,7 @@ def _checked(filter_fn: Callable | None, cfg: PretrainedCfg, features_only: bool
 
 
 def weights_folder(name: str, url: str | None, root: str | Path | None = None, **options: Any) -> Path:
-    """The model folder of a release: from the cache, the organization of ``CLUSTER_ZOO_HUB``, or its authors.
-
-    Args:
-        name: Architecture and tag.
-        url: Where its authors published it; None if they have not.
-        root: Folder of the cache.
-        **options: ``member`` and ``force`` of `fetch`. A ``member`` is one of the authors' files.
-
-    Raises:
-        CheckpointError: None of them has the weights. The message says why, and what to do.
-    """
+    """The model folder of a release: from the cache, the organization of ``CLUSTER_ZOO_HUB``, or its authors."""
     from .importing import install  # which builds models, as this module does for them
 
     problems = []
@@ -154,15 +144,7 @@ def weights_folder(name: str, url: str | None, root: str | Path | None = None, *
 
 
 def open_folder(folder: Path, architecture: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The checked configuration and the weights of a model folder.
-
-    Args:
-        folder: In timm's hub layout: ``config.json`` and ``model.safetensors``, or another file of weights.
-        architecture: The one that it has to be of; None for any of timm's.
-
-    Raises:
-        CheckpointError: It is no model folder, its configuration is refused, or its weights are damaged.
-    """
+    """The checked configuration and the weights of a model folder."""
     config = read_config(folder, architecture)
     return config, load_state_dict(cache.verified_weights(folder))
 

@@ -38,15 +38,7 @@ def home() -> Path:
 
 
 def entry(name: str, root: str | Path | None = None) -> Path:
-    """The place of a name in the cache, whether it is there or not.
-
-    Args:
-        name: An architecture with a tag, or a published segmenter.
-        root: Folder of the cache; `home` if None.
-
-    Raises:
-        CheckpointError: The name could lead out of the cache.
-    """
+    """The place of a name in the cache, whether it is there or not."""
     if not re.fullmatch(r'[a-z][a-z0-9_]*(\.[A-Za-z0-9][\w-]*)?', name):
         raise CheckpointError(f'{name!r} is no name of weights, such as coc_small.in1k.')
     return Path(root or home()) / name
@@ -65,11 +57,7 @@ def _former(path: Path) -> Path:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill that takes the place of ``path`` in one step when the block ends without an error.
-
-    Raises:
-        CheckpointError: The place cannot be written to.
-    """
+    """A folder to fill that takes the place of ``path`` in one step when the block ends without an error."""
     fresh, former = path.with_name(f'.new-{path.name}'), _former(path)
     try:
         if path.is_file():
@@ -105,9 +93,6 @@ def exclusive(name: str, root: str | Path | None = None) -> Iterator[None]:
 
     The lock is a lease in a file: it needs no support of the file system, and one whose holder was stopped or killed
     expires after half a minute.
-
-    Raises:
-        CheckpointError: The cache cannot be written to, or the process that this one has waited for has failed.
     """
     from filelock import SoftFileLease, Timeout  # of filelock 3.30: torch alone brings an older one
 
@@ -138,11 +123,7 @@ def exclusive(name: str, root: str | Path | None = None) -> Iterator[None]:
 
 
 def verified_weights(folder: Path) -> Path:
-    """The weights file of a model folder, compared with the SHA-256 in its configuration if that has one.
-
-    Raises:
-        CheckpointError: There is none, or it is not the one that was written.
-    """
+    """The weights file of a model folder, compared with the SHA-256 in its configuration if that has one."""
     files = [folder / WEIGHTS, folder / 'pytorch_model.bin', *sorted(folder.glob('*.safetensors'))]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
@@ -178,18 +159,7 @@ def sha256(path: str | Path) -> str:
 def check_digest(
     source: str, digest: str, root: str | Path | None = None, force: bool = False, pinned: str | None = None
 ) -> None:
-    """Compare the SHA-256 of a source's file with the pinned one or that of its first use, or record it.
-
-    Args:
-        source: What the record is called.
-        digest: The SHA-256 now.
-        root: See `entry`.
-        force: Accept another file, and record it in place of the first.
-        pinned: The SHA-256 that the package states.
-
-    Raises:
-        CheckpointError: The file is another, or the records are damaged.
-    """
+    """Compare the SHA-256 of a source's file with the pinned one or that of its first use, or record it."""
     path = Path(root or home()) / 'sha256.json'
     try:
         records = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}

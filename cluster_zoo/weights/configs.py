@@ -68,11 +68,7 @@ _EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 
 def read_config(folder: Path, architecture: str | None = None) -> dict[str, Any]:
-    """The configuration of a model folder, checked by `check_config`.
-
-    Raises:
-        CheckpointError: There is no ``config.json``, it is too large or not JSON, or `check_config` refuses it.
-    """
+    """The configuration of a model folder, checked by `check_config`."""
     path = Path(folder) / CONFIG
     try:
         if path.stat().st_size > _MAX_BYTES:
@@ -176,16 +172,7 @@ def _check_values(value: Any, path: str, depth: int = 0) -> None:
 
 
 def check_size(build: Callable[[], nn.Module], state_dict: dict[str, Tensor] | None, where: str) -> None:
-    """Build a model that somebody else describes without memory for its parameters, before it is built for use.
-
-    Args:
-        build: Builds the model, without pretrained weights.
-        state_dict: What there is to fill it; None if it is to stay empty.
-        where: What messages call the description.
-
-    Raises:
-        CheckpointError: The model cannot be built, takes too long, or is much larger than what there is to fill it.
-    """
+    """Build a model that somebody else describes without memory for its parameters, before it is built for use."""
     thread, end = threading.get_ident(), time.monotonic() + _SECONDS
 
     def check_time(*_: Any) -> None:

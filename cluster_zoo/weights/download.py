@@ -201,11 +201,7 @@ def _download(file_id: str, path: str, folder: Path) -> Path:
 
 
 def organization() -> str | None:
-    """The organization of the Hugging Face Hub that ``CLUSTER_ZOO_HUB`` names; None if it names none.
-
-    Raises:
-        CheckpointError: It is no name of an organization.
-    """
+    """The organization of the Hugging Face Hub that ``CLUSTER_ZOO_HUB`` names; None if it names none."""
     named = os.environ.get('CLUSTER_ZOO_HUB', '').strip()
     if named and not re.fullmatch(r'[A-Za-z0-9][\w.-]*', named):
         raise CheckpointError(f'CLUSTER_ZOO_HUB={named!r} is no name of an organization, such as my-lab.')
@@ -213,19 +209,7 @@ def organization() -> str | None:
 
 
 def hub_folder(repo_id: str, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
-    """A model folder on the Hugging Face Hub, through its client's cache.
-
-    Args:
-        repo_id: ``organization/name``.
-        revision: Branch, tag or commit; the newest commit of the main branch if None.
-        cache_dir: Folder for the client's cache, in place of its own.
-
-    Returns:
-        The folder in the client's cache, with ``config.json`` and the weights of one commit.
-
-    Raises:
-        CheckpointError: It cannot be had. The message says why.
-    """
+    """A model folder on the Hugging Face Hub, through its client's cache."""
     local, reason = _offline(), None
     try:
         local or check_network(huggingface_hub.constants.ENDPOINT)

@@ -92,17 +92,7 @@ def import_checkpoint(
 
 
 def install(name: str, path: Path, folder: Path, source: dict[str, str]) -> None:
-    """Fill a folder of the cache with a release of this package's tags, from the authors' file.
-
-    Args:
-        name: Architecture and tag. What its configuration says of images and classes holds.
-        path: See `import_checkpoint`.
-        folder: An empty folder.
-        source: Where the file comes from, for the record.
-
-    Raises:
-        CheckpointError: See `import_checkpoint`.
-    """
+    """Fill a folder of the cache with a release of this package's tags, from the authors' file."""
     _, state_dict, weights = _read(path, name)
     model = timm.create_model(name, **names.context_cluster_args(state_dict))
     _convert(model, state_dict, nullcontext(folder), name, source | weights)

@@ -316,11 +316,7 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
 
 
 def converted(state_dict: dict[str, Tensor], model: nn.Module, filter_fn: Callable[..., Any]) -> dict[str, Tensor]:
-    """A state dict through one of timm's filter functions, which convert names and shapes.
-
-    Raises:
-        CheckpointError: The function fails, because the names that it knows have other shapes.
-    """
+    """A state dict through one of timm's filter functions, which convert names and shapes."""
     try:
         return filter_fn(dict(state_dict), model)
     except Exception as error:

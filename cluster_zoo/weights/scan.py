@@ -35,15 +35,7 @@ _LATIN = ('latin1', 'latin-1')  # as pickles spell bytes; another codec may take
 
 
 def check_file(path: Path) -> None:
-    """Raise unless a file that ``torch.save`` wrote is safe to give to ``torch.load``.
-
-    Args:
-        path: A zip file as PyTorch writes it, or a file of the format before PyTorch 1.6.
-
-    Raises:
-        CheckpointError: It would crash or exhaust the process. The message says how.
-        Exception: It is not such a file: whatever the reader raises for it.
-    """
+    """Raise unless a file that ``torch.save`` wrote is safe to give to ``torch.load``."""
     with path.open('rb') as file:
         if file.read(4) == b'PK\3\4':
             # With PyTorch's own reader, because other readers may find other entries in the same file.
@@ -210,11 +202,7 @@ def _result(name: str, argument: Any, taken: list[_Value]) -> _Value:
 
 
 def check_checksums(path: Path) -> None:
-    """Raise if the CRC-32 of an entry of a zip file is wrong: PyTorch does not look at them.
-
-    Raises:
-        CheckpointError: The content of an entry is damaged. The message names it.
-    """
+    """Raise if the CRC-32 of an entry of a zip file is wrong: PyTorch does not look at them."""
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
@@ -228,15 +216,7 @@ def check_checksums(path: Path) -> None:
 
 
 def check_tensors(value: Any, path: Path) -> None:
-    """Raise if the tensors of a loaded file have more numbers than the file.
-
-    Args:
-        value: What ``torch.load`` made of the file.
-        path: The file.
-
-    Raises:
-        CheckpointError: A tensor is larger than its storage, or the storages are larger than the file.
-    """
+    """Raise if the tensors of a loaded file have more numbers than the file."""
     pending, seen, storages = [value], set(), {}
     while pending:
         value = pending.pop()

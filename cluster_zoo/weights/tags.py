@@ -111,15 +111,7 @@ def full_name(name: str) -> str:
 
 
 def label_names(pretrained_cfg: dict[str, Any]) -> list[str] | None:
-    """What the classes are called, by their index.
-
-    Args:
-        pretrained_cfg: A model's ``pretrained_cfg``. Its ``label_names`` and ``label_descriptions`` are what counts;
-            where there are none, ``in1k`` in the tag stands for ImageNet-1k's classes in their usual order.
-
-    Returns:
-        A name for each class, or None if there are none or not as many as classes.
-    """
+    """What the classes are called, by their index."""
     names, num_classes = pretrained_cfg.get('label_names'), pretrained_cfg.get('num_classes')
     if isinstance(names, dict):
         names = list(names.values())
