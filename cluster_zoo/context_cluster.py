@@ -374,7 +374,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     trained = names.context_cluster_args(state_dict)
     if trained and any(module.weighted_mean for module in model.modules() if isinstance(module, ClusterMixer)):
         _logger.warning(
-            'These weights are of the first publication, until June 2023, and were trained with weighted_mean=False. '
+            'These weights are of the first release, until June 2023, and were trained with weighted_mean=False. '
             'Create the model with it for the results that they had.'
         )
     return names.context_cluster(state_dict)

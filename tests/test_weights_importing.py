@@ -79,7 +79,7 @@ def test_a_published_file(case, tmp_path):
     assert 'No figure is known' in card and config['source']['sha256'] in card and config['sha256'] in card
 
 
-def test_weights_of_the_first_publication_keep_their_formula(tmp_path, home, caplog):
+def test_weights_of_the_first_release_keep_their_formula(tmp_path, home, caplog):
     old = {}
     for name, value in recipe.state_dict('coc_tiny').items():
         for new, former in (('f', 'fc1'), ('v', 'fc_v'), ('proj', 'fc2')):
