@@ -333,12 +333,14 @@ import torch
 from cluster_zoo.weights import CheckpointError, load_checkpoint
 model = torch.nn.Linear(1, 1)
 torch.set_num_threads(1)
-kibibytes = int(next(line for line in open('/proc/self/status') if line.startswith('VmSize')).split()[1])
-resource.setrlimit(resource.RLIMIT_AS, ((kibibytes + (2 << 20)) << 10,) * 2)
+def kibibytes(kind):
+    return int(next(line for line in open('/proc/self/status') if line.startswith(kind)).split()[1])
+
+resource.setrlimit(resource.RLIMIT_AS, ((kibibytes('VmSize') + (2 << 20)) << 10,) * 2)
 for path in sorted(Path(sys.argv[1]).iterdir(), key=lambda path: int(path.name)):
     if int(path.name) < int(sys.argv[2]):
         continue
-    signal.alarm(10)
+    signal.alarm(60)
     try:
         outcome = 'read: ' + str(load_checkpoint(model, path))
     except CheckpointError as error:
@@ -346,7 +348,8 @@ for path in sorted(Path(sys.argv[1]).iterdir(), key=lambda path: int(path.name))
         outcome = 'no memory' if any(isinstance(cause, MemoryError) for cause in causes) else str(error)
     except BaseException as error:
         outcome = f'{type(error).__name__}: {error}'
-    print(json.dumps([int(path.name), outcome, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10]), flush=True)
+    # Not ru_maxrss, which begins with that of the parent
+    print(json.dumps([int(path.name), outcome, kibibytes('VmHWM') >> 10]), flush=True)
 """
 
 
@@ -370,6 +373,7 @@ def outcomes(tmp_path_factory):
     return dict(zip(HOSTILE, (found[i] for i in range(len(HOSTILE)))))
 
 
+@pytest.mark.skipif(sys.platform != 'linux', reason='memory is limited and read as Linux does')
 @pytest.mark.parametrize('case', HOSTILE)
 def test_hostile_files_end_in_one_line_and_take_little(case, outcomes):
     message, memory = outcomes[case]
