@@ -159,8 +159,8 @@ def test_configurations_that_do_more_than_describe_are_refused(path, value, whol
     ('auto_map', {'a': 'b'}, 'auto_map asks for code of its own'),
     ('architecture', 'os.system', "'os.system', is none"),
     ('pretrained_cfg.url', 'http://x', 'url leads to other weights'),
-    ('model_args.checkpoint_path', 'x', 'checkpoint_path is no argument of a model'),
-    ('model_args.norm_layer', 'os.system', 'norm_layer is no number, no choice'),
+    ('model_args.checkpoint_path', 'x', 'checkpoint_path is not an argument of a model'),
+    ('model_args.norm_layer', 'os.system', 'norm_layer must be a number, a choice'),
     ('pretrained_cfg.interpolation', 'evil', 'interpolation'),
     ('model_args.dims', [2000, 2000, 2000, 30000], 'describes a model of'),
     ('model_args.colour', 3, 'no model that can be built'),
@@ -170,7 +170,7 @@ def test_the_message_names_the_key(path, value, words, whole, tmp_path):
 
 
 @pytest.mark.parametrize('changes, words', [
-    ([('model_args.act_layer', 'os.system')], 'model_args.act_layer is no number'),
+    ([('model_args.act_layer', 'os.system')], 'model_args.act_layer must be a number'),
     ([('model_args.layers', [60_000] * 4)], 'takes more than'),
     ([('model_args.width', 3)], 'no model that can be built'),
     ([('pretrained_cfg.url', 'http://localhost')], 'its url leads to'),

@@ -46,6 +46,12 @@ _FACTORY = {
     *inspect.signature(build_model_with_cfg).parameters,
     *('features_only', 'out_indices', 'feature_cls', 'pruned', 'device', 'dtype', 'variant_args'),
 }
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, int | float) for one in value)
+
+
 _INTERPOLATIONS = ('bicubic', 'bilinear', 'nearest', 'lanczos', 'box', 'hamming', 'random')
 _CROP_MODES = ('center', 'squash', 'border')
 _EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -61,8 +67,8 @@ _EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ('interpolation', lambda x: x in _INTERPOLATIONS, f'one of {", ".join(_INTERPOLATIONS)}'),
     ('crop_mode', lambda x: x in _CROP_MODES, f'one of {", ".join(_CROP_MODES)}'),
     ('crop_pct', lambda x: isinstance(x, int | float) and 0.1 <= x <= 2, '0.1 to 2'),
-    ('mean', lambda x: isinstance(x, list | tuple) and all(isinstance(one, int | float) for one in x), 'numbers'),
-    ('std', lambda x: isinstance(x, list | tuple) and all(isinstance(one, int | float) for one in x), 'numbers'),
+    ('mean', _are_numbers, 'numbers'),
+    ('std', _are_numbers, 'numbers'),
     ('sha256', lambda x: isinstance(x, str) and bool(re.fullmatch('[0-9a-f]{64}', x)), '64 hexadecimal digits'),
 )
 
@@ -102,7 +108,7 @@ def check_config(config: Any, where: str, architecture: str | None = None) -> No
 
 def _check(config: Any, architecture: str | None) -> None:
     if not isinstance(config, dict):
-        raise ValueError(f'it is an object, not {quoted(config)}')
+        raise ValueError(f'a configuration must be an object, not {quoted(config)}')
     name = config.get('architecture')
     if not isinstance(name, str) or not timm.is_model(name):
         raise ValueError(f'its architecture, {quoted(name)}, is none that timm or cluster_zoo has')
@@ -114,7 +120,7 @@ def _check(config: Any, architecture: str | None) -> None:
         cfg = {key: value for key, value in config.items() if key not in beside}
     arguments = config.get('model_args') or {}
     if not (isinstance(cfg, dict) and isinstance(arguments, dict)):
-        raise ValueError('its pretrained_cfg and model_args are objects')
+        raise ValueError('its pretrained_cfg and model_args must be objects')
     for key in _CODE:
         if config.get(key) or cfg.get(key) or key in arguments:
             raise ValueError(f'{key} asks for code of its own')
@@ -126,9 +132,9 @@ def _check(config: Any, architecture: str | None) -> None:
             raise ValueError(f'its {key} leads to other weights than those beside it')
     for key, value in arguments.items():
         if key in _FACTORY or not re.fullmatch(r'[a-z]\w*', str(key)):
-            raise ValueError(f'model_args.{key} is no argument of a model, but of what builds and loads it')
+            raise ValueError(f'model_args.{key} is not an argument of a model, but of what builds and loads it')
         if isinstance(value, dict) or (isinstance(value, str) and not re.fullmatch(r'[\w+-]{0,64}', value)):
-            raise ValueError(f'model_args.{key} is no number, no choice and no list of these: {quoted(value)}')
+            raise ValueError(f'model_args.{key} must be a number, a choice or a list of these, not {quoted(value)}')
     _check_values(config, '')
 
     sizes = [cfg.get(key) or () for key in ('input_size', 'test_input_size', 'min_input_size')]
