@@ -38,12 +38,14 @@ from timm.task import TrainingTask, evaluation_sample_limit
 from tqdm import tqdm
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo import build, interrupt
-from cluster_zoo.data import DataError, class_names, unreadable_images
-from cluster_zoo.options import OptionError, available_workers
-from cluster_zoo.task import CentroidTaskMixin, learned_share
-from cluster_zoo.train_options import train_parser
-from cluster_zoo.weights import CheckpointError, read_checkpoint
+from cluster_zoo.data import class_names, unreadable_images
+from cluster_zoo.errors import CheckpointError, DataError, OptionError
+from cluster_zoo.training import build
+from cluster_zoo.training import resume as interrupt
+from cluster_zoo.training.options import available_workers
+from cluster_zoo.training.tasks import CentroidTaskMixin, learned_share
+from cluster_zoo.training.train_options import train_parser
+from cluster_zoo.weights import read_checkpoint
 
 _logger = logging.getLogger('train')
 

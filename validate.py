@@ -32,10 +32,11 @@ from timm.task import ClassificationEvaluator
 from tqdm import tqdm
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo import build
-from cluster_zoo.data import DataError, check_dataset, create_dataset, unreadable_images
-from cluster_zoo.options import OptionError, available_workers, validate_parser
-from cluster_zoo.weights import CheckpointError, load_checkpoint
+from cluster_zoo.data import check_dataset, create_dataset, unreadable_images
+from cluster_zoo.errors import CheckpointError, DataError, OptionError
+from cluster_zoo.training import build
+from cluster_zoo.training.options import available_workers, validate_parser
+from cluster_zoo.weights import load_checkpoint
 
 _logger = logging.getLogger('validate')
 

@@ -34,10 +34,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 
 from throughput import first_use, machine, process_bytes  # noqa: E402
 
-from cluster_zoo import build  # noqa: E402
+from cluster_zoo.training import build  # noqa: E402
 from segmentation import create_segmenter, validate  # noqa: E402
-from segmentation.options import model_options  # noqa: E402
-from segmentation.task import SegmentationTask  # noqa: E402
+from segmentation.engine.options import model_options  # noqa: E402
+from segmentation.engine.tasks import SegmentationTask  # noqa: E402
 
 _RUN = r'camvid-{kind}-(?P<row>[\w-]+)-(?P<seed>\d+)'
 _IMAGES, _CROPS = (8, 3, 384, 480), (8, 3, 256, 256)

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout too
 
 from throughput import machine, positive
 
-from cluster_zoo.centroids import CentroidLearning, NearestCentroidHead
-from cluster_zoo.options import Parser
+from cluster_zoo.layers.nearest_centroid import CentroidLearning, NearestCentroidHead
+from cluster_zoo.training.options import Parser
 
 BLOCK = 4096  # features that are scored at a time
 

@@ -40,8 +40,8 @@ from throughput import machine, process_bytes  # noqa: E402
 from transcription import Transcription  # noqa: E402
 
 import cluster_zoo  # noqa: E402, F401  registers the models
-from cluster_zoo.fec import ClusterPool  # noqa: E402
-from cluster_zoo.mixer import ClusterMixer  # noqa: E402
+from cluster_zoo.layers.cluster_mixer import ClusterMixer  # noqa: E402
+from cluster_zoo.models.fec import ClusterPool  # noqa: E402
 
 MODELS = 'coc_tiny,coc_tiny_plain,coc_small,coc_medium,fec_small,fec_base'
 

@@ -26,8 +26,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 
 from throughput import machine  # noqa: E402
 
-from cluster_zoo.centroids import unit  # noqa: E402
 from cluster_zoo.data import class_names, create_dataset  # noqa: E402
+from cluster_zoo.layers.nearest_centroid import unit  # noqa: E402
 from cluster_zoo.transfer import class_centroids, embed_dataset  # noqa: E402
 from cluster_zoo.weights import load_checkpoint  # noqa: E402
 

@@ -10,8 +10,8 @@ Printed for each model, with 1,000 classes, random weights and random images:
   models take turns within each round, so that other work on the machine hits all alike. The median round counts.
 - GFLOPs of one image's forward pass as `torch.utils.flop_counter` counts them: convolutions and matrix products only, a
   multiplication and an addition are two operations (the GMACs of many papers are half as many). This package's models
-  are counted as `cluster_zoo.clustering` writes their formulas (``CLUSTER_ZOO_KERNELS=plain``), whatever faster kernels
-  do, and the averages of their grids as matrix products.
+  are counted with ``CLUSTER_ZOO_KERNELS=plain``, and the averages of their grids as matrix
+  products.
 - MB (10^6 bytes) at the peak of one step, measured in a process of its own: parameters, activations and, for training,
   gradients. On a GPU what torch has allocated. On a CPU what the process has grown by, which only Linux tells: some MB
   of code that is loaded at the first step, and what the allocator keeps for later, count too.
@@ -50,7 +50,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout too
 
 import cluster_zoo
-from cluster_zoo.options import Parser, nearest
+from cluster_zoo.errors import nearest
+from cluster_zoo.training.options import Parser
 
 OURS = ('coc_', 'fec_', 'dnc_')
 TIMM = ['resnet18', 'resnet50', 'poolformer_s12', 'convnext_tiny']

@@ -3,9 +3,8 @@
 Importing this package registers its models: ``timm.create_model('coc_small')``.
 """
 
-from . import cifar_resnet, context_cluster, dnc, fec
-from .dnc import nearest_centroid
+from .models import nearest_centroid
 
-__all__ = ['cifar_resnet', 'context_cluster', 'dnc', 'fec', 'nearest_centroid']
+__all__ = ['nearest_centroid']
 
 __version__ = '0.1.0'

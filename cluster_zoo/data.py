@@ -20,6 +20,8 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
 
+from .errors import DataError
+
 __all__ = ['DataError', 'ImageDataset', 'check_dataset', 'class_names', 'create_dataset', 'unreadable_images']
 
 _logger = logging.getLogger(__name__)
@@ -32,17 +34,6 @@ _EVAL = ('val', 'valid', 'validation', 'eval', 'evaluation')
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, tarfile.TarError, Image.DecompressionBombError)
 # More unreadable images than this in a row are no accident: a disk is gone, or an archive is cut short.
 _MAX_CONSECUTIVE = 10
-
-
-class DataError(ValueError):
-    """A dataset can not be used as asked for; the message says what is wrong and what to do.
-
-    Raised in a loader's worker process, it reaches the main process with the worker's whole traceback for a message.
-    Only the message proper is kept.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.rsplit(f'{type(self).__name__}: ', 1)[-1].strip())
 
 
 class ImageDataset(timm.data.ImageDataset):

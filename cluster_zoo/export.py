@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import __version__
-from .context_cluster import ContextCluster
-from .fec import ClusterPool
-from .mixer import ClusterMixer
+from .errors import ExportError
+from .layers.cluster_mixer import ClusterMixer
+from .models.context_cluster import ContextCluster
+from .models.fec import ClusterPool
 from .weights.tags import label_names
 
 __all__ = ['FORMATS', 'OPSET', 'TOLERANCE', 'Export', 'ExportError', 'Sizes', 'check_request', 'export_model']
@@ -41,10 +42,6 @@ _MIN_SIDE = 32  # smallest image side of the models in pixels
 _MIN_SCALE = 1e-3  # mean of a layer scale below which an error in its branch may not show in the logits
 _RAISED_SCALE = 0.5
 _ROUNDING = 1e-6  # standard deviation of noise that stands for rounding errors, in normalised pixels
-
-
-class ExportError(RuntimeError):
-    """A model cannot be exported as asked, or the exported file differs from the model."""
 
 
 @dataclass(frozen=True)

@@ -15,27 +15,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, default_colla
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from .centroids import NearestCentroidHead
-from .data import DataError
+from .errors import DataError
+from .layers.nearest_centroid import centroid_head
 
 _logger = logging.getLogger(__name__)
-
-
-def centroid_heads(model: nn.Module | None) -> list[NearestCentroidHead]:
-    """The nearest-centroid heads of a model, which may be wrapped or compiled."""
-    modules = unwrap_model(model).modules() if model is not None else ()
-    return [module for module in modules if isinstance(module, NearestCentroidHead)]
-
-
-def centroid_head(model: nn.Module) -> NearestCentroidHead:
-    """The one head of a model, or ValueError."""
-    heads = centroid_heads(model)
-    if len(heads) != 1:
-        raise ValueError(
-            f'{type(unwrap_model(model)).__name__} has {len(heads) or "no"} centroid heads, expected one: '
-            'take a dnc_* model, or cluster_zoo.nearest_centroid(name) for any other.'
-        )
-    return heads[0]
 
 
 def eval_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:

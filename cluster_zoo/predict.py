@@ -26,8 +26,8 @@ from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
-from .options import OptionError
-from .weights.build import load_model
+from .errors import ImageError, OptionError
+from .weights.loading import load_model
 from .weights.tags import label_names
 
 __all__ = ['Classified', 'Ranked', 'classify', 'find_images', 'load_classifier', 'read_image']
@@ -70,10 +70,6 @@ class Classified:
     image: str | Image.Image
     classes: tuple[Ranked, ...] = ()
     error: str | None = None
-
-
-class ImageError(ValueError):
-    """An image can not be read; the message says why, without its name."""
 
 
 def load_classifier(name: str, device: torch.device | str = 'cpu') -> nn.Module:

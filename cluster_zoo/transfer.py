@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .centroids import balanced_assignment, moved_centroids, unit
-from .dnc import NearestCentroidMixin
-from .features import Pictures, centroid_head, eval_transform, evaluating, features_of
+from .features import Pictures, eval_transform, evaluating, features_of
+from .layers.nearest_centroid import balanced_assignment, centroid_head, moved_centroids, unit
+from .models.dnc import NearestCentroidMixin
 
 __all__ = ['class_centroids', 'embed_dataset', 'fit_centroids']
 

@@ -40,21 +40,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cluster_zoo import build, interrupt
-from cluster_zoo.data import DataError
-from cluster_zoo.options import OptionError, available_workers
-from cluster_zoo.task import learned_share
-from cluster_zoo.weights import CheckpointError, read_checkpoint
-from segmentation import inference
-from segmentation.build import build_datasets, build_model, build_optimizer
-from segmentation.datasets import SegmentationDataset
-from segmentation.evaluation import evaluate
-from segmentation.metrics import table
-from segmentation.options import test_protocol
-from segmentation.overlays import OverlayWriter
-from segmentation.sampling import IterationSampler, SeededDataset
-from segmentation.task import SegmentationTask
-from segmentation.train_options import train_parser
+from cluster_zoo.errors import CheckpointError, DataError, OptionError
+from cluster_zoo.training import build
+from cluster_zoo.training import resume as interrupt
+from cluster_zoo.training.options import available_workers
+from cluster_zoo.training.tasks import learned_share
+from cluster_zoo.weights import read_checkpoint
+from segmentation.data.datasets import SegmentationDataset
+from segmentation.data.sampling import IterationSampler, SeededDataset
+from segmentation.engine import inference
+from segmentation.engine.build import build_datasets, build_model, build_optimizer
+from segmentation.engine.evaluation import evaluate
+from segmentation.engine.metrics import table
+from segmentation.engine.options import test_protocol
+from segmentation.engine.overlays import OverlayWriter
+from segmentation.engine.tasks import SegmentationTask
+from segmentation.engine.train_options import train_parser
 
 _logger = logging.getLogger('train')
 

@@ -29,16 +29,17 @@ import torch
 import torch.distributed as dist
 from timm import utils
 
-from cluster_zoo import build
-from cluster_zoo.data import DataError
-from cluster_zoo.options import OptionError, Parser, available_workers
-from cluster_zoo.weights import CheckpointError, load_checkpoint, read_checkpoint
-from segmentation import Segmenter, create_segmenter, inference, options, segmenter_config
-from segmentation.datasets import SegmentationDataset, create_dataset
-from segmentation.evaluation import evaluate
-from segmentation.metrics import table
-from segmentation.overlays import OverlayWriter
-from segmentation.transforms import eval_transform
+from cluster_zoo.errors import CheckpointError, DataError, OptionError
+from cluster_zoo.training import build
+from cluster_zoo.training.options import Parser, available_workers
+from cluster_zoo.weights import load_checkpoint, read_checkpoint
+from segmentation import Segmenter, create_segmenter, segmenter_config
+from segmentation.data.datasets import SegmentationDataset, create_dataset
+from segmentation.data.transforms import eval_transform
+from segmentation.engine import inference, options
+from segmentation.engine.evaluation import evaluate
+from segmentation.engine.metrics import table
+from segmentation.engine.overlays import OverlayWriter
 
 
 def parser() -> Parser:

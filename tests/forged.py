@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster_zoo.weights import CheckpointError
+from cluster_zoo.errors import CheckpointError
 
 REBUILD = torch._utils._rebuild_tensor_v2
 

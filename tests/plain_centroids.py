@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster_zoo.centroids import CentroidLearning, NearestCentroidHead
+from cluster_zoo.layers.nearest_centroid import CentroidLearning, NearestCentroidHead
 
 
 def sinkhorn(similarity: Tensor, temperature: float, iterations: int = 3) -> Tensor:

@@ -1,4 +1,4 @@
-"""cluster_zoo.build: parts of a run as the options ask for them, and what is said about options that cannot be met."""
+"""cluster_zoo.training.build: the parts of a run, and errors for options that cannot be met."""
 
 import warnings
 
@@ -9,11 +9,12 @@ from timm.data import FastCollateMixup, Mixup, auto_augment, rand_augment_transf
 from timm.models import save_for_hf
 from timm.task import ClassificationTask
 
-from cluster_zoo import build
-from cluster_zoo.centroids import CentroidLearning
-from cluster_zoo.options import OptionError, validate_parser
-from cluster_zoo.task import CentroidTaskMixin, centroid_heads
-from cluster_zoo.train_options import train_parser
+from cluster_zoo.errors import OptionError
+from cluster_zoo.layers.nearest_centroid import CentroidLearning
+from cluster_zoo.training import build
+from cluster_zoo.training.options import validate_parser
+from cluster_zoo.training.tasks import CentroidTaskMixin, centroid_heads
+from cluster_zoo.training.train_options import train_parser
 
 MODEL = ['--model', 'test_resnet', '--num-classes', '3', '--device', 'cpu']
 

@@ -11,9 +11,9 @@ from plain_centroids import PlainLearner, head64, learn, random_batch, sinkhorn
 from timm.data import Mixup
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.centroids import (
+from cluster_zoo.layers.feature_memory import FeatureMemory
+from cluster_zoo.layers.nearest_centroid import (
     CentroidLearning,
-    FeatureMemory,
     NearestCentroidHead,
     balanced_assignment,
     class_of,

@@ -18,11 +18,7 @@ from timm.optim import create_optimizer_v2
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.centroids import (
-    CentroidLearning,
-    NearestCentroidHead,
-    balanced_assignment,
-)
+from cluster_zoo.layers.nearest_centroid import CentroidLearning, NearestCentroidHead, balanced_assignment
 from cluster_zoo.weights import load_checkpoint, names
 
 TINY = dict(channels=(8, 16, 24, 32), num_classes=5)  # a ResNet whose features are as wide as the authors' figures

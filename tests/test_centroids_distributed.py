@@ -10,7 +10,7 @@ from plain_centroids import PlainLearner, head64, random_batch
 from processes import run_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster_zoo.centroids import CentroidLearning
+from cluster_zoo.layers.nearest_centroid import CentroidLearning
 
 CLASSES = 5
 # Sizes of the batches of up to three processes, step by step; with two, the third is left out.
@@ -67,7 +67,7 @@ def run_schedule(world: int, rank: int, all_sizes: list[tuple[int, ...]], memory
 
 def _learn_alone(head, x, labels) -> None:
     """As a single process does: with the world's sums left out."""
-    from cluster_zoo import centroids
+    from cluster_zoo.layers import nearest_centroid as centroids
 
     world_size, centroids._world_size = centroids._world_size, lambda: 1
     try:
@@ -121,7 +121,7 @@ def test_processes_agree_with_each_other_and_with_one(world, tmp_path):
 
 
 def test_share_of_the_memory(monkeypatch):
-    from cluster_zoo import centroids
+    from cluster_zoo.layers import nearest_centroid as centroids
 
     monkeypatch.setattr(centroids, '_world_size', lambda: 3)
     monkeypatch.setattr(dist, 'all_reduce', lambda x: None)

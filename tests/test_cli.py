@@ -19,7 +19,7 @@ from PIL import Image
 from cluster_zoo import __version__, cli
 from cluster_zoo.cli import demo, weights
 from cluster_zoo.data import create_dataset
-from cluster_zoo.weights import CheckpointError
+from cluster_zoo.errors import CheckpointError
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ['demo', 'list', 'info', 'fetch', 'import', 'push', 'predict', 'export']

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import context_cluster_set
 
-from cluster_zoo.clustering import (
+from cluster_zoo.layers.clustering import (
     aggregate,
     assign,
     cluster,

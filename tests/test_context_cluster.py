@@ -9,8 +9,8 @@ from parity_cases import save_published, worst_error
 from reference import cluster_map
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.context_cluster import PointStem
-from cluster_zoo.mixer import ClusterMixer
+from cluster_zoo.layers.cluster_mixer import ClusterMixer
+from cluster_zoo.models.context_cluster import PointStem
 from cluster_zoo.weights import load_checkpoint
 
 TINY = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_heads=(2, 2, 2, 2), head_dim=4, num_classes=5)

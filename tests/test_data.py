@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from timm.data.dataset import AugMixDataset
 
-from cluster_zoo.data import DataError, ImageDataset, check_dataset, class_names, create_dataset, unreadable_images
+from cluster_zoo.data import ImageDataset, check_dataset, class_names, create_dataset, unreadable_images
+from cluster_zoo.errors import DataError
 
 COLOURS = {'blue': (0, 0, 255), 'green': (0, 255, 0), 'red': (255, 0, 0)}
 CIFAR10 = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']

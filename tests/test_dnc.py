@@ -14,8 +14,15 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.dnc import VARIANTS, NearestCentroidHead, NearestCentroidMixin, checkpoint_filter_fn, nearest_centroid
-from cluster_zoo.weights import CheckpointError, load_checkpoint
+from cluster_zoo.errors import CheckpointError
+from cluster_zoo.models.dnc import (
+    VARIANTS,
+    NearestCentroidHead,
+    NearestCentroidMixin,
+    checkpoint_filter_fn,
+    nearest_centroid,
+)
+from cluster_zoo.weights import load_checkpoint
 
 # A ResNet of 0.2 M parameters whose features are as wide as those of the authors' figures.
 TINY = dict(channels=(8, 16, 24, 32), num_classes=5)

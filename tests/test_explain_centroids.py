@@ -16,10 +16,11 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 
 import cluster_zoo  # noqa: F401  registers the models
 from cluster_zoo.data import class_names, create_dataset
-from cluster_zoo.dnc import NearestCentroidHead, nearest_centroid
+from cluster_zoo.errors import CheckpointError
 from cluster_zoo.explain import anchor, draw_centroids, draw_explanation, explain
-from cluster_zoo.task import NearestCentroidTask
-from cluster_zoo.weights import CheckpointError, load_checkpoint
+from cluster_zoo.models.dnc import NearestCentroidHead, nearest_centroid
+from cluster_zoo.training.tasks import NearestCentroidTask
+from cluster_zoo.weights import load_checkpoint
 
 TINY = dict(channels=(8, 16, 24, 32), layers=(1, 1, 1, 1), num_classes=5)
 SMALL = dict(pretrained_cfg_overlay=dict(input_size=(3, 32, 32)))

@@ -10,8 +10,9 @@ import timm
 import torch
 
 from cluster_zoo import export
-from cluster_zoo.export import ExportError, export_model
-from cluster_zoo.mixer import ClusterMixer
+from cluster_zoo.errors import ExportError
+from cluster_zoo.export import export_model
+from cluster_zoo.layers.cluster_mixer import ClusterMixer
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*torch.jit.*is deprecated')  # the test's own calls
 

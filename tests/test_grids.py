@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cluster_zoo.grids import mean_centers, mean_grid, merge, pad_to_multiple, partition, point_mask
+from cluster_zoo.layers.grids import mean_centers, mean_grid, merge, pad_to_multiple, partition, point_mask
 
 
 @pytest.mark.parametrize('regions', [1, 2, 4])

@@ -1,4 +1,4 @@
-"""cluster_zoo.interrupt: generators that can be put back, and a stop that waits for the update at hand."""
+"""cluster_zoo.training.resume: generators that can be put back, and a stop that waits for the update at hand."""
 
 import io
 import os
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cluster_zoo.interrupt import Stop, newest_checkpoint, resume_command, rng_state, seed_epoch, set_rng_state
+from cluster_zoo.training.resume import Stop, newest_checkpoint, resume_command, rng_state, seed_epoch, set_rng_state
 
 
 def _draw():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cluster_zoo import clustering, kernels
+from cluster_zoo.layers import clustering, kernels
 
 
 def _inputs(dtype):

@@ -17,8 +17,8 @@ pytest.importorskip('triton')
 import timm  # noqa: E402  it imports Triton
 
 import cluster_zoo  # noqa: E402
-from cluster_zoo import clustering, kernels  # noqa: E402
-from cluster_zoo.kernels import gpu  # noqa: E402
+from cluster_zoo.layers import clustering, kernels  # noqa: E402
+from cluster_zoo.layers.kernels import gpu  # noqa: E402
 
 # S, N, C, E, M: a tile that is full, partly full, more heads, points, channels or centers than a tile holds
 SHAPES = [
@@ -352,7 +352,7 @@ def test_the_choice(monkeypatch):
 
 def test_neither_the_package_nor_its_models_need_triton(monkeypatch):
     monkeypatch.setattr(kernels, '_HAS_TRITON', False)
-    monkeypatch.setitem(sys.modules, 'cluster_zoo.kernels.gpu', None)  # importing it fails
-    monkeypatch.delattr(cluster_zoo.kernels, 'gpu')
+    monkeypatch.setitem(sys.modules, 'cluster_zoo.layers.kernels.gpu', None)  # importing it fails
+    monkeypatch.delattr(cluster_zoo.layers.kernels, 'gpu')
     inputs = [x.detach() for x in _inputs(1, 9, 8, 2, 3)]
     assert torch.equal(kernels.cluster(*inputs), clustering.cluster(*inputs))

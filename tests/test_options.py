@@ -1,4 +1,4 @@
-"""cluster_zoo.options and train_options: timm's flags and defaults, recipes, config files, helpful mistakes."""
+"""cluster_zoo.training.options and train_options: flags, defaults, recipes, config files, errors."""
 
 import ast
 import csv
@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster_zoo.options import OptionError, available_workers, nearest, validate_parser
-from cluster_zoo.train_options import train_parser
+from cluster_zoo.errors import OptionError, nearest
+from cluster_zoo.training.options import available_workers, validate_parser
+from cluster_zoo.training.train_options import train_parser
 
 with (Path(__file__).parent / 'script_flags.tsv').open() as table:
     FLAGS = [

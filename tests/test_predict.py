@@ -15,9 +15,8 @@ from PIL import Image
 
 from cluster_zoo import predict
 from cluster_zoo.data import create_dataset
-from cluster_zoo.options import OptionError
-from cluster_zoo.predict import Classified, ImageError, classify, find_images, load_classifier, read_image
-from cluster_zoo.weights import CheckpointError
+from cluster_zoo.errors import CheckpointError, ImageError, OptionError
+from cluster_zoo.predict import Classified, classify, find_images, load_classifier, read_image
 
 RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 

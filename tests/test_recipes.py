@@ -1,12 +1,12 @@
-"""cluster_zoo.recipes: which recipe a model gets, and that recipes are made of options."""
+"""cluster_zoo.training.recipes: which recipe a model gets, and that recipes are made of options."""
 
 import pytest
 import timm
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.options import Parser
-from cluster_zoo.recipes import RECIPES, recipe_for
-from cluster_zoo.train_options import train_parser
+from cluster_zoo.training.options import Parser
+from cluster_zoo.training.recipes import RECIPES, recipe_for
+from cluster_zoo.training.train_options import train_parser
 
 
 @pytest.mark.parametrize(

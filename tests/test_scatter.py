@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster_zoo.clustering import group_mean
+from cluster_zoo.layers.clustering import group_mean
 
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[1] / 'benchmarks' / 'scatter.py'))
 

@@ -9,10 +9,10 @@ from parity_cases import figures, recipe, relative_error
 from timm.layers import LayerNorm2d
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.weights import CheckpointError
+from cluster_zoo.errors import CheckpointError
 from segmentation import create_segmenter
-from segmentation.backbones import Pyramid, create_backbone
-from segmentation.published import segmenter as published
+from segmentation.models.backbones import Pyramid, create_backbone
+from segmentation.models.checkpoint_names import segmenter as published
 
 
 def load_backbone(backbone, state_dict):

@@ -1,4 +1,4 @@
-"""segmentation.classes: names, colours and the tables from labels to classes."""
+"""segmentation.data.classes: names, colours and the tables from labels to classes."""
 
 import re
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from torchvision.datasets import Cityscapes
 
-from cluster_zoo.data import DataError
-from segmentation import classes
+from cluster_zoo.errors import DataError
+from segmentation.data import classes
 
 
 @pytest.mark.parametrize('known', ['ADE20K', 'CAMVID', 'CITYSCAPES', 'PASCAL_CONTEXT_59'])

@@ -1,4 +1,4 @@
-"""segmentation.configs: the published systems are complete, consistent, buildable, and what the papers say."""
+"""segmentation.models.configs: the published systems are complete, consistent, buildable, and what the papers say."""
 
 import dataclasses
 import json
@@ -10,11 +10,13 @@ import pytest
 import timm
 import torch
 
-from cluster_zoo.options import OptionError
-from segmentation import classes, create_segmenter, list_segmenters, segmenter_config
-from segmentation.configs import CONFIGS, markdown_table
-from segmentation.datasets import DATASETS
-from segmentation.schedules import create_schedule
+from cluster_zoo.errors import OptionError
+from segmentation import create_segmenter, list_segmenters, segmenter_config
+from segmentation.__main__ import markdown_table
+from segmentation.data import classes
+from segmentation.data.datasets import DATASETS
+from segmentation.engine.optim import create_schedule
+from segmentation.models.configs import CONFIGS
 
 # As in the papers and on their authors' pages: mIoU, the same with scales and flips, crop, iterations, rate, decay
 PUBLISHED = """

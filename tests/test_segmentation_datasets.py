@@ -1,4 +1,4 @@
-"""segmentation.datasets: five layouts as small trees, and everything that can be wrong with one."""
+"""segmentation.data.datasets: five layouts as small trees, and everything that can be wrong with one."""
 
 import io
 import pickle
@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cluster_zoo.data import DataError
-from segmentation.datasets import DATASETS, create_dataset
+from cluster_zoo.errors import DataError
+from segmentation.data.datasets import DATASETS, create_dataset
 
 CAMVID_TAR = Path(__file__).parents[2] / 'shared' / 'data' / 'camvid.tar'
 HEIGHT, WIDTH = 6, 10

@@ -1,4 +1,4 @@
-"""segmentation.files: folders and tars alike, what a tar may not hold, and how masks and images are decoded."""
+"""segmentation.data.files: folders and tars alike, what a tar may not hold, and how masks and images are decoded."""
 
 import io
 import os
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cluster_zoo.data import DataError
-from segmentation.files import open_files, read_image, read_labels
+from cluster_zoo.errors import DataError
+from segmentation.data.files import open_files, read_image, read_labels
 
 FILES = {'train/a.txt': b'one', 'train/deep/er/b.txt': b'', 'train/.hidden': b'?', 'trainer/c.txt': os.urandom(40_000)}
 

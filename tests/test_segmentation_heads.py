@@ -6,11 +6,11 @@ import torch.nn as nn
 from parity_cases import figures, recipe, relative_error
 
 from cluster_zoo.weights import check_fit
-from segmentation.classifiers import CentroidClassifier, ConditionalClassifier, PlainClassifier
-from segmentation.decoders import FCN, DeepLabV3Plus, SemanticFPN, UPerNet
-from segmentation.published import segmenter as published
-from segmentation.region_proxy import RegionProxy
-from segmentation.segmenter import DenseHead
+from segmentation.models.checkpoint_names import segmenter as published
+from segmentation.models.classifiers import CentroidClassifier, ConditionalClassifier, PlainClassifier
+from segmentation.models.decoders import FCN, DeepLabV3Plus, SemanticFPN, UPerNet
+from segmentation.models.region_proxy import RegionProxy
+from segmentation.models.segmenter import DenseHead
 
 F64 = dict(dtype=torch.float64)
 LEVELS = (16, 32, 48, 64)

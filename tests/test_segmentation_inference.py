@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from segmentation.inference import predict, starts
+from segmentation.engine.inference import predict, starts
 
 CLASSES = 5
 

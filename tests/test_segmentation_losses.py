@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from segmentation.losses import cross_entropy, dice_loss
+from segmentation.engine.losses import cross_entropy, dice_loss
 
 B, K, H, W = 2, 3, 4, 5
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from processes import run_processes
 
-from segmentation.metrics import SegmentationMetrics, table
+from segmentation.engine.metrics import SegmentationMetrics, table
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,6 +137,6 @@ def test_one_class():
 
 
 def test_without_torchmetrics_the_extra_is_named():
-    script = "import sys; sys.modules['torchmetrics.classification'] = None; import segmentation.metrics"
+    script = "import sys; sys.modules['torchmetrics.classification'] = None; import segmentation.engine.metrics"
     run = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and "pip install 'cluster_zoo[segmentation]'" in run.stderr

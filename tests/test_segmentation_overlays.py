@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 from torchvision import tv_tensors
 
-from segmentation.overlays import OverlayWriter, draw_overlay
+from segmentation.engine.overlays import OverlayWriter, draw_overlay
 
 CLASSES = ('sky', 'road', 'tree', 'car')
 COLOURS = np.array([(0, 0, 255), (255, 0, 0), (0, 255, 0), (200, 200, 0)], np.uint8)

@@ -1,4 +1,4 @@
-"""segmentation.sampling: which sample comes when, and what is random in it, from nothing but a seed and a position."""
+"""segmentation.data.sampling: the order of samples and their augmentation depend on seed and position alone."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from segmentation.sampling import IterationSampler, SeededDataset
+from segmentation.data.sampling import IterationSampler, SeededDataset
 
 
 class Noise(Dataset):

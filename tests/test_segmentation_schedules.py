@@ -7,7 +7,7 @@ import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 from segmentation import create_segmenter
-from segmentation.schedules import SCHEDULES, create_schedule, parameter_groups
+from segmentation.engine.optim import SCHEDULES, create_schedule, parameter_groups
 
 LR = 0.02
 

@@ -7,8 +7,8 @@ import torch
 from timm.models._manipulate import group_with_matcher
 from timm.optim import create_optimizer_v2
 
-from cluster_zoo.features import centroid_heads
-from cluster_zoo.weights import CheckpointError
+from cluster_zoo.errors import CheckpointError
+from cluster_zoo.layers.nearest_centroid import centroid_heads
 from segmentation import create_segmenter
 
 TINY = dict(channels=16)

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from processes import run_processes
 from torch import nn
 
-from cluster_zoo.centroids import CentroidLearning
-from cluster_zoo.features import centroid_head, inputs_of
+from cluster_zoo.features import inputs_of
+from cluster_zoo.layers.nearest_centroid import CentroidLearning, centroid_head
 from segmentation import create_segmenter
-from segmentation.losses import cross_entropy, dice_loss
-from segmentation.task import SegmentationTask
+from segmentation.engine.losses import cross_entropy, dice_loss
+from segmentation.engine.tasks import SegmentationTask
 
 K = 3
 

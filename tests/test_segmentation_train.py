@@ -23,9 +23,9 @@ from processes import run_processes
 
 from cluster_zoo.weights import load_checkpoint
 from segmentation import create_segmenter, segmenter_config, train
-from segmentation.build import check_data, syncs_batch_norm
-from segmentation.datasets import create_dataset
-from segmentation.train_options import train_parser
+from segmentation.data.datasets import create_dataset
+from segmentation.engine.build import check_data, syncs_batch_norm
+from segmentation.engine.train_options import train_parser
 
 ROOT = Path(__file__).parents[1]
 MODEL = ['--head', 'fcn', '--backbone', 'test_resnet', '--channels', 8]

@@ -1,4 +1,4 @@
-"""segmentation.transforms: each step against plain loops, and image and mask that stay together."""
+"""segmentation.data.transforms: each step against plain loops, and image and mask that stay together."""
 
 import colorsys
 
@@ -8,7 +8,7 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
-from segmentation.transforms import (
+from segmentation.data.transforms import (
     CategoryLimitedCrop,
     EvaluationResize,
     PadTo,

@@ -17,8 +17,8 @@ from PIL import Image
 from processes import run_processes
 
 from segmentation import create_segmenter, validate
-from segmentation.evaluation import evaluate
-from segmentation.inference import predict
+from segmentation.engine.evaluation import evaluate
+from segmentation.engine.inference import predict
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ('sky', 'road', 'tree', 'car')

@@ -14,8 +14,8 @@ from timm.task import (
 from torch import nn
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.centroids import CentroidLearning
-from cluster_zoo.task import CentroidTaskMixin, NearestCentroidTask, centroid_heads, learns_centroids
+from cluster_zoo.layers.nearest_centroid import CentroidLearning
+from cluster_zoo.training.tasks import CentroidTaskMixin, NearestCentroidTask, centroid_heads, learns_centroids
 
 TINY = dict(channels=(8, 16, 24, 32), num_classes=5)
 
@@ -43,7 +43,7 @@ def prototypes(task, ema=False) -> torch.Tensor:
 @pytest.fixture
 def learned(monkeypatch):
     """The targets that heads learn from, in order."""
-    from cluster_zoo.centroids import NearestCentroidHead
+    from cluster_zoo.layers.nearest_centroid import NearestCentroidHead
 
     targets, original = [], NearestCentroidHead.learn
 

@@ -11,10 +11,10 @@ from forged import refusal
 from timm.models import save_for_hf
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.dnc import nearest_centroid
+from cluster_zoo.models.dnc import nearest_centroid
 from cluster_zoo.weights import configs
-from cluster_zoo.weights.build import load_model
 from cluster_zoo.weights.configs import check_config, check_size, read_config
+from cluster_zoo.weights.loading import load_model
 
 SMALL = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_heads=(2, 2, 2, 2), head_dim=4)
 

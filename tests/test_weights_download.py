@@ -24,10 +24,11 @@ from parity_cases import recipe
 from timm.models import get_pretrained_cfg
 
 import cluster_zoo
-from cluster_zoo.weights import CheckpointError, cache, tags
-from cluster_zoo.weights.build import load_model
+from cluster_zoo.errors import CheckpointError
+from cluster_zoo.weights import cache, tags
 from cluster_zoo.weights.download import fetch
-from segmentation import segmenter
+from cluster_zoo.weights.loading import load_model
+from segmentation.models import segmenter
 
 NAME = 'coc_tiny.in1k'
 FOLDERS = dict(

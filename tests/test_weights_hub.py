@@ -12,9 +12,11 @@ from hub_server import GUEST, OWNER, HubServer
 from huggingface_hub import constants
 from parity_cases import recipe
 
-from cluster_zoo.weights import CheckpointError, cache
-from cluster_zoo.weights.build import load_model, open_folder, weights_folder
+from cluster_zoo.errors import CheckpointError
+from cluster_zoo.weights import cache
 from cluster_zoo.weights.download import hub_folder, organization
+from cluster_zoo.weights.importing import weights_folder
+from cluster_zoo.weights.loading import load_model, open_folder
 
 TINY = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_heads=(2, 2, 2, 2), head_dim=4, num_classes=5)
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'

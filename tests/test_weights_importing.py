@@ -18,7 +18,8 @@ from huggingface_hub import ModelCard
 from parity_cases import recipe, save_published
 from safetensors.torch import load_file, save_file
 
-from cluster_zoo.weights import CheckpointError, cache, importing, tags
+from cluster_zoo.errors import CheckpointError
+from cluster_zoo.weights import cache, importing, tags
 from cluster_zoo.weights.card import model_card
 from cluster_zoo.weights.importing import import_checkpoint, install
 

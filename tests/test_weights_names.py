@@ -9,8 +9,9 @@ from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.dnc import NearestCentroidHead
-from cluster_zoo.weights import CheckpointError, load_checkpoint
+from cluster_zoo.errors import CheckpointError
+from cluster_zoo.models.dnc import NearestCentroidHead
+from cluster_zoo.weights import load_checkpoint
 from cluster_zoo.weights import names as checkpoint_names
 
 BACKBONES = ['dnc_resnet18', 'dnc_resnet50', 'dnc_resnet18_cifar', 'dnc_mobilenetv2_100', 'dnc_swin_tiny']

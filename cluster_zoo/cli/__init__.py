@@ -9,10 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from .. import __version__
-from ..data import DataError
-from ..export import ExportError
-from ..options import OptionError
-from ..weights import CheckpointError
+from ..errors import CheckpointError, DataError, ExportError, OptionError
 from . import completion, demo, export, predict, weights
 from .parser import Parser
 from .text import printable

@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from ..export import FORMATS, OPSET, TOLERANCE, Export, check_request, export_model
 from ..weights import load_checkpoint
-from ..weights.build import load_model
+from ..weights.loading import load_model
 from .parser import Commands, model_name, positive
 
 

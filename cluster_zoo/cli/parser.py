@@ -10,7 +10,7 @@ import timm
 import torch
 from timm.models import parse_model_name
 
-from ..options import nearest
+from ..errors import nearest
 
 DEMO_MODEL = 'coc_tiny_plain.cifar10'  # its weights are part of the package
 

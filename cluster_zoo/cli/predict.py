@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import torch
 
-from ..options import OptionError
+from ..errors import OptionError
 from ..predict import Classified, classify, find_images, load_classifier
 from .parser import DEMO_MODEL, Commands, add_device, model_name, positive
 from .text import printable

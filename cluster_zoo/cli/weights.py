@@ -14,13 +14,13 @@ import torch.nn as nn
 from timm.models import get_pretrained_cfg
 
 from .. import __version__
-from ..options import OptionError, ParseKwargs, nearest
-from ..weights import CheckpointError, cache, tags
-from ..weights.build import load_model, open_folder, weights_folder
+from ..errors import CheckpointError, OptionError, nearest, one_line
+from ..training.options import ParseKwargs
+from ..weights import cache, tags
 from ..weights.configs import CONFIG, read_config
 from ..weights.download import is_drive, organization
-from ..weights.errors import one_line
-from ..weights.importing import import_checkpoint, install, write_folder
+from ..weights.importing import import_checkpoint, install, weights_folder, write_folder
+from ..weights.loading import load_model, open_folder
 from .parser import Commands, positive
 from .text import first_labels, printable
 
@@ -179,7 +179,7 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> None:
-    from segmentation.segmenter import CONFIGS, fetch_segmenter
+    from segmentation.models.segmenter import CONFIGS, fetch_segmenter
 
     options = dict(member=args.file, force=args.force) if args.file or args.force else {}
     if args.name in CONFIGS:

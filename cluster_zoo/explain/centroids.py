@@ -16,9 +16,9 @@ from timm.utils import unwrap_model
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..anchors import MAX_SIDE, AnchoredImage
-from ..centroids import NearestCentroidHead
-from ..features import Pictures, centroid_head, check_pooled, eval_transform, evaluating, features_of, inputs_of
+from ..features import Pictures, check_pooled, eval_transform, evaluating, features_of, inputs_of
+from ..layers.anchors import MAX_SIDE, AnchoredImage
+from ..layers.nearest_centroid import NearestCentroidHead, centroid_head
 
 __all__ = ['Anchoring', 'Explanation', 'Neighbour', 'anchor', 'explain']
 

@@ -14,11 +14,11 @@ from PIL import Image
 from timm.utils import unwrap_model
 from torch import Tensor
 
-from ..clustering import assign
-from ..context_cluster import ContextCluster
 from ..features import evaluating, inputs_of
-from ..grids import mean_centers, merge, partition
-from ..mixer import ClusterMixer
+from ..layers.cluster_mixer import ClusterMixer
+from ..layers.clustering import assign
+from ..layers.grids import mean_centers, merge, partition
+from ..models.context_cluster import ContextCluster
 
 __all__ = ['cluster_map', 'draw_clusters']
 

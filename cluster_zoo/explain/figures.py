@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont
 
-from ..anchors import AnchoredImage
-from ..features import centroid_head
+from ..layers.anchors import AnchoredImage
+from ..layers.nearest_centroid import centroid_head
 from .centroids import Explanation, Neighbour, names_of_classes
 
 __all__ = ['draw_centroids', 'draw_explanation']

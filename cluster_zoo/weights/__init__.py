@@ -3,7 +3,7 @@
 Whatever is wrong with weights, a file, a server or a configuration is one `CheckpointError` with one line of text.
 """
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .reading import (
     check_fit,
     converted,

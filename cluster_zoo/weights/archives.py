@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from .errors import CheckpointError, one_line, quoted
+from ..errors import CheckpointError, one_line, quoted
 
 __all__ = ['SUFFIXES', 'is_archive', 'unpack_checkpoint']
 

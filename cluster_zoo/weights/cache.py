@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from .errors import CheckpointError, one_line
+from ..errors import CheckpointError, one_line
 
 __all__ = ['cached', 'check_digest', 'entry', 'exclusive', 'home', 'new_folder', 'say', 'sha256', 'verified_weights']
 

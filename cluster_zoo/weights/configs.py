@@ -21,7 +21,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg
 from torch import Tensor
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from .errors import CheckpointError, one_line, quoted
+from ..errors import CheckpointError, one_line, quoted
 
 __all__ = ['CONFIG', 'check_config', 'check_size', 'read_config']
 

@@ -18,11 +18,11 @@ from urllib.request import Request, build_opener
 import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+from ..errors import CheckpointError, one_line
 from . import cache, tags
 from .archives import SUFFIXES
 from .cache import WEIGHTS
 from .configs import CONFIG
-from .errors import CheckpointError, one_line
 
 __all__ = ['fetch', 'hub_folder', 'is_drive', 'organization']
 

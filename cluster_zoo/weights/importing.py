@@ -18,16 +18,16 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..options import nearest
+from ..errors import CheckpointError, nearest, one_line
 from . import cache, names, tags
 from .archives import is_archive, unpack_checkpoint
-from .build import load_model
 from .card import model_card
 from .configs import CONFIG, check_config, check_size
-from .errors import CheckpointError, one_line
+from .download import fetch, hub_folder, organization
+from .loading import load_model
 from .reading import is_averaged, load_weights, read_checkpoint, state_dict_of
 
-__all__ = ['import_checkpoint', 'install', 'write_folder']
+__all__ = ['import_checkpoint', 'install', 'weights_folder', 'write_folder']
 
 _DATA = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 # What timm's configuration of an architecture says of its own weights does not hold for others
@@ -172,3 +172,28 @@ def write_folder(
     config |= dict(sha256=cache.sha256(folder / cache.WEIGHTS), source=source)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     (folder / 'README.md').write_text(model_card(config, title), encoding='utf-8')
+
+
+def weights_folder(name: str, url: str | None, root: str | Path | None = None, **options: Any) -> Path:
+    """The model folder of a release: from the cache, the organization of ``CLUSTER_ZOO_HUB``, or its authors."""
+    problems = []
+    try:
+        if not options and (found := cache.cached(name, root)):
+            return found
+        force = options.get('force', False)
+        named = organization()
+        if named and not options.get('member'):
+            try:
+                folder = hub_folder(f'{named}/{name}', cache_dir=root)
+            except CheckpointError as error:
+                problems.append(str(error))
+            else:
+                cache.check_digest(f'hub:{named}/{name}', cache.sha256(cache.verified_weights(folder)), root, force)
+                return folder
+        if url is None:
+            raise CheckpointError('The authors have published none.')
+        return fetch(name, url, partial(install, name), root=root, **options)
+    except CheckpointError as error:
+        said = ' '.join([*problems, str(error)])
+        hint = f'If you have a file of them: cluster-zoo import FILE --as {name}'
+        raise CheckpointError(f'No pretrained weights for {name}: {said} {hint}') from error

@@ -18,7 +18,7 @@ import torch.nn as nn
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .errors import CheckpointError, one_line
+from ..errors import CheckpointError, one_line
 from .scan import check_checksums, check_file, check_tensors
 
 __all__ = [

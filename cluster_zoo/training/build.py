@@ -1,6 +1,6 @@
 """The parts of a training or validation run, each built from the options: device, model, data, task, schedule.
 
-What timm refuses becomes an :class:`~cluster_zoo.options.OptionError` that names the option.
+What timm refuses becomes an :class:`~cluster_zoo.training.options.OptionError` that names the option.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ from timm.task import (
 )
 from torchvision import transforms
 
-from .centroids import CentroidLearning
-from .data import DataError, check_dataset, create_dataset
-from .dnc import VARIANTS
-from .features import centroid_heads
-from .options import OptionError, nearest
-from .task import learns_centroids
-from .weights import CheckpointError, load_checkpoint
+from ..data import check_dataset, create_dataset
+from ..errors import CheckpointError, DataError, OptionError, nearest
+from ..layers.nearest_centroid import CentroidLearning, centroid_heads
+from ..models.dnc import VARIANTS
+from ..weights import load_checkpoint
+from .tasks import learns_centroids
 
 _logger = logging.getLogger(__name__)
 

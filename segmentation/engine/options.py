@@ -9,9 +9,10 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from cluster_zoo.options import OptionError, ParseKwargs
+from cluster_zoo.errors import OptionError
+from cluster_zoo.training.options import ParseKwargs
 
-from .configs import SegmenterConfig, segmenter_config
+from ..models.configs import SegmenterConfig, segmenter_config
 from .inference import MODES
 
 MODEL_OPTIONS = (

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .datasets import SegmentationDataset
+    from ..data.datasets import SegmentationDataset
 
 __all__ = ['OverlayWriter', 'draw_overlay']
 

@@ -8,7 +8,7 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 from torch import Tensor
 
-from cluster_zoo.task import CentroidTaskMixin
+from cluster_zoo.training.tasks import CentroidTaskMixin
 
 from .losses import cross_entropy, dice_loss
 
@@ -64,7 +64,7 @@ class SegmentationTask(CentroidTaskMixin, _DenseTask):
     and compilation are timm's.
 
     Args:
-        model: A :class:`~segmentation.segmenter.Segmenter`.
+        model: A :class:`~segmentation.models.segmenter.Segmenter`.
         guidance_weight: Of the Dice loss.
         auxiliary_weight: Of the auxiliary head's loss.
         ignore_index: Label of pixels that do not count.

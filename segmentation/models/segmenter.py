@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_model
 from torch import Tensor
 
-from cluster_zoo.grids import pad_to_multiple
-from cluster_zoo.options import nearest
-from cluster_zoo.weights import CheckpointError, load_checkpoint
+from cluster_zoo.errors import CheckpointError, nearest
+from cluster_zoo.layers.grids import pad_to_multiple
+from cluster_zoo.weights import load_checkpoint
 from cluster_zoo.weights.cache import WEIGHTS, sha256, verified_weights
 from cluster_zoo.weights.configs import CONFIG
 from cluster_zoo.weights.download import fetch
 
-from . import published
+from . import checkpoint_names
 from .backbones import Pyramid, TokenGrids, create_backbone, family
 from .classifiers import CLASSIFIERS, PlainClassifier
 from .configs import CONFIGS
@@ -145,7 +145,7 @@ def _inside(pattern: str | list[tuple[str, Any]]) -> str | list[tuple[str, Any]]
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Segmenter) -> dict[str, Tensor]:
     """A published checkpoint under this package's names; one of ours as it is."""
-    return published.segmenter(state_dict, model)
+    return checkpoint_names.segmenter(state_dict, model)
 
 
 def create_segmenter(

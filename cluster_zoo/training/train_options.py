@@ -56,7 +56,7 @@ def _add_centroid_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_centroid_learning_options(group: argparse._ArgumentGroup) -> None:
-    """How centroids follow the features, see :class:`~cluster_zoo.centroids.CentroidLearning`."""
+    """How centroids follow the features, see :class:`~cluster_zoo.layers.nearest_centroid.CentroidLearning`."""
     add = group.add_argument
     add('--centroid-momentum', type=float, metavar='M', help='weight of a centroid against its new direction (0.999)')
     add('--centroid-temperature', type=float, metavar='T', help='temperature of the even assignment (0.05)')

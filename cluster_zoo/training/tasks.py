@@ -7,8 +7,7 @@ import torch
 from timm.task import ClassificationTask, TrainingTask
 from torch import Tensor
 
-from .centroids import NearestCentroidHead
-from .features import centroid_heads
+from ..layers.nearest_centroid import NearestCentroidHead, centroid_heads
 
 __all__ = ['NearestCentroidTask', 'learned_share', 'learns_centroids']
 

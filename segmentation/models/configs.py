@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from timm.utils import natural_key
 
-from cluster_zoo.options import OptionError, nearest
+from cluster_zoo.errors import OptionError, nearest
 
-__all__ = ['CONFIGS', 'SegmenterConfig', 'list_segmenters', 'markdown_table', 'segmenter_config']
+__all__ = ['CONFIGS', 'SegmenterConfig', 'list_segmenters', 'segmenter_config']
 
 
 @dataclass(frozen=True)
@@ -294,28 +293,3 @@ def segmenter_config(name: str) -> SegmenterConfig:
     if name not in CONFIGS:
         raise OptionError(f'{name!r} is no published system{nearest(name, CONFIGS)}; list_segmenters() has all names')
     return CONFIGS[name]
-
-
-def markdown_table(filter: str = '') -> str:
-    """The published systems as a markdown table, parameters counted (auxiliary heads are left out, they only train).
-
-    Args:
-        filter: As in `list_segmenters`.
-    """
-    from .segmenter import create_segmenter  # which imports this module
-
-    rows = [
-        '| name | head | backbone | dataset | parameters, M | published mIoU, % | multi-scale and flip, % |',
-        '|---|---|---|---|---:|---:|---:|',
-    ]
-    for config in map(segmenter_config, list_segmenters(filter)):
-        with torch.device('meta'):
-            model = create_segmenter(config.name, auxiliary=False)
-        parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        backbone = config.backbone.split('.')[0]
-        figures = ['' if figure is None else str(figure) for figure in (config.miou, config.miou_ms)]
-        rows.append(
-            f'| `{config.name}` | {config.head} | `{backbone}` | {config.dataset} | {parameters:.2f} | '
-            f'{" | ".join(figures)} |'
-        )
-    return '\n'.join(rows)

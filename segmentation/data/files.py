@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from cluster_zoo.data import DataError
+from cluster_zoo.errors import DataError
 
 __all__ = ['Archive', 'Folder', 'open_files', 'read_image', 'read_labels']
 

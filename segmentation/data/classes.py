@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cluster_zoo.data import DataError
+from cluster_zoo.errors import DataError
 
 __all__ = ['ADE20K', 'CAMVID', 'CITYSCAPES', 'CITYSCAPES_IDS', 'IGNORE_INDEX', 'PASCAL_CONTEXT_59', 'Classes']
 __all__ += ['label_table', 'numbered_classes', 'pascal_colours']

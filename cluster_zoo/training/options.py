@@ -6,15 +6,15 @@ Values come, weakest first, from timm's defaults, the recipe, the ``--config`` f
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import yaml
 from timm.utils import ParseKwargs as TimmParseKwargs
 
+from ..errors import OptionError, nearest
 from .recipes import PUBLISHED_CENTROIDS, RECIPES, recipe_for
 
 LEFT_OUT = (
@@ -22,10 +22,6 @@ LEFT_OUT = (
     'Weights & Biases logging (--log-wandb, --wandb-*); summary.csv has the same figures.'
 )
 _UNSET = object()
-
-
-class OptionError(ValueError):
-    """A combination of options, or a value, that cannot work; the message says what to change."""
 
 
 class ParseKwargs(TimmParseKwargs):
@@ -87,12 +83,6 @@ class Parser(argparse.ArgumentParser):
         if 'lr_base' in chosen and 'lr' not in chosen:
             recipe.pop('lr', None)  # who sets the rate to be scaled does not want the recipe's fixed one
         return recipe
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint such as ``' (did you mean --batch-size?)'``, empty when nothing known is close to ``word``."""
-    close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
-    return f' (did you mean {" or ".join(close)}?)' if close else ''
 
 
 def read_config(path: str, actions: dict[str, argparse.Action]) -> dict[str, Any]:

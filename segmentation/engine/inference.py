@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor
 
-from .decoders import resize
+from ..models.decoders import resize
 
 __all__ = ['MODES', 'predict']
 

@@ -16,11 +16,11 @@ import torch.nn as nn
 from timm.models import generate_default_cfgs, model_entrypoint, register_model
 from torch import Tensor
 
-from . import cifar_resnet
-from .centroids import CentroidLearning, NearestCentroidHead
+from ..layers.nearest_centroid import CentroidLearning, NearestCentroidHead
+from ..weights import converted, load_checkpoint, names
+from . import resnet_cifar
+from .builder import build_model
 from .context_cluster import cfg
-from .weights import converted, load_checkpoint, names
-from .weights.build import build_model
 
 # register_model adds the entry points
 __all__ = ['CentroidLearning', 'NearestCentroidHead', 'NearestCentroidMixin', 'nearest_centroid']
@@ -271,7 +271,7 @@ _cluster_cfg = functools.partial(_cfg, first_conv='stem.proj', classifier='head.
 
 default_cfgs = generate_default_cfgs(
     {
-        'dnc_resnet18_cifar.cifar10': cifar_resnet.cfg(classifier='fc.mask_norm', **_RELEASE, **_PAPER),
+        'dnc_resnet18_cifar.cifar10': resnet_cifar.cfg(classifier='fc.mask_norm', **_RELEASE, **_PAPER),
         'dnc_resnet18.in1k': _resnet_cfg(**_RELEASE),
         'dnc_resnet50.in1k': _resnet_cfg(**_RELEASE),
         'dnc_resnet101.in1k': _resnet_cfg(**_RELEASE),

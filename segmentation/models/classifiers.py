@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from cluster_zoo.centroids import NearestCentroidHead
+from cluster_zoo.layers.nearest_centroid import NearestCentroidHead
 
 __all__ = ['CLASSIFIERS', 'CentroidClassifier', 'ConditionalClassifier', 'PlainClassifier']
 
@@ -82,7 +82,7 @@ class CentroidClassifier(nn.Module):
         in_channels: Width C of the features.
         num_classes: Classes K.
         sub_centroids: Sub-centroids of each class.
-        common_start: See `cluster_zoo.centroids.NearestCentroidHead`.
+        common_start: See `cluster_zoo.layers.nearest_centroid.NearestCentroidHead`.
     """
 
     def __init__(

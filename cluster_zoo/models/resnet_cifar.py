@@ -9,7 +9,7 @@ import torch.nn as nn
 from timm.models import generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
 
-from .weights.build import build_model
+from .builder import build_model
 
 __all__ = ['CifarResNet']  # register_model adds the entry points
 

@@ -11,18 +11,13 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from cluster_zoo.options import OptionError, ParseKwargs, Parser
-from cluster_zoo.train_options import add_centroid_learning_options
+from cluster_zoo.errors import OptionError
+from cluster_zoo.training.options import ParseKwargs, Parser
+from cluster_zoo.training.train_options import add_centroid_learning_options
 
-from .configs import SegmenterConfig, segmenter_config
-from .options import (
-    add_data_options,
-    add_model_options,
-    add_runtime_options,
-    add_test_options,
-    config_options,
-)
-from .schedules import SCHEDULES
+from ..models.configs import SegmenterConfig, segmenter_config
+from .optim import SCHEDULES
+from .options import add_data_options, add_model_options, add_runtime_options, add_test_options, config_options
 
 # Whose names are those of the option
 _SAME = (

@@ -16,14 +16,14 @@ from timm.layers import GroupNorm1
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor
 
-from .clustering import group_mean, probe, unit
+from ..layers.clustering import group_mean, probe, unit
+from ..layers.grids import divides, merge, partition
+from ..layers.grids import point_mask as grid_mask
+from ..layers.kernels import nearest_center
+from ..weights import names
+from .builder import build_model
 from .context_cluster import VARIANTS as CONTEXT_CLUSTER_VARIANTS
 from .context_cluster import ContextCluster, cfg, one_each
-from .grids import divides, merge, partition
-from .grids import point_mask as grid_mask
-from .kernels import nearest_center
-from .weights import names
-from .weights.build import build_model
 
 __all__ = ['FEC', 'ClusterPool']  # register_model adds the entry points
 

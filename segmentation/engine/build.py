@@ -1,6 +1,6 @@
 """The parts of a training run, each built from the options: data, model, optimizer and schedule.
 
-What timm or PyTorch refuse becomes an :class:`~cluster_zoo.options.OptionError` that names the option.
+What timm or PyTorch refuse becomes an :class:`~cluster_zoo.training.options.OptionError` that names the option.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler.scheduler import Scheduler
 
-from cluster_zoo.build import blame, set_centroid_learning
-from cluster_zoo.data import DataError
-from cluster_zoo.features import centroid_heads
-from cluster_zoo.options import OptionError, nearest
+from cluster_zoo.errors import DataError, OptionError, nearest
+from cluster_zoo.layers.nearest_centroid import centroid_heads
+from cluster_zoo.training.build import blame, set_centroid_learning
 
-from .datasets import SegmentationDataset, create_dataset
+from ..data.datasets import SegmentationDataset, create_dataset
+from ..data.transforms import eval_transform, train_transform
+from ..models.segmenter import Segmenter, create_segmenter
+from .optim import create_schedule, parameter_groups
 from .options import label_remap, model_options
-from .schedules import create_schedule, parameter_groups
-from .segmenter import Segmenter, create_segmenter
-from .transforms import eval_transform, train_transform
 
 
 def build_datasets(args: argparse.Namespace) -> tuple[SegmentationDataset, SegmentationDataset]:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .datasets import SegmentationDataset
+from ..data.datasets import SegmentationDataset
 from .inference import predict
 from .metrics import SegmentationMetrics
 from .overlays import OverlayWriter
@@ -50,7 +50,7 @@ def evaluate(
         dataset: Images, as the model wants them, with their labels; or the same image in several sizes, as a tuple.
         device: Where to predict and to count.
         autocast: Makes the context to predict in.
-        protocol: Options of :func:`~segmentation.inference.predict`, such as mode and flip (default: whole images).
+        protocol: Options of `inference.predict`, such as mode and flip (default: whole images).
         batch_size: Images, and windows, that go through the model together.
         workers: Processes that load images; 0: this one does.
         rank: Number of this process, from 0.
@@ -58,7 +58,7 @@ def evaluate(
         overlays: Draws a few of the predictions.
 
     Returns:
-        What :meth:`~segmentation.metrics.SegmentationMetrics.compute` does, of all processes; ``images``, their number;
+        What `SegmentationMetrics.compute` returns, of all processes; ``images``, their number;
         and ``images_per_second``, of all processes, with loading, without the first batch, which warms up.
     """
     if isinstance(model, DistributedDataParallel):

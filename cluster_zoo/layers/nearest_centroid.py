@@ -16,11 +16,12 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
+from timm.utils import unwrap_model
 from torch import Tensor
 
 from .anchors import AnchorMixin
+from .feature_memory import FeatureMemory, from_oldest
 from .kernels import products
-from .memory import FeatureMemory, from_oldest
 
 __all__ = ['CentroidLearning', 'FeatureMemory', 'NearestCentroidHead', 'balanced_assignment', 'moved_centroids']
 
@@ -446,6 +447,23 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
 
     def extra_repr(self) -> str:
         return f'in_features={self.in_features}, num_classes={self.num_classes}, sub_centroids={self.sub_centroids}'
+
+
+def centroid_heads(model: nn.Module | None) -> list[NearestCentroidHead]:
+    """The nearest-centroid heads of a model, which may be wrapped or compiled."""
+    modules = unwrap_model(model).modules() if model is not None else ()
+    return [module for module in modules if isinstance(module, NearestCentroidHead)]
+
+
+def centroid_head(model: nn.Module) -> NearestCentroidHead:
+    """The one head of a model, or ValueError."""
+    heads = centroid_heads(model)
+    if len(heads) != 1:
+        raise ValueError(
+            f'{type(unwrap_model(model)).__name__} has {len(heads) or "no"} centroid heads, expected one: '
+            'take a dnc_* model, or cluster_zoo.nearest_centroid(name) for any other.'
+        )
+    return heads[0]
 
 
 def _is_traced(x: Tensor) -> bool:

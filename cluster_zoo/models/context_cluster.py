@@ -35,10 +35,10 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import Tensor
 
-from .grids import pad_to_multiple
-from .mixer import ClusterMixer
-from .weights import converted, names
-from .weights.build import ASSETS, build_model
+from ..layers.cluster_mixer import ClusterMixer
+from ..layers.grids import pad_to_multiple
+from ..weights import converted, names
+from .builder import ASSETS, build_model
 
 _logger = logging.getLogger(__name__)
 

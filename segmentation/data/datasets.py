@@ -19,8 +19,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
-from cluster_zoo.data import DataError
-from cluster_zoo.options import nearest
+from cluster_zoo.errors import DataError, nearest
 
 from .classes import (
     ADE20K,
@@ -243,7 +242,7 @@ def create_dataset(
         name: One of the above.
         root: The folder, or an uncompressed tar of it. It may also be what holds the dataset's folder.
         split: `train`, `val` or what the dataset has; several as `train+val`.
-        transform: Of (image, mask), such as those of :mod:`segmentation.transforms`.
+        transform: Of (image, mask), such as those of :mod:`segmentation.data.transforms`.
         num_classes: Number of classes. For `folder` without class names and without `remap` the highest label in all
             masks of all splits gives it, which means to read them all; else it is only compared.
         remap: For `folder`, the class of each label, 255 to ignore it. A label that is not in it is an error.

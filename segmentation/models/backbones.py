@@ -19,8 +19,8 @@ from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from cluster_zoo.context_cluster import ContextCluster
-from cluster_zoo.options import nearest
+from cluster_zoo.errors import nearest
+from cluster_zoo.models.context_cluster import ContextCluster
 from cluster_zoo.weights import check_fit, load_state_dict
 
 __all__ = ['Pyramid', 'TokenGrids', 'create_backbone']

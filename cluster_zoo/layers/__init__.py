@@ -1,0 +1,1 @@
+"""What the architectures share: clustering, grids, the cluster mixer and the nearest-centroid head."""

@@ -1,0 +1,6 @@
+"""The registered architectures, one file each."""
+
+from . import context_cluster, dnc, fec, resnet_cifar
+from .dnc import nearest_centroid
+
+__all__ = ['context_cluster', 'dnc', 'fec', 'nearest_centroid', 'resnet_cifar']

@@ -1,0 +1,1 @@
+"""Training and validation: options, recipes, the parts of a run, the loops."""

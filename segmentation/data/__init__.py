@@ -1,0 +1,1 @@
+"""Images with masks: datasets, classes, transforms and sampling."""

@@ -1,0 +1,1 @@
+"""Segmentation models: backbones, decoders, classifiers, and the published systems."""
