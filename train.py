@@ -43,7 +43,7 @@ from cluster_zoo.errors import CheckpointError, DataError, OptionError
 from cluster_zoo.training import build
 from cluster_zoo.training import resume as interrupt
 from cluster_zoo.training.options import available_workers
-from cluster_zoo.training.tasks import CentroidTaskMixin, learned_share
+from cluster_zoo.training.tasks import CentroidTaskMixin, split_learning_state
 from cluster_zoo.training.train_options import train_parser
 from cluster_zoo.weights import read_checkpoint
 
@@ -126,7 +126,7 @@ def resume(run: Run, path: str) -> None:
         checkpoint = read_checkpoint(path)
     except CheckpointError as error:
         raise CheckpointError(f'--resume: {error}') from error
-    with build.blame(f'--resume {path} is not of such a run'):
+    with build.option_errors(f'--resume {path} is not of such a run'):
         run.task.load_checkpoint_state(clean_state_dict(checkpoint['state_dict']), checkpoint.get('task_state'))
         if run.task.has_ema():
             averaged = clean_state_dict(checkpoint.get('state_dict_ema', checkpoint['state_dict']))
@@ -136,7 +136,9 @@ def resume(run: Run, path: str) -> None:
             if run.scaler is not None and run.scaler.state_dict_key in checkpoint:
                 run.scaler.load_state_dict(checkpoint[run.scaler.state_dict_key])
         if isinstance(run.task, CentroidTaskMixin):
-            run.task.load_learning_state(learned_share(checkpoint.get('learned', []), args.rank, args.world_size))
+            run.task.load_learning_state(
+                split_learning_state(checkpoint.get('learned', []), args.rank, args.world_size)
+            )
         run.progress = Progress(**checkpoint.get('progress', dict(epoch=checkpoint.get('epoch', -1) + 1)))
     progress = run.progress
     if progress.batch and (progress.num_batches, len(progress.rng)) != (len(run.train_loader), args.world_size):
@@ -398,7 +400,7 @@ def start(args: argparse.Namespace) -> Run:
     """Builds every part of a run, and puts it where `--resume` says."""
     set_up(args)
     model = build.build_model(args)
-    with build.blame('image size'):
+    with build.option_errors('image size'):
         data_config = resolve_input_data_config(model, vars(args))
     datasets = build.build_datasets(args, data_config)
     mixup = build.build_mixup(args)
@@ -453,7 +455,7 @@ def place(run: Run, output_dir: Path) -> None:
     if utils.is_primary(args):
         open_output(run, output_dir, checkpoint)
     if args.torchcompile:
-        with build.blame(f'--torchcompile {args.torchcompile}'):
+        with build.option_errors(f'--torchcompile {args.torchcompile}'):
             task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
             task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
     if args.distributed:

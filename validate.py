@@ -97,11 +97,11 @@ def build_model(args: argparse.Namespace) -> torch.nn.Module:
 def compile_model(model: torch.nn.Module, args: argparse.Namespace) -> torch.nn.Module:
     """The model as `--torchscript`, `--torchcompile`, `--aot-autograd` and `--num-gpu` want it run."""
     if args.torchscript:
-        with build.blame('--torchscript'):
+        with build.option_errors('--torchscript'):
             model = torch.jit.script(model)
     elif args.torchcompile:
         torch._dynamo.reset()  # several models would add up to its limit of recompilations
-        with build.blame(f'--torchcompile {args.torchcompile}'):
+        with build.option_errors(f'--torchcompile {args.torchcompile}'):
             model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
     elif args.aot_autograd:
         from functorch.compile import memory_efficient_fusion
@@ -118,10 +118,10 @@ def read_labels(args: argparse.Namespace, dataset: Any) -> tuple[list[int] | Non
     """What `--valid-labels` and `--real-labels` name."""
     valid = real = None
     if args.valid_labels:
-        with build.blame(f'--valid-labels {args.valid_labels}'):
+        with build.option_errors(f'--valid-labels {args.valid_labels}'):
             valid = [int(line) for line in Path(args.valid_labels).read_text().split()]
     if args.real_labels:
-        with build.blame(f'--real-labels {args.real_labels} is not for the images of this dataset'):
+        with build.option_errors(f'--real-labels {args.real_labels} is not for the images of this dataset'):
             top = (1, min(5, args.num_classes))
             real = RealLabelsImagenet(dataset.filenames(basename=True), real_json=args.real_labels, topk=top)
     return valid, real
@@ -203,7 +203,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     dtype = build.model_dtype(args)
     model = build_model(args)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    with build.blame('image size'):
+    with build.option_errors('image size'):
         data_config = resolve_input_data_config(model, vars(args), use_test_size=not args.use_train_size)
     test_time_pool = False
     if args.test_pool:
@@ -221,7 +221,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     valid_labels, real_labels = read_labels(args, dataset)
     check_dataset(dataset, args.num_classes if valid_labels is None else len(valid_labels), args.split)
     crop_pct = 1.0 if test_time_pool else data_config['crop_pct']
-    with build.blame('validation data'):
+    with build.option_errors('validation data'):
         loader = create_loader(
             dataset,
             batch_size=args.batch_size,

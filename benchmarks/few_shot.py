@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 from throughput import machine  # noqa: E402
 
 from cluster_zoo.data import class_names, create_dataset  # noqa: E402
-from cluster_zoo.layers.nearest_centroid import unit  # noqa: E402
+from cluster_zoo.layers.nearest_centroid import normalize  # noqa: E402
 from cluster_zoo.transfer import class_centroids, embed_dataset  # noqa: E402
 from cluster_zoo.weights import load_checkpoint  # noqa: E402
 
@@ -133,7 +133,7 @@ def main() -> None:
         runs = []
         for seed in range(args.draws):
             chosen = draw(labels, shots, seed)
-            scores = methods(unit(features[chosen]), labels[chosen], to_tell, num_classes)
+            scores = methods(normalize(features[chosen]), labels[chosen], to_tell, num_classes)
             runs.append({name: top1(score, right) for name, score in scores.items()})
         for name in runs[0]:
             values = torch.tensor([run[name] for run in runs])

@@ -29,7 +29,7 @@ from .errors import ExportError
 from .layers.cluster_mixer import ClusterMixer
 from .models.context_cluster import ContextCluster
 from .models.fec import ClusterPool
-from .weights.tags import label_names
+from .weights.metadata import label_names
 
 __all__ = ['FORMATS', 'OPSET', 'TOLERANCE', 'Export', 'ExportError', 'Sizes', 'check_request', 'export_model']
 

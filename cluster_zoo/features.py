@@ -26,7 +26,7 @@ def eval_transform(model: nn.Module) -> Callable[[Image.Image], Tensor]:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the time being; afterwards each module has its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -38,7 +38,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+def record_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
     """A list to whose end each forward pass adds what reaches a module."""
     seen: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -48,7 +48,7 @@ def inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-class Pictures(Dataset):
+class IndexedImages(Dataset):
     """A dataset of PIL images, read as: index, input of the model, class; or None for an image that is not readable.
 
     The transform is applied here, so that the pictures themselves can be had too and the dataset need not be changed.
@@ -106,9 +106,9 @@ def _readable(batch: list[tuple | None]) -> list[Tensor] | None:
     return default_collate(batch) if batch else None
 
 
-def features_of(
+def iterate_features(
     model: nn.Module,
-    images: Pictures,
+    images: IndexedImages,
     loading: dict[str, int],
     only: Sequence[int] | None = None,
     num_classes: int | None = None,
@@ -127,7 +127,7 @@ def features_of(
     """
     head = centroid_head(model)
     model, found = unwrap_model(model), 0  # a compiled graph may not know of the hook
-    with inputs_of(head) as seen:
+    with record_inputs(head) as seen:
         for batch in tqdm(DataLoader(images, sampler=only, collate_fn=_readable, **loading), disable=None):
             if batch is None:
                 continue

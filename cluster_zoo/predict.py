@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .errors import ImageError, OptionError
 from .weights.loading import load_model
-from .weights.tags import label_names
+from .weights.metadata import label_names
 
 __all__ = ['Classified', 'Ranked', 'classify', 'find_images', 'load_classifier', 'read_image']
 

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .features import Pictures, eval_transform, evaluating, features_of
-from .layers.nearest_centroid import balanced_assignment, centroid_head, moved_centroids, unit
+from .features import IndexedImages, eval_mode, eval_transform, iterate_features
+from .layers.nearest_centroid import balanced_assignment, centroid_head, normalize, update_centroids
 from .models.dnc import NearestCentroidMixin
 
 __all__ = ['class_centroids', 'embed_dataset', 'fit_centroids']
@@ -39,10 +39,10 @@ def embed_dataset(
     Raises:
         ValueError: The model has no centroid head, or the dataset no readable images.
     """
-    head, images = centroid_head(model), Pictures(dataset, transform or eval_transform(model))
+    head, images = centroid_head(model), IndexedImages(dataset, transform or eval_transform(model))
     loading = dict(batch_size=batch_size, num_workers=num_workers)
-    with evaluating(model):
-        batches = [(head.embed(x).float().cpu(), target) for _, x, target in features_of(model, images, loading)]
+    with eval_mode(model):
+        batches = [(head.embed(x).float().cpu(), target) for _, x, target in iterate_features(model, images, loading)]
     features, labels = zip(*batches)
     return torch.cat(features), torch.cat(labels)
 
@@ -67,7 +67,7 @@ def class_centroids(features: Tensor, labels: Tensor, num_classes: int, sub_cent
     count = labels.bincount(minlength=num_classes)
     first = count.cumsum(0) - count
     turn = torch.arange(sub_centroids, device=labels.device) % count.unsqueeze(1)
-    centroids = unit(features[order[first.unsqueeze(1) + turn]])
+    centroids = normalize(features[order[first.unsqueeze(1) + turn]])
     assigned = None
     for _ in range(rounds):
         cosines = (features @ each.T for each in centroids.unbind(1))
@@ -75,7 +75,7 @@ def class_centroids(features: Tensor, labels: Tensor, num_classes: int, sub_cent
         before, assigned = assigned, balanced_assignment(own, labels, num_classes)
         if before is not None and torch.equal(before, assigned):
             break
-        centroids = moved_centroids(centroids, features, labels, assigned, momentum=0.0)
+        centroids = update_centroids(centroids, features, labels, assigned, momentum=0.0)
     return centroids
 
 

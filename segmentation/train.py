@@ -44,7 +44,7 @@ from cluster_zoo.errors import CheckpointError, DataError, OptionError
 from cluster_zoo.training import build
 from cluster_zoo.training import resume as interrupt
 from cluster_zoo.training.options import available_workers
-from cluster_zoo.training.tasks import learned_share
+from cluster_zoo.training.tasks import split_learning_state
 from cluster_zoo.weights import read_checkpoint
 from segmentation.data.datasets import SegmentationDataset
 from segmentation.data.sampling import IterationSampler, SeededDataset
@@ -120,7 +120,7 @@ def resume(run: Run, path: str) -> None:
     """Puts a run where a checkpoint left it."""
     args = run.args
     checkpoint = read_checkpoint(path)
-    with build.blame(f'--resume {path} is not of such a run'):
+    with build.option_errors(f'--resume {path} is not of such a run'):
         run.task.load_checkpoint_state(clean_state_dict(checkpoint['state_dict']))
         if run.task.has_ema():
             averaged = clean_state_dict(checkpoint.get('state_dict_ema', checkpoint['state_dict']))
@@ -128,7 +128,7 @@ def resume(run: Run, path: str) -> None:
         run.optimizer.load_state_dict(checkpoint['optimizer'])
         if run.scaler is not None and run.scaler.state_dict_key in checkpoint:
             run.scaler.load_state_dict(checkpoint[run.scaler.state_dict_key])
-        run.task.load_learning_state(learned_share(checkpoint['learned'], args.rank, args.world_size))
+        run.task.load_learning_state(split_learning_state(checkpoint['learned'], args.rank, args.world_size))
         for attribute, value in checkpoint['progress'].items():
             setattr(run, attribute, value)
     if (crops := checkpoint.get('crops', run.crops)) != run.crops:
@@ -351,7 +351,7 @@ def model_name(args: argparse.Namespace) -> str:
 def set_up(args: argparse.Namespace) -> None:
     """Device, processes, log and seed."""
     args.device = args.device or build.default_device()
-    with build.blame(f'--device {args.device}'):
+    with build.option_errors(f'--device {args.device}'):
         torch.zeros(1, device=args.device)
     if args.device == 'cpu' and args.sync_bn:
         raise OptionError('--sync-bn: batch-norm is synchronised on GPUs only; leave it out on a CPU')
@@ -371,7 +371,7 @@ def start(args: argparse.Namespace) -> Run:
     """Builds every part of a run, and puts it where `--resume` says."""
     set_up(args)
     protocol = test_protocol(args)
-    with build.blame('test'):
+    with build.option_errors('test'):
         inference.check(protocol['mode'], protocol.get('crop'), protocol.get('stride'))
     train_data, val_data = build_datasets(args)
     model = build_model(args)
@@ -405,7 +405,7 @@ def place(run: Run) -> None:
     if utils.is_primary(args):
         open_output(run, checkpoint)
     if args.torchcompile:
-        with build.blame(f'--torchcompile {args.torchcompile}'):
+        with build.option_errors(f'--torchcompile {args.torchcompile}'):
             task.compile(backend=args.torchcompile)
             task.compile_ema(backend=args.torchcompile)
     if args.distributed:

@@ -97,7 +97,7 @@ def settle(args: argparse.Namespace) -> None:
 def set_up(args: argparse.Namespace) -> None:
     """Device and processes."""
     args.device = args.device or build.default_device()
-    with build.blame(f'--device {args.device}'):
+    with build.option_errors(f'--device {args.device}'):
         torch.zeros(1, device=args.device)
     if args.device.startswith('cuda'):
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -112,7 +112,7 @@ def set_up(args: argparse.Namespace) -> None:
 def build_dataset(args: argparse.Namespace) -> SegmentationDataset:
     """The split to measure on, its images as the model wants them."""
     normalisation = {name: getattr(args, name) for name in ('mean', 'std') if getattr(args, name) is not None}
-    with build.blame('test images'):
+    with build.option_errors('test images'):
         transform = eval_transform(args.test_scale, args.test_multiple, args.scales, **normalisation)
     return create_dataset(
         args.dataset,
@@ -130,7 +130,7 @@ def build_model(args: argparse.Namespace, dataset: SegmentationDataset) -> Segme
     if args.num_classes is None and not args.segmenter:
         args.num_classes = len(dataset.classes)
     arguments = options.model_options(args)
-    with build.blame('model'):
+    with build.option_errors('model'):
         model = create_segmenter(**arguments)
         load_checkpoint(model, args.checkpoint, args.use_ema)
     if model.num_classes != len(dataset.classes):
@@ -147,7 +147,7 @@ def build_overlays(args: argparse.Namespace, dataset: SegmentationDataset) -> Ov
     """What draws predictions, if `--overlays` names a folder for them."""
     if not args.overlays:
         return None
-    with build.blame(f'--overlays {args.overlays}'):
+    with build.option_errors(f'--overlays {args.overlays}'):
         return OverlayWriter(dataset, args.overlays, args.num_overlays)
 
 
@@ -156,7 +156,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     set_up(args)
     settle(args)
     protocol = options.test_protocol(args) | dict(flip=args.flip)
-    with build.blame('test'):
+    with build.option_errors('test'):
         inference.check(protocol['mode'], protocol.get('crop'), protocol.get('stride'))
     dataset = build_dataset(args)
     return dict(
@@ -203,7 +203,7 @@ def report(args: argparse.Namespace, figures: dict[str, Any]) -> None:
     if args.results_file:
         process = ('given', 'distributed', 'world_size', 'rank', 'local_rank')
         given = {name: value for name, value in vars(args).items() if name not in process}
-        with build.blame(f'--results-file {args.results_file}'):
+        with build.option_errors(f'--results-file {args.results_file}'):
             path = Path(args.results_file)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(_rounded(figures) | dict(options=given), indent=4) + '\n')

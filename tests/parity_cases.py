@@ -62,10 +62,10 @@ def worst_error(model: torch.nn.Module, case: str) -> float:
 
 def _gradient(model: torch.nn.Module, published_name: str) -> Tensor:
     """Gradient of the parameter that the authors call so."""
-    from cluster_zoo.weights import names
+    from cluster_zoo.weights import conversion
 
     if published_name == 'patch_embed.proj.weight':
         return torch.cat([model.stem.proj.weight.grad, model.stem.coord.weight.grad], dim=1)
     marker = {published_name: torch.empty(0), 'patch_embed.proj.weight': torch.empty(1, 5, 1, 1)}
-    (name,) = set(names.context_cluster(marker)) - {'stem.proj.weight', 'stem.coord.weight'}
+    (name,) = set(conversion.context_cluster(marker)) - {'stem.proj.weight', 'stem.coord.weight'}
     return model.get_parameter(name).grad

@@ -26,11 +26,11 @@ def _args(*flags):
 
 
 def test_blame_names_the_option_in_one_line():
-    with pytest.raises(OptionError, match=r'^--aa: first line second line$'), build.blame('--aa'):
+    with pytest.raises(OptionError, match=r'^--aa: first line second line$'), build.option_errors('--aa'):
         raise AssertionError('first line\n  second line')
-    with pytest.raises(OptionError, match=r'^--aa: AssertionError$'), build.blame('--aa'):
+    with pytest.raises(OptionError, match=r'^--aa: AssertionError$'), build.option_errors('--aa'):
         raise AssertionError
-    with pytest.raises(ZeroDivisionError), build.blame('--aa'):  # a fault of ours stays one
+    with pytest.raises(ZeroDivisionError), build.option_errors('--aa'):  # a fault of ours stays one
         raise ZeroDivisionError
 
 

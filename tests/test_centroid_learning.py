@@ -16,8 +16,8 @@ from cluster_zoo.layers.nearest_centroid import (
     CentroidLearning,
     NearestCentroidHead,
     balanced_assignment,
-    class_of,
-    moved_centroids,
+    class_of_target,
+    update_centroids,
 )
 
 
@@ -82,7 +82,7 @@ def test_assignment_in_float32_at_the_lowest_temperature(similarity):
 def test_opposite_features_leave_a_centroid_where_it_was():
     centroids = F.normalize(torch.randn(2, 1, 4), dim=-1)
     features = torch.tensor([[1.0, 0, 0, 0], [-1.0, 0, 0, 0]])
-    moved = moved_centroids(centroids, features, torch.tensor([0, 0]), torch.tensor([0, 0]), 0.5)
+    moved = update_centroids(centroids, features, torch.tensor([0, 0]), torch.tensor([0, 0]), 0.5)
     assert torch.equal(moved, centroids)
 
 
@@ -339,12 +339,12 @@ def test_settings_out_of_range(values):
 
 
 def test_class_of_a_target():
-    assert class_of(torch.tensor([0, 2, 3, -100, -1]), 3).tolist() == [0, 2, -1, -1, -1]
-    assert class_of(torch.tensor([1, 2], dtype=torch.int32), 3).dtype == torch.int64
+    assert class_of_target(torch.tensor([0, 2, 3, -100, -1]), 3).tolist() == [0, 2, -1, -1, -1]
+    assert class_of_target(torch.tensor([1, 2], dtype=torch.int32), 3).dtype == torch.int64
     soft = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.5, 0.0], [0.4, 0.3, 0.3], [0.51, 0.49, 0], [0, 0, 0], [1, 1, 0]])
-    assert class_of(soft, 3).tolist() == [2, -1, -1, 0, -1, -1]
-    assert class_of(soft.half().view(2, 3, 3), 3).tolist() == [[2, -1, -1], [0, -1, -1]]
-    assert class_of(torch.tensor([[3.0, 1.0, 1.0]]), 3).tolist() == [0]  # weights of any sum
+    assert class_of_target(soft, 3).tolist() == [2, -1, -1, 0, -1, -1]
+    assert class_of_target(soft.half().view(2, 3, 3), 3).tolist() == [[2, -1, -1], [0, -1, -1]]
+    assert class_of_target(torch.tensor([[3.0, 1.0, 1.0]]), 3).tolist() == [0]  # weights of any sum
 
 
 def test_class_of_mixed_and_smoothed_targets():
@@ -353,7 +353,7 @@ def test_class_of_mixed_and_smoothed_targets():
     found = set()
     for _ in range(50):
         _, target = mixup(torch.zeros(4, 3, 8, 8), labels)
-        for share, first, other, of in zip(target, labels, labels.flip(0), class_of(target, 4)):
+        for share, first, other, of in zip(target, labels, labels.flip(0), class_of_target(target, 4)):
             weight = {int(c): float(share[c]) for c in (first, other)}
             main = max(weight, key=weight.get)
             assert int(of) == (main if weight[main] > 0.5 else -1)
@@ -361,7 +361,7 @@ def test_class_of_mixed_and_smoothed_targets():
     assert found == {-1, 0, 1, 2}
     even = Mixup(label_smoothing=0.0, num_classes=4)
     even._params_per_batch = lambda: (0.5, False)
-    assert class_of(even(torch.zeros(4, 3, 8, 8), labels)[1], 4).tolist() == [-1] * 4
+    assert class_of_target(even(torch.zeros(4, 3, 8, 8), labels)[1], 4).tolist() == [-1] * 4
 
 
 def test_soft_targets_teach_what_they_stand_for():

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 import cluster_zoo  # noqa: F401  registers the models
 from cluster_zoo.layers.nearest_centroid import CentroidLearning, NearestCentroidHead, balanced_assignment
-from cluster_zoo.weights import load_checkpoint, names
+from cluster_zoo.weights import conversion, load_checkpoint
 
 TINY = dict(channels=(8, 16, 24, 32), num_classes=5)  # a ResNet whose features are as wide as the authors' figures
 
@@ -36,7 +36,7 @@ def test_parity():
     expected = figures('dnc_head')
     features = recipe.inputs('dnc_head')[0]
     head = NearestCentroidHead(32, 5).double()
-    head.load_state_dict(names.nearest_centroid_head(recipe.state_dict('dnc_head')), strict=False)
+    head.load_state_dict(conversion.nearest_centroid_head(recipe.state_dict('dnc_head')), strict=False)
     labels = expected['labels']
     assert torch.equal(labels, (recipe.inputs('dnc_head')[1].abs() * 1e4).floor().long() % 5)
     assert relative_error(head(features), expected['logits']) < 1e-9
@@ -67,7 +67,7 @@ def test_the_plain_loop_gives_the_figures_too():
     """What the tests below compare with is itself the authors' update."""
     expected = figures('dnc_head')
     head = NearestCentroidHead(32, 5).double()
-    head.load_state_dict(names.nearest_centroid_head(recipe.state_dict('dnc_head')), strict=False)
+    head.load_state_dict(conversion.nearest_centroid_head(recipe.state_dict('dnc_head')), strict=False)
     z = unit_features(head, recipe.inputs('dnc_head')[0])
     with torch.no_grad():
         assert relative_error(update(head, z, expected['labels']), expected['prototypes_after']) < 1e-12

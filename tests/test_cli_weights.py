@@ -18,7 +18,7 @@ from PIL import Image
 
 from cluster_zoo import cli
 from cluster_zoo.cli import weights
-from cluster_zoo.weights import cache, tags
+from cluster_zoo.weights import cache, metadata
 from cluster_zoo.weights.importing import import_checkpoint, install
 
 NAME, FOLDER = 'coc_tiny.in1k', '155Lfofxr7vpdcUxL8ZvzlrNX4cUlhn3J'  # as the authors' page has it
@@ -82,7 +82,7 @@ def checkpoint(tmp_path_factory):
 
 def test_list_has_every_model_and_what_the_readme_says_of_it(zoo, no_network):
     found = {row.pop('name'): row for row in zoo('list', '--json')}
-    assert set(found) == set(tags.our_tags())
+    assert set(found) == set(metadata.package_tags())
     models = re.search(r'^## Models$.*?(?=^## )', README, re.MULTILINE | re.DOTALL).group()
     stated = re.findall(r'^\| `(\w+)` \| ([\d.]+) \| ([\d.]*) ?\|', models, re.MULTILINE)
     assert len(stated) >= 20
@@ -189,7 +189,7 @@ def test_what_is_asked_of_the_authors(zoo, home, monkeypatch):
         assert (name, options) == (NAME, dict(member='a/best.pth', force=True)) and FOLDER in url
         return home / name
 
-    monkeypatch.setattr(weights, 'weights_folder', fetch)
+    monkeypatch.setattr(weights, 'find_weights', fetch)
     (home / NAME).mkdir(parents=True)
     (home / NAME / 'config.json').write_text('{"source": {"drive_id": "FILE_ID", "sha256": "0123"}}')
     printed = zoo('fetch', 'coc_tiny', '--file', 'a/best.pth', '--force', '--pin')

@@ -11,13 +11,13 @@ from cluster_zoo.layers.clustering import (
     assign,
     cluster,
     dispatch,
-    first_largest,
+    feature_norms,
+    first_argmax,
     group_mean,
-    head_lengths,
-    members_of,
+    membership,
     nearest_center,
-    probe,
-    unit,
+    normalize,
+    project_query,
 )
 
 
@@ -33,7 +33,7 @@ def _clustered(
 ):
     """`cluster` on sets x [S, N, C] with heads' weights [E, D, C] as a mixer would call it."""
     f = torch.einsum('smc,edc->smed', centers, f_weight) + f_bias
-    query, offset = probe(alpha * unit(f), f_weight, f_bias)
+    query, offset = project_query(alpha * normalize(f), f_weight, f_bias)
     lengths = (x.unsqueeze(1) @ f_weight.transpose(1, 2) + f_bias.unsqueeze(1)).norm(dim=-1)
     return cluster(
         x,
@@ -95,7 +95,7 @@ def test_assignment_is_by_the_probes_and_gives_their_value():
 def test_aggregate_and_dispatch_match_loops():
     points, centers, values = _normal(2, 7, 4), _normal(2, 3, 4, seed=1), _normal(2, 6, 4, seed=2)
     index, weight = torch.randint(3, (2, 2, 7)), _normal(2, 2, 7, seed=3).abs()
-    members, bias = members_of(index, weight, 3), _normal(4, seed=4)
+    members, bias = membership(index, weight, 3), _normal(4, seed=4)
     means, out = aggregate(points, members, centers), dispatch(values, members, bias)
     for s in range(2):
         for e in range(2):
@@ -114,9 +114,9 @@ def test_equal_centers_give_the_first(dtype):
     query, offset = torch.ones(1, 1, 4, 3, dtype=dtype), torch.zeros(1, 1, 4, dtype=dtype)
     assert (assign(torch.rand(1, 7, 3).to(dtype), query, offset)[0] == 0).all()
     value = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0], [-1.0, -3.0, -2.0, -1.0, -1.0]], dtype=dtype)
-    largest, index = first_largest(value.unsqueeze(-1))
+    largest, index = first_argmax(value.unsqueeze(-1))
     assert largest.tolist() == [[3], [-1]] and index.tolist() == [[1], [0]]
-    _, index = first_largest(value.unsqueeze(-1), torch.tensor([[True, False, True, True, True], [False] * 5]))
+    _, index = first_argmax(value.unsqueeze(-1), torch.tensor([[True, False, True, True, True], [False] * 5]))
     assert index.tolist() == [[2], [0]]  # and the first where none counts
 
 
@@ -124,25 +124,27 @@ def test_equal_centers_give_the_first(dtype):
 def test_first_largest_is_argmax(shape):
     value = torch.randint(0, 6, (2, 3, *shape)).double()  # many equal ones
     expected = (value == value.max(-2, keepdim=True)[0]).long().argmax(-2)
-    assert torch.equal(first_largest(value)[1], expected)
+    assert torch.equal(first_argmax(value)[1], expected)
 
 
 def test_zero_vectors_have_no_direction():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        assert (unit(torch.zeros(2, 3, dtype=dtype)) == 0).all() and unit(torch.ones(2, 4, dtype=dtype)).unique() == 0.5
-        lengths = head_lengths(torch.zeros(1, 4, 3).to(dtype), torch.ones(4, 3).to(dtype), torch.zeros(4).to(dtype), 2)
+        assert (normalize(torch.zeros(2, 3, dtype=dtype)) == 0).all() and normalize(
+            torch.ones(2, 4, dtype=dtype)
+        ).unique() == 0.5
+        lengths = feature_norms(torch.zeros(1, 4, 3).to(dtype), torch.ones(4, 3).to(dtype), torch.zeros(4).to(dtype), 2)
         assert lengths.shape == (1, 2, 4) and (lengths > 0).all() and lengths.dtype.itemsize >= 4
 
 
 def test_lengths_are_norms_of_each_head():
     points, weight, bias = _normal(2, 4, 3), _normal(6, 3, seed=1), _normal(6, seed=2)
-    lengths, f = head_lengths(points, weight, bias, 2), weight @ points[1, 2] + bias
+    lengths, f = feature_norms(points, weight, bias, 2), weight @ points[1, 2] + bias
     assert lengths[1, :, 2].tolist() == pytest.approx([math.hypot(*f[:3]), math.hypot(*f[3:])], rel=1e-12)
 
 
 def test_a_probe_is_the_product_with_the_features():
     centers, weight, bias, x = _normal(2, 3, 4, 5), _normal(4, 5, 6, seed=1), _normal(4, 5, seed=2), _normal(6, seed=3)
-    query, offset = probe(centers, weight, bias)
+    query, offset = project_query(centers, weight, bias)
     assert query.shape == (2, 4, 3, 6) and offset.shape == (2, 4, 3)
     expected = centers[1, 2, 3] @ (weight[3] @ x + bias[3])
     torch.testing.assert_close(query[1, 3, 2] @ x + offset[1, 3, 2], expected, rtol=1e-12, atol=1e-12)

@@ -28,8 +28,8 @@ SMALL = dict(pretrained_cfg_overlay=dict(input_size=(3, 32, 32)))
 CLASSES = [0, 0, 1, 4, 0, 1, 2, 0, 4, 1, 1, 4, 0, 2, 4, 0, 1, 0, 4, 4]
 
 
-class Pictures(Dataset):
-    """Pictures of several sizes, each of four colours in its quarters."""
+class IndexedImages(Dataset):
+    """IndexedImages of several sizes, each of four colours in its quarters."""
 
     transform = None
 
@@ -60,7 +60,7 @@ def tiny(**kwargs) -> nn.Module:
 @pytest.fixture(scope='module')
 def anchored() -> nn.Module:
     model = tiny()
-    anchor(model, Pictures(), thumbnail=16)
+    anchor(model, IndexedImages(), thumbnail=16)
     return model.eval()
 
 
@@ -74,7 +74,7 @@ def plain_feature(model: nn.Module, picture: Image.Image) -> torch.Tensor:
     return feature / feature.norm()
 
 
-def plain_anchors(model: nn.Module, dataset: Pictures) -> dict[tuple[int, int], int]:
+def plain_anchors(model: nn.Module, dataset: IndexedImages) -> dict[tuple[int, int], int]:
     """The pairs of sub-centroid and image of a class, most similar first; then what is left takes its nearest."""
     prototypes, found = model.get_classifier().prototypes, {}
     features = [plain_feature(model, picture) for picture in dataset.pictures]
@@ -100,7 +100,7 @@ def as_index(found: dict[tuple[int, int], int]) -> list[list[int]]:
 
 @pytest.mark.parametrize('batch_size', [1, 3, 64])
 def test_each_centroid_becomes_its_nearest_image_in_plain_loops(batch_size):
-    model, dataset = tiny().double(), Pictures()
+    model, dataset = tiny().double(), IndexedImages()
     before, expected = model.get_classifier().prototypes.clone(), as_index(plain_anchors(model, dataset))
     result = anchor(model, dataset, batch_size=batch_size)
     assert result.index.tolist() == expected
@@ -121,7 +121,7 @@ def test_each_centroid_becomes_its_nearest_image_in_plain_loops(batch_size):
 
 @pytest.mark.parametrize('batch_size', [2, 64])
 def test_of_equal_images_the_first_is_taken(batch_size):
-    model, dataset = tiny(num_classes=1, sub_centroids=1).double(), Pictures([0] * 64)
+    model, dataset = tiny(num_classes=1, sub_centroids=1).double(), IndexedImages([0] * 64)
     cosines = [float(plain_feature(model, picture) @ model.fc.prototypes[0, 0]) for picture in dataset.pictures[:4]]
     worst, best = (dataset.pictures[cosines.index(pick(cosines))] for pick in (min, max))
     dataset.pictures = [worst] * 7 + [best, worst] * 28 + [best]
@@ -130,7 +130,7 @@ def test_of_equal_images_the_first_is_taken(batch_size):
 
 @pytest.mark.parametrize('validation', [False, True])
 def test_accuracy_before_and_after(validation):
-    model, dataset, other = tiny(), Pictures(), Pictures([1, 3, 0, 4, 4, 0, 1] * 3, seed=1)
+    model, dataset, other = tiny(), IndexedImages(), IndexedImages([1, 3, 0, 4, 4, 0, 1] * 3, seed=1)
     measured = other if validation else dataset
 
     @torch.no_grad()
@@ -147,7 +147,7 @@ def test_accuracy_before_and_after(validation):
 
 
 def test_names_and_thumbnails(anchored):
-    dataset = Pictures()
+    dataset = IndexedImages()
     for c in range(5):
         for s in range(4):
             image = anchored.get_classifier().anchored_image(c, s)
@@ -163,7 +163,7 @@ def test_names_and_thumbnails(anchored):
 
 
 def test_files_have_names(tmp_path):
-    for index, (picture, c) in enumerate(zip(Pictures().pictures, CLASSES)):
+    for index, (picture, c) in enumerate(zip(IndexedImages().pictures, CLASSES)):
         (tmp_path / f'class {c}').mkdir(exist_ok=True)
         picture.save(tmp_path / f'class {c}' / f'Bär {index} {"x" * index}.png')
     (tmp_path / 'class 2' / 'a damaged one.png').write_bytes(b'no picture')
@@ -187,7 +187,7 @@ def test_no_readable_image(tmp_path):
 
 
 def test_a_name_that_is_too_long_keeps_its_end():
-    dataset = Pictures([0] * 4)
+    dataset = IndexedImages([0] * 4)
     dataset.filename = lambda index: 'ü' * 2000 + f'/{index}.png'
     model = tiny(num_classes=1)
     index = anchor(model, dataset).index
@@ -196,7 +196,7 @@ def test_a_name_that_is_too_long_keeps_its_end():
 
 
 def test_workers_subset_and_the_transform_that_is_given():
-    dataset, seen = Subset(Pictures(), range(2, 20)), []
+    dataset, seen = Subset(IndexedImages(), range(2, 20)), []
     transform = create_transform(input_size=(3, 48, 48))
 
     def counted(picture):
@@ -222,9 +222,9 @@ def test_modes_are_kept_and_a_compiled_model_is_anchored():
         compiled.eval()(torch.zeros(len(CLASSES), 3, 32, 32))  # the graph that serves the images too
     for module, training in zip(model.modules(), modes):
         module.training = training
-    result = anchor(compiled, Pictures())
+    result = anchor(compiled, IndexedImages())
     assert [module.training for module in model.modules()] == modes
-    assert torch.equal(result.index, anchor(other, Pictures()).index)
+    assert torch.equal(result.index, anchor(other, IndexedImages()).index)
     assert not any(module._forward_pre_hooks for module in model.modules())
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(compiled.eval()(images), other.eval()(images))
@@ -232,10 +232,10 @@ def test_modes_are_kept_and_a_compiled_model_is_anchored():
 
 class Streamed(IterableDataset):
     def __iter__(self):
-        yield from Pictures()
+        yield from IndexedImages()
 
 
-class Tensors(Pictures):
+class Tensors(IndexedImages):
     def __getitem__(self, index):
         return torch.zeros(3, 32, 32), 0
 
@@ -243,15 +243,15 @@ class Tensors(Pictures):
 @pytest.mark.parametrize(
     ('dataset', 'options', 'message'),
     [
-        (Pictures([0, 1, 5]), {}, 'image of class 5, but the classes of the model are 0 to 4'),
-        (Pictures([0, -1]), {}, 'image of class -1'),
-        (Pictures([]), {}, 'no images'),
+        (IndexedImages([0, 1, 5]), {}, 'image of class 5, but the classes of the model are 0 to 4'),
+        (IndexedImages([0, -1]), {}, 'image of class -1'),
+        (IndexedImages([]), {}, 'no images'),
         (Streamed(), {}, 'streamed dataset'),
         (Tensors(), {}, 'Item 0 of the dataset is a Tensor, expected a PIL image'),
-        (Pictures(), dict(thumbnail=0), 'thumbnail has 1 to 256 pixels'),
-        (Pictures(), dict(thumbnail=257), 'thumbnail has 1 to 256 pixels'),
-        (Pictures(), dict(val_dataset=Pictures([7])), 'image of class 7'),
-        (Pictures(), dict(val_dataset=Pictures([])), 'no images'),
+        (IndexedImages(), dict(thumbnail=0), 'thumbnail has 1 to 256 pixels'),
+        (IndexedImages(), dict(thumbnail=257), 'thumbnail has 1 to 256 pixels'),
+        (IndexedImages(), dict(val_dataset=IndexedImages([7])), 'image of class 7'),
+        (IndexedImages(), dict(val_dataset=IndexedImages([])), 'no images'),
     ],
 )
 def test_what_can_not_be_anchored_leaves_the_model_as_it_was(anchored, dataset, options, message):
@@ -269,11 +269,11 @@ def test_features_that_are_not_finite():
     model.conv1.weight.data[0, 0, 0, 0] = torch.nan
     before = model.fc.prototypes.clone()
     with pytest.raises(ValueError, match='NaN or infinite features, among images 0 to 3'):
-        anchor(model, Pictures(), batch_size=4)
+        anchor(model, IndexedImages(), batch_size=4)
     assert torch.equal(model.fc.prototypes, before)
 
 
-@pytest.mark.parametrize('use', [lambda m: anchor(m, Pictures()), lambda m: explain(m, torch.zeros(3, 32, 32))])
+@pytest.mark.parametrize('use', [lambda m: anchor(m, IndexedImages()), lambda m: explain(m, torch.zeros(3, 32, 32))])
 def test_model_without_centroids(use):
     with pytest.raises(ValueError, match='ResNet has no centroid heads, expected one'):
         use(timm.create_model('resnet18', **TINY))
@@ -337,7 +337,7 @@ WAYS = [by_state_dict, by_safetensors, by_timm, by_pretrained_file, by_name_of_t
 def test_the_record_goes_with_the_model(anchored, tmp_path, way):
     model = way(anchored, tmp_path).eval()
     assert same_record(model.get_classifier(), anchored.get_classifier())
-    picture, names = Pictures(seed=2).pictures[0], list('abcde')
+    picture, names = IndexedImages(seed=2).pictures[0], list('abcde')
     expected, found = explain(anchored, picture, names), explain(model, picture, names)
     assert found.neighbours[0].image.name == expected.neighbours[0].image.name
     assert found.probability == pytest.approx(expected.probability)
@@ -424,8 +424,8 @@ def test_learning_forgets_the_images_and_keeps_the_entries(anchored):
 
 
 def test_explanation_in_plain_loops(anchored):
-    dataset, names = Pictures(), ['ant', 'bee', 'cat', 'dog', 'eel']
-    for picture in Pictures(seed=3).pictures[:6]:
+    dataset, names = IndexedImages(), ['ant', 'bee', 'cat', 'dog', 'eel']
+    for picture in IndexedImages(seed=3).pictures[:6]:
         feature = plain_feature(anchored, picture)
         cosines = [[float(feature @ p / p.norm()) for p in of_class] for of_class in anchored.fc.prototypes]
         logits = anchored.fc.mask_norm(torch.tensor([max(of_class) for of_class in cosines]))
@@ -446,7 +446,7 @@ def test_explanation_in_plain_loops(anchored):
 
 
 def test_an_anchored_image_is_most_like_itself(anchored):
-    dataset = Pictures()
+    dataset = IndexedImages()
     image = anchored.fc.anchored_image(0, 1)
     e = explain(anchored, dataset.pictures[image.index])
     same = [n for n in (*e.neighbours, e.competitor) if n.image and n.image.index == image.index]
@@ -463,7 +463,7 @@ def test_classes_are_ranked_where_probabilities_round_to_zero(anchored):
 
 def test_tensors_names_and_modes(anchored):
     model = copy.deepcopy(anchored).train()
-    picture, names = Pictures().pictures[0], class_names(create_dataset('cluster_zoo/cifar10_sample'))
+    picture, names = IndexedImages().pictures[0], class_names(create_dataset('cluster_zoo/cifar10_sample'))
     tensor = create_transform(**resolve_model_data_config(model))(picture)
     a, b = explain(model, picture.convert('RGBA')), explain(model, tensor, {})
     assert model.training and model.fc._seen is None
@@ -489,7 +489,7 @@ def shows(figure: Image.Image, picture: Image.Image, side: int) -> bool:
 
 
 def test_explanation_is_drawn(anchored):
-    picture = Pictures().pictures[0]
+    picture = IndexedImages().pictures[0]
     e = explain(anchored, picture, ['a name that is much longer than there is room for in a heading'] * 5)
     figure = draw_explanation(e, picture)
     assert figure.mode == 'RGB' and figure.width < 1100 and shows(figure, picture, 228)
@@ -501,10 +501,12 @@ def test_explanation_is_drawn(anchored):
 
 def test_one_class_of_one_centroid_is_drawn():
     model = tiny(num_classes=1, sub_centroids=1)
-    anchor(model, Pictures([0, 0]))
-    e = explain(model, Pictures().pictures[0])
+    anchor(model, IndexedImages([0, 0]))
+    e = explain(model, IndexedImages().pictures[0])
     assert e.competitor is None and e.competitor_probability == 0 and e.probability == 1
-    assert draw_explanation(e, Pictures().pictures[0]).height == draw_explanation(e, Image.new('L', (9, 30))).height
+    assert (
+        draw_explanation(e, IndexedImages().pictures[0]).height == draw_explanation(e, Image.new('L', (9, 30))).height
+    )
     assert draw_centroids(model).height < 200
 
 
@@ -524,9 +526,9 @@ def test_sheet_of_all_centroids(anchored):
 def test_a_model_without_pooling_is_refused():
     model = timm.create_model('dnc_swin_tiny', img_size=32, num_classes=5, depths=(1, 1, 1, 1), global_pool='', **SMALL)
     with pytest.raises(ValueError, match='keep the pooling'):
-        anchor(model, Pictures())
+        anchor(model, IndexedImages())
     with pytest.raises(ValueError, match='keep the pooling'):
-        explain(model, Pictures().pictures[0])
+        explain(model, IndexedImages().pictures[0])
 
 
 @pytest.mark.parametrize('averaged', ['before', 'after'])
@@ -535,7 +537,7 @@ def test_training_with_an_average_goes_on_after_anchoring(averaged):
     task = NearestCentroidTask(model, verbose=False)
     if averaged == 'before':
         task.setup_ema(decay=0.5)
-    anchor(model, Pictures(), thumbnail=16)
+    anchor(model, IndexedImages(), thumbnail=16)
     if averaged == 'after':
         task.setup_ema(decay=0.5)
     task.train()

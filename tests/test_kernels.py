@@ -17,21 +17,21 @@ def test_head_lengths_and_their_gradients(contiguous):
     points, weight, bias = inputs = _inputs(torch.float64)
     gradient = torch.randn(2, 2, 42, dtype=torch.float64)
     results = []
-    for function in (kernels.head_lengths, clustering.head_lengths):
+    for function in (kernels.feature_norms, clustering.feature_norms):
         given = points if contiguous else points.transpose(1, 2).contiguous().transpose(1, 2)
         lengths = function(given, weight, bias, 2)
         results.append([lengths, *torch.autograd.grad(lengths, inputs, gradient)])
     for value, expected in zip(*results):
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda *args: kernels.head_lengths(*args, 2), inputs)
+    assert torch.autograd.gradcheck(lambda *args: kernels.feature_norms(*args, 2), inputs)
     with torch.no_grad():
-        torch.testing.assert_close(kernels.head_lengths(*inputs, 2), lengths, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(kernels.feature_norms(*inputs, 2), lengths, rtol=1e-12, atol=1e-12)
 
 
 def test_only_the_gradients_that_are_asked_for():
     x, weight, bias = _inputs(torch.float64)
-    lengths = kernels.head_lengths(x.detach(), weight, bias.detach(), 2)
-    expected = clustering.head_lengths(x.detach(), weight, bias.detach(), 2)
+    lengths = kernels.feature_norms(x.detach(), weight, bias.detach(), 2)
+    expected = clustering.feature_norms(x.detach(), weight, bias.detach(), 2)
     (gradient,) = torch.autograd.grad(lengths.square().sum(), weight)
     torch.testing.assert_close(
         gradient, torch.autograd.grad(expected.square().sum(), weight)[0], rtol=1e-12, atol=1e-12
@@ -40,16 +40,16 @@ def test_only_the_gradients_that_are_asked_for():
 
 def test_gradients_of_gradients():
     inputs = [value.double().requires_grad_() for value in _inputs(torch.float64)]
-    assert torch.autograd.gradgradcheck(lambda *args: kernels.head_lengths(*args, 2), inputs)
+    assert torch.autograd.gradgradcheck(lambda *args: kernels.feature_norms(*args, 2), inputs)
 
 
 def test_head_lengths_under_autocast():
     x, weight, bias = _inputs(torch.float32)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        lengths = kernels.head_lengths(x, weight, bias, 2)
+        lengths = kernels.feature_norms(x, weight, bias, 2)
     assert lengths.dtype == torch.float32
     gradients = torch.autograd.grad(lengths.sum(), (x, weight, bias))
-    exact = torch.autograd.grad(clustering.head_lengths(x, weight, bias, 2).sum(), (x, weight, bias))
+    exact = torch.autograd.grad(clustering.feature_norms(x, weight, bias, 2).sum(), (x, weight, bias))
     for value, expected in zip(gradients, exact):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, expected, rtol=0.05, atol=0.05)
@@ -57,9 +57,9 @@ def test_head_lengths_under_autocast():
 
 def test_the_plain_path_can_be_forced(monkeypatch):
     inputs = _inputs(torch.float32)
-    assert 'HeadLengths' in str(kernels.head_lengths(*inputs, 2).grad_fn)
+    assert 'FeatureNorms' in str(kernels.feature_norms(*inputs, 2).grad_fn)
     monkeypatch.setenv('CLUSTER_ZOO_KERNELS', 'plain')
-    assert 'HeadLengths' not in str(kernels.head_lengths(*inputs, 2).grad_fn)
+    assert 'FeatureNorms' not in str(kernels.feature_norms(*inputs, 2).grad_fn)
 
 
 @pytest.mark.parametrize('sets, points', [(1, 48), (1, 17), (3, 32)])

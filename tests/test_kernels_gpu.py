@@ -167,7 +167,7 @@ def test_no_sets():
 def test_aggregate_in_spans():
     points, weight = _random(2, 1100, 5), _random(2, 3, 1100, seed=1)
     index = torch.randint(0, 6, (2, 3, 1100), device=DEVICE)
-    members = clustering.members_of(index, weight, 6)
+    members = clustering.membership(index, weight, 6)
     sums, totals = gpu.aggregate(points.float(), index.int(), weight.float(), 6)
     _assert_close(sums.flatten(1, 2), members @ points, 1e-5)
     _assert_close(totals.flatten(1), members.sum(-1), 1e-5)
@@ -210,7 +210,7 @@ def test_head_lengths_and_their_gradients(dtype, tolerance, rows):
     inputs = [x.to(dtype) for x in (_random(2, 42 * rows, 10)[:, ::rows], _random(24, 10), _random(24))]
     inputs = [x.requires_grad_() for x in inputs]
     exact = _exact(inputs)
-    out, expected = gpu.head_lengths(*inputs, 2), clustering.head_lengths(*exact, 2)
+    out, expected = gpu.feature_norms(*inputs, 2), clustering.feature_norms(*exact, 2)
     assert out.dtype == torch.float32
     _assert_close(out, expected, tolerance)
     for pair in zip(
@@ -245,7 +245,7 @@ def test_autocast_as_the_plain_functions(dtype):
         narrow = [x.to(dtype) if name in ('points', 'query') else x for name, x in zip(NAMES, inputs)]
         assert torch.equal(out, gpu.cluster(*narrow))
         x, weight, bias = _random(1, 16, 8).float(), _random(6, 8).float(), _random(6).float()
-        lengths, expected_lengths = gpu.head_lengths(x, weight, bias, 2), clustering.head_lengths(x, weight, bias, 2)
+        lengths, expected_lengths = gpu.feature_norms(x, weight, bias, 2), clustering.feature_norms(x, weight, bias, 2)
     assert out.dtype == expected.dtype == dtype
     _assert_close(out, expected, 3e-2)
     assert lengths.dtype == expected_lengths.dtype == torch.float32

@@ -12,7 +12,7 @@ import cluster_zoo  # noqa: F401  registers the models
 from cluster_zoo.errors import CheckpointError
 from segmentation import create_segmenter
 from segmentation.models.backbones import Pyramid, create_backbone
-from segmentation.models.checkpoint_names import segmenter as published
+from segmentation.models.conversion import segmenter as published
 
 
 def load_backbone(backbone, state_dict):

@@ -6,8 +6,8 @@ import torch.nn as nn
 from parity_cases import figures, recipe, relative_error
 
 from cluster_zoo.weights import check_fit
-from segmentation.models.checkpoint_names import segmenter as published
 from segmentation.models.classifiers import CentroidClassifier, ConditionalClassifier, PlainClassifier
+from segmentation.models.conversion import segmenter as published
 from segmentation.models.decoders import FCN, DeepLabV3Plus, SemanticFPN, UPerNet
 from segmentation.models.region_proxy import RegionProxy
 from segmentation.models.segmenter import DenseHead

@@ -1,4 +1,4 @@
-"""Pictures of predictions: what is where in them, and which images get one."""
+"""IndexedImages of predictions: what is where in them, and which images get one."""
 
 import numpy as np
 import pytest

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from processes import run_processes
 from torch import nn
 
-from cluster_zoo.features import inputs_of
+from cluster_zoo.features import record_inputs
 from cluster_zoo.layers.nearest_centroid import CentroidLearning, centroid_head
 from segmentation import create_segmenter
 from segmentation.engine.losses import cross_entropy, dice_loss
@@ -99,7 +99,7 @@ def test_centroids_learn_from_labelled_pixels(backbone):
     model = tiny('dnc', 'semantic_fpn', backbone)
     task, head = SegmentationTask(model), centroid_head(model)
     images, labels = batch()
-    with inputs_of(head) as seen:
+    with record_inputs(head) as seen:
         result = task(images, labels)
     [features] = seen
     at = nearest_labels(labels, features.shape[1:3], model.backbone.divisor)

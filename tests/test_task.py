@@ -15,7 +15,7 @@ from torch import nn
 
 import cluster_zoo  # noqa: F401  registers the models
 from cluster_zoo.layers.nearest_centroid import CentroidLearning
-from cluster_zoo.training.tasks import CentroidTaskMixin, NearestCentroidTask, centroid_heads, learns_centroids
+from cluster_zoo.training.tasks import CentroidTaskMixin, NearestCentroidTask, centroid_heads, with_centroid_learning
 
 TINY = dict(channels=(8, 16, 24, 32), num_classes=5)
 
@@ -204,8 +204,8 @@ def test_contrast_loss_with_a_compiled_model(compiled):
 
 
 def test_classes_are_made_once():
-    made = learns_centroids(LogitDistillationTask)
-    assert made is learns_centroids(LogitDistillationTask)
+    made = with_centroid_learning(LogitDistillationTask)
+    assert made is with_centroid_learning(LogitDistillationTask)
     assert issubclass(made, (CentroidTaskMixin)) and issubclass(made, LogitDistillationTask)
     assert made.__name__ == 'NearestCentroidLogitDistillationTask'
 
@@ -216,10 +216,10 @@ def test_distillation(kind, learned):
     common = dict(teacher_model=teacher, verbose=False)
     model = tiny(contrast=0.1)
     if kind == 'logit':
-        task = learns_centroids(LogitDistillationTask)(model, **common)
+        task = with_centroid_learning(LogitDistillationTask)(model, **common)
     else:
         dims = dict(student_feature_dim=32, teacher_feature_dim=32)
-        task = learns_centroids(FeatureDistillationTask)(model, **dims, **common)
+        task = with_centroid_learning(FeatureDistillationTask)(model, **dims, **common)
     task.setup_ema()
     before = prototypes(task)
     for _ in range(2):
@@ -234,7 +234,7 @@ def test_distillation(kind, learned):
 
 def test_a_teacher_with_centroids_learns_nothing(learned):
     teacher = tiny()
-    task = learns_centroids(LogitDistillationTask)(tiny(), teacher_model=teacher, verbose=False)
+    task = with_centroid_learning(LogitDistillationTask)(tiny(), teacher_model=teacher, verbose=False)
     before = teacher.get_classifier().prototypes.clone()
     task(*batch())['loss'].backward()
     task.update_ema()

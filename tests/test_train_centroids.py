@@ -203,11 +203,11 @@ def test_two_processes_go_on_to_the_same_bits(image_folder, run, tmp_path):
 def test_more_processes_than_before_use_the_memory_in_the_same_batches(train):
     """A process that finds no memory of its own to go on with counts on with the others."""
     learned = [[dict(batches=7, memory='first', exact=None)], [dict(batches=7, memory='second', exact=None)]]
-    shares = [train.learned_share(learned, rank, 3) for rank in range(3)]
+    shares = [train.split_learning_state(learned, rank, 3) for rank in range(3)]
     assert [[head['memory'] for [head] in share] for share in shares] == [['first'], ['second'], [None]]
     assert [head['batches'] for share in shares for [head] in share] == [7, 7, 7]
-    assert [[head['memory'] for [head] in train.learned_share(learned, 0, 1)]] == [['first', 'second']]
-    assert train.learned_share([], 0, 1) == []
+    assert [[head['memory'] for [head] in train.split_learning_state(learned, 0, 1)]] == [['first', 'second']]
+    assert train.split_learning_state([], 0, 1) == []
 
 
 # ---- Mistakes ----

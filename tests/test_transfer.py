@@ -43,7 +43,7 @@ def model():
     return model
 
 
-def unit(x):
+def normalize(x):
     return x / x.norm(dim=-1, keepdim=True)
 
 
@@ -54,13 +54,13 @@ def blobs(counts, width=6, seed=0):
     directions = torch.randn(len(counts), width, generator=generator, dtype=torch.float64)
     noise = torch.randn(len(labels), width, generator=generator, dtype=torch.float64)
     order = torch.randperm(len(labels), generator=generator)
-    return unit(directions[labels] + 0.3 * noise)[order], labels[order]
+    return normalize(directions[labels] + 0.3 * noise)[order], labels[order]
 
 
 def test_one_centroid_is_the_mean_direction():
     features, labels = blobs([5, 1, 9])
     centroids = class_centroids(features, labels, 3, 1)
-    expected = torch.stack([unit(features[labels == c].mean(0)) for c in range(3)]).unsqueeze(1)
+    expected = torch.stack([normalize(features[labels == c].mean(0)) for c in range(3)]).unsqueeze(1)
     torch.testing.assert_close(centroids, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -83,9 +83,9 @@ def test_fewer_images_than_centroids():
 def test_two_groups_of_a_class_get_a_centroid_each():
     generator = torch.Generator().manual_seed(1)
     groups = torch.eye(6, dtype=torch.float64)[:2]
-    features = unit(groups.repeat(10, 1) + 0.05 * torch.randn(20, 6, generator=generator, dtype=torch.float64))
+    features = normalize(groups.repeat(10, 1) + 0.05 * torch.randn(20, 6, generator=generator, dtype=torch.float64))
     centroids = class_centroids(features, torch.zeros(20, dtype=torch.int64), 1, 2)[0]
-    means = unit(torch.stack([features[g::2].mean(0) for g in range(2)]))
+    means = normalize(torch.stack([features[g::2].mean(0) for g in range(2)]))
     torch.testing.assert_close(centroids, means, rtol=1e-9, atol=1e-9)
 
 

@@ -25,7 +25,7 @@ from timm.models import get_pretrained_cfg
 
 import cluster_zoo
 from cluster_zoo.errors import CheckpointError
-from cluster_zoo.weights import cache, tags
+from cluster_zoo.weights import cache, metadata
 from cluster_zoo.weights.download import fetch
 from cluster_zoo.weights.loading import load_model
 from segmentation.models import segmenter
@@ -118,8 +118,8 @@ def _downloads() -> list[str]:
 def test_the_releases():
     for name, folder in FOLDERS.items():
         assert get_pretrained_cfg(f'{name}.in1k').url == URL + folder
-        assert tags.full_name(name) == f'{name}.in1k'
-    published = {name for name in tags.our_tags() if get_pretrained_cfg(name).url}
+        assert metadata.full_name(name) == f'{name}.in1k'
+    published = {name for name in metadata.package_tags() if get_pretrained_cfg(name).url}
     assert published == {*(f'{name}.in1k' for name in FOLDERS), 'dnc_resnet18_cifar.cifar10'}
 
 
@@ -342,11 +342,11 @@ def test_a_file_that_has_changed_is_refused_until_it_is_accepted(server, content
 def test_pinned_files(server, content, settings, tmp_path, capfd):
     (tmp_path / 'f').write_bytes(content)
     server.add_file('P' * 33, 'anything', content)  # in no folder that is listed
-    settings.setitem(tags.PINS, NAME, ('P' * 33, 'f' * 64))
+    settings.setitem(metadata.PINS, NAME, ('P' * 33, 'f' * 64))
     message = _refused()
     assert 'f' * 64 in message and cache.sha256(tmp_path / 'f') in message and '--force' in message
     assert _fetch(force=True) == content and 'f' * 64 in capfd.readouterr().err
-    settings.setitem(tags.PINS, NAME, ('P' * 33, cache.sha256(tmp_path / 'f')))
+    settings.setitem(metadata.PINS, NAME, ('P' * 33, cache.sha256(tmp_path / 'f')))
     assert _fetch(force=True) == content and 'its SHA-256 is pinned' in capfd.readouterr().err
     assert not [request for request in server.requests if 'folder' in request.path]
 

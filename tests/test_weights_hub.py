@@ -15,8 +15,8 @@ from parity_cases import recipe
 from cluster_zoo.errors import CheckpointError
 from cluster_zoo.weights import cache
 from cluster_zoo.weights.download import hub_folder, organization
-from cluster_zoo.weights.importing import weights_folder
-from cluster_zoo.weights.loading import load_model, open_folder
+from cluster_zoo.weights.importing import find_weights
+from cluster_zoo.weights.loading import load_model, open_model_folder
 
 TINY = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_heads=(2, 2, 2, 2), head_dim=4, num_classes=5)
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
@@ -81,7 +81,7 @@ def _same(a, b) -> bool:
 
 def _download(repo_id: str = 'lab/x', **kwargs) -> bytes:
     folder = hub_folder(repo_id, **kwargs)
-    open_folder(folder)
+    open_model_folder(folder)
     return (folder / WEIGHTS).read_bytes()
 
 
@@ -152,7 +152,7 @@ def test_the_weights_of_a_name_may_not_change(server, settings, folder, tmp_path
     settings.setenv('CLUSTER_ZOO_HUB', 'lab')
     settings.delenv('CLUSTER_ZOO_AUTHORS')  # who are not asked instead
     server.add(f'lab/{FULL}', folder)
-    assert weights_folder(FULL, None) == weights_folder(FULL, None)
+    assert find_weights(FULL, None) == find_weights(FULL, None)
     server.add(f'lab/{FULL}', _save(timm.create_model('coc_tiny', **TINY), tmp_path / 'other'))
     with pytest.raises(CheckpointError, match=r'hub:lab/coc_tiny\.in1k has changed: its SHA-256 was') as error:
         timm.create_model(FULL, pretrained=True)
@@ -160,8 +160,8 @@ def test_the_weights_of_a_name_may_not_change(server, settings, folder, tmp_path
     with read_only(cache.home()):
         server.add('lab/coc_small.in1k', folder)
         with pytest.raises(CheckpointError, match='CLUSTER_ZOO_HOME'):
-            weights_folder('coc_small.in1k', None)
-    assert weights_folder(FULL, None, force=True) == weights_folder(FULL, None)  # accepted
+            find_weights('coc_small.in1k', None)
+    assert find_weights(FULL, None, force=True) == find_weights(FULL, None)  # accepted
     assert f'hub:lab/{FULL} has changed' in capfd.readouterr().err
 
 

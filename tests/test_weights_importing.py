@@ -19,7 +19,7 @@ from parity_cases import recipe, save_published
 from safetensors.torch import load_file, save_file
 
 from cluster_zoo.errors import CheckpointError
-from cluster_zoo.weights import cache, importing, tags
+from cluster_zoo.weights import cache, importing, metadata
 from cluster_zoo.weights.card import model_card
 from cluster_zoo.weights.importing import import_checkpoint, install
 
@@ -379,10 +379,10 @@ def test_releases_are_tags_with_their_facts():
             (3, 224, 224),
             1000,
         )
-        assert tags.release(f'{name}.in1k').published_top1 == top1
-        assert tags.label_names(cfg.to_dict())[0] == 'tench, Tinca tinca'
-    for name in tags.our_tags():
-        assert name == tags.full_name(name) and tags.is_ours(name) and tags.release(name)
+        assert metadata.release(f'{name}.in1k').published_top1 == top1
+        assert metadata.label_names(cfg.to_dict())[0] == 'tench, Tinca tinca'
+    for name in metadata.package_tags():
+        assert name == metadata.full_name(name) and metadata.is_ours(name) and metadata.release(name)
 
 
 @pytest.mark.parametrize('cfg, expected', [
@@ -394,7 +394,7 @@ def test_releases_are_tags_with_their_facts():
     (dict(num_classes=1000), None),
 ])  # fmt: skip
 def test_label_names(cfg, expected):
-    assert tags.label_names(cfg) == expected
+    assert metadata.label_names(cfg) == expected
 
 
 def _front_matter(card):

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any, NoReturn
 
-from ..weights.tags import our_models, our_tags
+from ..weights.metadata import package_models, package_tags
 from .parser import Parser
 
 
@@ -36,7 +36,10 @@ class _PrintCompletion(argparse.Action):
         commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
         for action in (action for command in commands.choices.values() for action in command._actions):
             if action.metavar == 'NAME':
-                action.choices = [*our_models(), *our_tags()]  # as of now; argparse itself must not insist on them
+                action.choices = [
+                    *package_models(),
+                    *package_tags(),
+                ]  # as of now; argparse itself must not insist on them
             elif action.metavar in ('FILE', 'IMAGE'):
                 action.complete = shtab.FILE
         print(shtab.complete(parser, shell))

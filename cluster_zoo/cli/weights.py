@@ -16,11 +16,11 @@ from timm.models import get_pretrained_cfg
 from .. import __version__
 from ..errors import CheckpointError, OptionError, nearest, one_line
 from ..training.options import ParseKwargs
-from ..weights import cache, tags
+from ..weights import cache, metadata
 from ..weights.configs import CONFIG, read_config
 from ..weights.download import is_drive, organization
-from ..weights.importing import import_checkpoint, install, weights_folder, write_folder
-from ..weights.loading import load_model, open_folder
+from ..weights.importing import find_weights, import_checkpoint, install, write_folder
+from ..weights.loading import load_model, open_model_folder
 from .parser import Commands, positive
 from .text import first_labels, printable
 
@@ -88,10 +88,10 @@ def _lines(name: str) -> list[str]:
 
 def _tag(name: str) -> str:
     """A name of this package with its tag."""
-    known = tags.our_tags() if '.' in name else tags.our_models()
+    known = metadata.package_tags() if '.' in name else metadata.package_models()
     if name not in known:
         raise OptionError(f"cluster_zoo has no '{name}'{nearest(name, known)}: see cluster-zoo list")
-    return tags.full_name(name)
+    return metadata.full_name(name)
 
 
 def _folder(name: str) -> Path | None:
@@ -122,12 +122,12 @@ def _described(name: str) -> tuple[nn.Module, int]:
 def _list(args: argparse.Namespace) -> None:
     pattern = args.filter or '*'
     pattern = pattern if set(pattern) & set('*?[') else f'*{pattern}*'
-    names = fnmatch.filter(tags.our_tags(), pattern)
+    names = fnmatch.filter(metadata.package_tags(), pattern)
     if not names:
-        raise OptionError(f"no name matches '{args.filter}'{nearest(args.filter, tags.our_models())}")
+        raise OptionError(f"no name matches '{args.filter}'{nearest(args.filter, metadata.package_models())}")
     rows = []
     for name in names:
-        known = tags.release(name)
+        known = metadata.release(name)
         measured = next((figure['top1'] for figure in known.measured), None)
         top1 = dict(published_top1=known.published_top1, measured_top1=measured)
         rows.append(dict(name=name, parameters=_described(name)[1], **top1, weights=_where(name)))
@@ -150,7 +150,7 @@ def _info(args: argparse.Namespace) -> None:
     model, parameters = _described(name)
     cfg = model.pretrained_cfg
     shown = config['architecture'] if folder else name
-    labels, release = tags.label_names(cfg), tags.release(shown)
+    labels, release = metadata.label_names(cfg), metadata.release(shown)
     facts = dict(
         name=shown,
         parameters=parameters,
@@ -191,7 +191,7 @@ def _fetch(args: argparse.Namespace) -> None:
         if cfg.file:
             _show(args, f'{name}: part of the package', dict(file=cfg.file), use)
             return
-        folder = weights_folder(name, cfg.url, **options)
+        folder = find_weights(name, cfg.url, **options)
     config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
     source = config.get('source') or {}
     if not args.pin:
@@ -257,7 +257,7 @@ def _push(args: argparse.Namespace) -> None:
                 write_folder(load_model(name), folder, name, dict(package=f'cluster_zoo {__version__}'))
             elif not (folder := cache.cached(name)):
                 raise CheckpointError(f'The weights of {name} are not on this machine: cluster-zoo fetch {name}')
-        open_folder(folder)  # which refuses a damaged one
+        open_model_folder(folder)  # which refuses a damaged one
         try:
             huggingface_hub.create_repo(args.to, private=args.private, exist_ok=True)
             commit = huggingface_hub.upload_folder(

@@ -16,7 +16,7 @@ from timm.utils import unwrap_model
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..features import Pictures, check_pooled, eval_transform, evaluating, features_of, inputs_of
+from ..features import IndexedImages, check_pooled, eval_mode, eval_transform, iterate_features, record_inputs
 from ..layers.anchors import MAX_SIDE, AnchoredImage
 from ..layers.nearest_centroid import NearestCentroidHead, centroid_head
 
@@ -86,10 +86,10 @@ def anchor(
     head = centroid_head(model)
     if not 1 <= thumbnail <= MAX_SIDE:
         raise ValueError(f'A thumbnail has 1 to {MAX_SIDE} pixels a side, got {thumbnail}.')
-    images = Pictures(dataset, transform or eval_transform(model))
-    measured = images if val_dataset is None else Pictures(val_dataset, images.transform)
+    images = IndexedImages(dataset, transform or eval_transform(model))
+    measured = images if val_dataset is None else IndexedImages(val_dataset, images.transform)
     loading = dict(batch_size=batch_size, num_workers=num_workers)
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         similarity, index = _nearest_images(model, head, images, loading)
         index, similarity = _distinct(similarity, index)
         prototypes = _with_features(model, head, images, index, loading)
@@ -105,7 +105,7 @@ def anchor(
 
 
 def _nearest_images(
-    model: nn.Module, head: NearestCentroidHead, images: Pictures, loading: dict[str, int]
+    model: nn.Module, head: NearestCentroidHead, images: IndexedImages, loading: dict[str, int]
 ) -> tuple[Tensor, Tensor]:
     """The k images of the class that are nearest to each sub-centroid, nearest first.
 
@@ -116,7 +116,7 @@ def _nearest_images(
     """
     K, k = head.num_classes, head.sub_centroids
     similarity, index = torch.full((K, k, k), -torch.inf), torch.full((K, k, k), -1)
-    for number, features, target in features_of(model, images, loading, num_classes=head.num_classes):
+    for number, features, target in iterate_features(model, images, loading, num_classes=head.num_classes):
         cosines = head.similarity(features).float().cpu()
         own = cosines[torch.arange(len(target)), target]  # [B, k]
         # The images of the batch as further candidates of their classes, behind the ones found before
@@ -157,11 +157,11 @@ def _distinct(similarity: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _with_features(
-    model: nn.Module, head: NearestCentroidHead, images: Pictures, index: Tensor, loading: dict[str, int]
+    model: nn.Module, head: NearestCentroidHead, images: IndexedImages, index: Tensor, loading: dict[str, int]
 ) -> Tensor:
     """The head's centroids [K, k, D], with the unit features of images in place of those that have an index."""
     prototypes = head.prototypes.clone()
-    for number, features, _ in features_of(model, images, loading, index[index >= 0].unique().tolist()):
+    for number, features, _ in iterate_features(model, images, loading, index[index >= 0].unique().tolist()):
         unit = head.embed(features).to(prototypes)
         for one, feature in zip(number, unit):
             prototypes[(index == one).to(prototypes.device)] = feature
@@ -169,11 +169,11 @@ def _with_features(
 
 
 def _accuracies(
-    model: nn.Module, head: NearestCentroidHead, prototypes: Tensor, images: Pictures, loading: dict[str, int]
+    model: nn.Module, head: NearestCentroidHead, prototypes: Tensor, images: IndexedImages, loading: dict[str, int]
 ) -> tuple[float, float]:
     """Share of images that are classified correctly by the head's centroids, and by others."""
     right, count = torch.zeros(2, dtype=torch.int64), 0
-    for _, features, target in features_of(model, images, loading, num_classes=head.num_classes):
+    for _, features, target in iterate_features(model, images, loading, num_classes=head.num_classes):
         logits = head(features), torch.func.functional_call(head, dict(prototypes=prototypes), (features,))
         right += (torch.stack(logits).argmax(-1).cpu() == target).sum(-1)
         count += len(target)
@@ -250,7 +250,7 @@ def explain(
     if not isinstance(image, Tensor) or image.ndim != 3:
         found = f'a tensor {list(image.shape)}' if isinstance(image, Tensor) else f'a {type(image).__name__}'
         raise ValueError(f'Expected a PIL image or a normalised tensor [C, H, W], got {found}.')
-    with evaluating(model), torch.no_grad(), inputs_of(head) as seen:
+    with eval_mode(model), torch.no_grad(), record_inputs(head) as seen:
         logits = unwrap_model(model)(image.unsqueeze(0).to(head.prototypes))[0].float()
         features = seen.pop()
         check_pooled(features)

@@ -14,7 +14,7 @@ from PIL import Image
 from timm.utils import unwrap_model
 from torch import Tensor
 
-from ..features import evaluating, inputs_of
+from ..features import eval_mode, record_inputs
 from ..layers.cluster_mixer import ClusterMixer
 from ..layers.clustering import assign
 from ..layers.grids import mean_centers, merge, partition
@@ -48,7 +48,7 @@ def cluster_map(model: nn.Module, images: Tensor, stage: int, block: int = -1, h
     mixer = _pick('block', blocks, block).token_mixer
     head = _pick('head', range(mixer.num_heads), head)
 
-    with evaluating(model), inputs_of(mixer) as seen:
+    with eval_mode(model), record_inputs(mixer) as seen:
         unwrap_model(model)(images)  # a compiled graph may not know of the hook
     return _joined(mixer, seen[0])[:, head].cpu()
 
@@ -64,7 +64,7 @@ def _joined(mixer: ClusterMixer, x: Tensor) -> Tensor:
     size, r, g = tuple(x.shape[-2:]), mixer.regions, mixer.proposals
     points = partition(x, r)
     centers, _, center_mask = mean_centers(points, size, r, g)
-    index, _ = assign(points, *mixer.probes(centers), center_mask)  # [B * r * r, E, N]
+    index, _ = assign(points, *mixer.project_queries(centers), center_mask)  # [B * r * r, E, N]
 
     # From a center's place in its region to its place among the rows and columns of all centers
     number = rearrange(torch.arange((r * g) ** 2, device=x.device), '(i a j b) -> (i j) (a b)', i=r, a=g, j=r, b=g)

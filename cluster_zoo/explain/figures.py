@@ -1,4 +1,4 @@
-"""Pictures of what nearest-centroid models go by: one decision, or the centroids of all classes."""
+"""IndexedImages of what nearest-centroid models go by: one decision, or the centroids of all classes."""
 
 import functools
 import math

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor
 
-from .clustering import autocast, probe, unit
+from .clustering import autocast, normalize, project_query
 from .grids import mean_centers, merge, partition
-from .kernels import cluster, head_lengths
+from .kernels import cluster, feature_norms
 
 
 @register_notrace_module
@@ -65,9 +65,9 @@ class ClusterMixer(nn.Module):
         # For TorchScript, where any convolution may lack it
         assert f_bias is not None and v_bias is not None and proj_bias is not None
         points = partition(autocast(x), r)  # once instead of in each product
-        lengths = head_lengths(points, self.f.weight.view(-1, x.shape[1]), f_bias, E)
+        lengths = feature_norms(points, self.f.weight.view(-1, x.shape[1]), f_bias, E)
         centers, point_mask, center_mask = mean_centers(points, size, r, self.proposals)
-        query, offset = self.probes(centers)
+        query, offset = self.project_queries(centers)
         points = cluster(
             points,
             lengths,
@@ -95,7 +95,7 @@ class ClusterMixer(nn.Module):
                     'of a Conv2d are used. Merge an adapter into the weights, or adapt other layers, such as mlp.fc1.'
                 )
 
-    def probes(self, centers: Tensor) -> tuple[Tensor, Tensor]:
+    def project_queries(self, centers: Tensor) -> tuple[Tensor, Tensor]:
         """Centers [S, M, C] -> query [S, E, M, C] and offset [S, E, M].
 
         For a point x, ``query . x + offset`` is alpha times the cosine to the center, times the length of f(x). The
@@ -105,4 +105,4 @@ class ClusterMixer(nn.Module):
         assert bias is not None  # for TorchScript
         S, M, C = centers.shape
         f = F.linear(centers, self.f.weight.view(-1, C), bias).view(S, M, E, -1)
-        return probe(self.sim_alpha * unit(f), self.f.weight.view(E, -1, C), bias.view(E, -1))
+        return project_query(self.sim_alpha * normalize(f), self.f.weight.view(E, -1, C), bias.view(E, -1))

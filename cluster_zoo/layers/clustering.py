@@ -28,13 +28,13 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
-def unit(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
     """Rows scaled to length one, ``x / max(|x|, 1e-12)``; in float32 at least, because 1e-12 is zero in float16."""
     wide = x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
     return F.normalize(wide, dim=-1, eps=1e-12).to(x.dtype)
 
 
-def head_lengths(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+def feature_norms(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
     """Euclidean norms of each head's features ``f = weight x + bias``.
 
     Args:
@@ -56,7 +56,7 @@ def norms(f: Tensor, heads: int) -> Tensor:
     return lengths.clamp_min(1e-12).transpose(1, 2)
 
 
-def probe(centers: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def project_query(centers: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Centers among features ``W x + b`` as an affine function of x, whose value is their product with the features.
 
     Args:
@@ -92,11 +92,11 @@ def assign(
     """
     value = torch.bmm(query.flatten(1, 2), points.transpose(1, 2)).add_(offset.flatten(1).unsqueeze(2))
     value = value.view(query.shape[:3] + (-1,))
-    largest, index = first_largest(value.detach(), center_mask if center_mask is None else center_mask.unsqueeze(1))
+    largest, index = first_argmax(value.detach(), center_mask if center_mask is None else center_mask.unsqueeze(1))
     return index, value.gather(2, index.unsqueeze(2)).squeeze(2) if value.requires_grad else largest
 
 
-def first_largest(value: Tensor, center_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def first_argmax(value: Tensor, center_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The largest over centers that count, [..., M, N] -> [..., N], and int64 the first index where it stands."""
     if center_mask is not None:
         value = value.masked_fill(~center_mask.unsqueeze(-1), -float('inf'))
@@ -126,7 +126,7 @@ def similarities(
     return similarity, weight
 
 
-def members_of(index: Tensor, weight: Tensor, centers: int) -> Tensor:
+def membership(index: Tensor, weight: Tensor, centers: int) -> Tensor:
     """What each point weighs in each center: [S, E, N] -> [S, E * M, N], zero but in the center that it joined."""
     members = weight.new_zeros(index.shape[0], index.shape[1], centers, index.shape[2])
     return members.scatter_(2, index.unsqueeze(2), weight.unsqueeze(2)).flatten(1, 2)
@@ -137,7 +137,7 @@ def aggregate(points: Tensor, members: Tensor, centers: Tensor) -> Tensor:
 
     Args:
         points: [S, N, C].
-        members: [S, E * M, N], see `members_of`.
+        members: [S, E * M, N], see `membership`.
         centers: [S, M, C], the same for all heads.
 
     Returns:
@@ -153,7 +153,7 @@ def dispatch(values: Tensor, members: Tensor, bias: Tensor) -> Tensor:
 
     Args:
         values: [S, E * M, C].
-        members: [S, E * M, N], see `members_of`.
+        members: [S, E * M, N], see `membership`.
         bias: Added to every point, [C].
 
     Returns:
@@ -218,8 +218,8 @@ def cluster(
     """
     index, score = assign(points, query, offset, center_mask)
     similarity, weight = similarities(score, lengths, beta, weighted, point_mask)
-    senders = members_of(index, similarity.to(points.dtype), centers.shape[1])
-    members = senders if weighted else members_of(index, weight.to(points.dtype), centers.shape[1])
+    senders = membership(index, similarity.to(points.dtype), centers.shape[1])
+    members = senders if weighted else membership(index, weight.to(points.dtype), centers.shape[1])
     values = center_values(aggregate(points, members, centers), v_weight, v_bias, proj_weight)
     return dispatch(values, senders, proj_bias)
 
@@ -248,14 +248,14 @@ def nearest_center(
     """
     if not torch.jit.is_scripting():  # noqa: SIM102
         if torch.compiler.is_exporting():  # a graph for any size has no loop over it
-            return first_largest(torch.baddbmm(offset, query, points.transpose(1, 2)), center_mask)[1]
+            return first_argmax(torch.baddbmm(offset, query, points.transpose(1, 2)), center_mask)[1]
     joined = []
     for some in points.transpose(1, 2).split(block[1], dim=2):
         largest, index = torch.full_like(some[:, 0], -float('inf')), torch.zeros_like(some[:, 0], dtype=torch.int64)
         for start in range(0, query.shape[1], block[0]):
             stop = start + block[0]
             value = torch.baddbmm(offset[:, start:stop], query[:, start:stop], some)
-            found, where = first_largest(value, center_mask if center_mask is None else center_mask[:, start:stop])
+            found, where = first_argmax(value, center_mask if center_mask is None else center_mask[:, start:stop])
             index = torch.where(found > largest, where + start, index)
             largest = torch.maximum(found, largest)
         joined.append(index)

@@ -23,21 +23,21 @@ from .anchors import AnchorMixin
 from .feature_memory import FeatureMemory, from_oldest
 from .kernels import products
 
-__all__ = ['CentroidLearning', 'FeatureMemory', 'NearestCentroidHead', 'balanced_assignment', 'moved_centroids']
+__all__ = ['CentroidLearning', 'FeatureMemory', 'NearestCentroidHead', 'balanced_assignment', 'update_centroids']
 
 # The most features that a memory of no stated size holds, of all processes: as a queue, and of several batches
 _QUEUE, _BATCHES = 16384, 131072
 _ROWS = 4096  # features whose similarities to all centroids exist at a time
 
 
-def unit(x: Tensor) -> Tensor:
+def normalize(x: Tensor) -> Tensor:
     """Vectors [..., D] scaled to length one."""
     # Half precision holds this eps; the usual 1e-12 is zero there, and the constant features of a blank image would be
     # divided by it.
     return F.normalize(x, dim=-1, eps=1e-6)
 
 
-def class_of(target: Tensor, num_classes: int) -> Tensor:
+def class_of_target(target: Tensor, num_classes: int) -> Tensor:
     """The class that a target stands for, -1 for none.
 
     Args:
@@ -96,7 +96,7 @@ def balanced_assignment(
     return share.argmax(-1)
 
 
-def moved_centroids(
+def update_centroids(
     centroids: Tensor,
     features: Tensor,
     labels: Tensor,
@@ -129,7 +129,7 @@ def moved_centroids(
         else:
             total.index_add_(0, to, some)
     direction = all_reduce(total[:-1]).view_as(centroids)
-    moved = unit(momentum * centroids + (1 - momentum) * unit(direction))
+    moved = normalize(momentum * centroids + (1 - momentum) * normalize(direction))
     return torch.where((direction != 0).any(-1, keepdim=True), moved, centroids)
 
 
@@ -247,19 +247,19 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         if self.common_start > 0:
             common = trunc_normal_(torch.empty_like(self.prototypes[:, :1]), std=0.02)
             self.prototypes.add_(common, alpha=self.common_start)
-        self.prototypes.copy_(unit(self.prototypes))
+        self.prototypes.copy_(normalize(self.prototypes))
         self.forget_anchors()
         self.memory, self.batches, self._exact = None, 0, None
         self.feat_norm.reset_parameters()
         self.mask_norm.reset_parameters()
 
     def _similarity(self, z: Tensor) -> Tensor:
-        cosines = F.linear(z, unit(self.prototypes).flatten(0, 1))
+        cosines = F.linear(z, normalize(self.prototypes).flatten(0, 1))
         return cosines.unflatten(-1, (self.num_classes, self.sub_centroids))
 
     def embed(self, x: Tensor) -> Tensor:
         """Features as they are compared with centroids, of length one: [..., D] -> [..., D]."""
-        return unit(self.feat_norm(x))
+        return normalize(self.feat_norm(x))
 
     def similarity(self, x: Tensor) -> Tensor:
         """Cosine of each feature and each sub-centroid: [..., D] -> [..., K, k], values -1 .. 1."""
@@ -285,7 +285,7 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
                 f'Targets of {expected} features are integers of that shape, or numbers '
                 f'{[*expected, self.num_classes]}; got {target.dtype} {list(target.shape)}.'
             )
-        labels = class_of(target, self.num_classes)
+        labels = class_of_target(target, self.num_classes)
         dtype = torch.promote_types(self._seen.dtype, torch.float32)
         return self._seen.reshape(-1, self.in_features).to(dtype), labels.reshape(-1)
 
@@ -301,7 +301,7 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         above 1, call it outside, because the number of the batch would be compiled in.
 
         Args:
-            target: Targets of that pass, see `class_of`.
+            target: Targets of that pass, see `class_of_target`.
 
         Raises:
             RuntimeError: No such pass since the last call.
@@ -367,7 +367,9 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         stated = self.learning.memory
         held = sum(memory.get('size', len(memory['labels'])) for memory in memories)
         self._new_memory(min(held, _BATCHES) if stated is None else -(-stated // _world_size()))
-        first, *others = (dict(memory, labels=class_of(memory['labels'], self.num_classes)) for memory in memories)
+        first, *others = (
+            dict(memory, labels=class_of_target(memory['labels'], self.num_classes)) for memory in memories
+        )
         self.memory.load_state_dict(first)
         for memory in others:
             self.memory.push(*from_oldest(memory))
@@ -380,7 +382,7 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
                 own, labels, self.num_classes, learning.temperature, learning.iterations, _all_reduce
             )
             labels = torch.where(correct, labels, -1)
-            moved = moved_centroids(
+            moved = update_centroids(
                 self._exact_centroids(dtype), features, labels, assigned, learning.momentum, _all_reduce
             )
             self.prototypes.copy_(moved)
@@ -388,7 +390,7 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
 
     def _exact_centroids(self, dtype: torch.dtype) -> Tensor:
         """Unit vectors. A step is so small that half precision would round it off, so its sum is kept beside."""
-        centroids = unit(self.prototypes.to(dtype))
+        centroids = normalize(self.prototypes.to(dtype))
         if self._exact is None:
             return centroids
         # Unless the buffer has been given other values
@@ -402,7 +404,7 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         """
         # One product a sub-centroid: their maximum is a maximum of whole matrices, which takes half the time of one
         # over a last dimension of a few.
-        centroids = unit(self.prototypes).to(features.dtype).unbind(1)
+        centroids = normalize(self.prototypes).to(features.dtype).unbind(1)
         own, correct = [], []
         for some, of in zip(features.split(_ROWS), labels.split(_ROWS)):
             cosines = [products(some, each) for each in centroids]
@@ -420,7 +422,7 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         in the forward pass, and is not yet multiplied with.
 
         Args:
-            target: Targets of that pass, see `class_of`.
+            target: Targets of that pass, see `class_of_target`.
 
         Returns:
             The mean over the samples that have a class; 0 without any.

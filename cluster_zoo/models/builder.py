@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..weights.configs import check_config, check_size
 from ..weights.download import hub_folder, is_drive
-from ..weights.importing import weights_folder
-from ..weights.loading import FOREIGN, open_folder, split_hub_id
-from ..weights.reading import check_fit, converted, load_state_dict
+from ..weights.importing import find_weights
+from ..weights.loading import FOREIGN, open_model_folder, split_hub_id
+from ..weights.reading import check_fit, convert_state_dict, load_state_dict
 
 __all__ = ['ASSETS', 'build_model']
 
@@ -63,9 +63,9 @@ def build_model(
         if pretrained and not cfg.state_dict:
             folder = Path(cfg.file) if source == 'local-dir' else hub_folder(*split_hub_id(cfg.hf_hub_id), cache_dir)
     elif pretrained and not (cfg.state_dict or cfg.file or cfg.hf_hub_id) and (is_drive(cfg.url) or not cfg.url):
-        folder = weights_folder(f'{variant}.{cfg.tag}', cfg.url, cache_dir)
+        folder = find_weights(f'{variant}.{cfg.tag}', cfg.url, cache_dir)
     if folder is not None:
-        config, state_dict = open_folder(folder, variant)
+        config, state_dict = open_model_folder(folder, variant)
         overlay |= dict(state_dict=state_dict)
         stored = {} if foreign else config.get('model_args') or {}
     elif pretrained and cfg.file and not foreign:
@@ -98,7 +98,7 @@ def _checked(filter_fn: Callable | None, cfg: PretrainedCfg, features_only: bool
 
     def filter_and_check(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         if filter_fn:
-            state_dict = converted(state_dict, model, filter_fn)
+            state_dict = convert_state_dict(state_dict, model, filter_fn)
         head = state_dict.get(f'{cfg.classifier}.weight')
         if head is not None and len(head) == model.num_classes and cfg.num_classes >= 0:  # below 0: leave it out
             model.pretrained_cfg['num_classes'] = model.num_classes  # or timm would drop a head that fits

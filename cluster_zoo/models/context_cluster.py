@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ..layers.cluster_mixer import ClusterMixer
 from ..layers.grids import pad_to_multiple
-from ..weights import converted, names
+from ..weights import conversion, convert_state_dict
 from .builder import ASSETS, build_model
 
 _logger = logging.getLogger(__name__)
@@ -338,7 +338,7 @@ class ContextCluster(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of any module; also takes the authors' names, so that timm's ``checkpoint_path`` does."""
         if 'patch_embed.proj.weight' in state_dict:
-            state_dict = converted(state_dict, self, checkpoint_filter_fn)
+            state_dict = convert_state_dict(state_dict, self, checkpoint_filter_fn)
         return super().load_state_dict(state_dict, strict, assign)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -371,13 +371,13 @@ def _init_weights(module: nn.Module) -> None:
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The authors' checkpoint, old or new, under this package's names; one of ours as it is."""
-    trained = names.context_cluster_args(state_dict)
+    trained = conversion.context_cluster_args(state_dict)
     if trained and any(module.weighted_mean for module in model.modules() if isinstance(module, ClusterMixer)):
         _logger.warning(
             'These weights are of the first release, until June 2023, and were trained with weighted_mean=False. '
             'Create the model with it for the results that they had.'
         )
-    return names.context_cluster(state_dict)
+    return conversion.context_cluster(state_dict)
 
 
 def _create_context_cluster(variant: str, pretrained: bool = False, **kwargs: Any) -> ContextCluster:

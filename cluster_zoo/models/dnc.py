@@ -17,7 +17,7 @@ from timm.models import generate_default_cfgs, model_entrypoint, register_model
 from torch import Tensor
 
 from ..layers.nearest_centroid import CentroidLearning, NearestCentroidHead
-from ..weights import converted, load_checkpoint, names
+from ..weights import conversion, convert_state_dict, load_checkpoint
 from . import resnet_cifar
 from .builder import build_model
 from .context_cluster import cfg
@@ -55,8 +55,8 @@ class NearestCentroidMixin(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of any module; also takes the authors' names, so that timm's ``checkpoint_path`` does."""
-        if any(names.is_nearest_centroid_head(name) for name in state_dict):
-            state_dict = converted(state_dict, self, checkpoint_filter_fn)
+        if any(conversion.is_nearest_centroid_head(name) for name in state_dict):
+            state_dict = convert_state_dict(state_dict, self, checkpoint_filter_fn)
         return super().load_state_dict(state_dict, strict, assign)
 
     def embed(self, x: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: NearestCentroidMi
     Head and backbone are told apart by the names, and the backbone's part goes through the backbone's own filter. A
     checkpoint whose head is linear keeps it, under names that the model does not have.
     """
-    backbone, head = names.nearest_centroid(state_dict, model.classifier_name)
+    backbone, head = conversion.nearest_centroid(state_dict, model.classifier_name)
     filter_fn = getattr(sys.modules[model.backbone_class.__module__], 'checkpoint_filter_fn', None)
     return {**(filter_fn(backbone, model) if filter_fn else backbone), **head}
 

@@ -16,11 +16,11 @@ from timm.layers import GroupNorm1
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor
 
-from ..layers.clustering import group_mean, probe, unit
+from ..layers.clustering import group_mean, normalize, project_query
 from ..layers.grids import divides, merge, partition
 from ..layers.grids import point_mask as grid_mask
 from ..layers.kernels import nearest_center
-from ..weights import names
+from ..weights import conversion
 from .builder import build_model
 from .context_cluster import VARIANTS as CONTEXT_CLUSTER_VARIANTS
 from .context_cluster import ContextCluster, cfg, one_each
@@ -65,8 +65,8 @@ class ClusterPool(nn.Module):
         bias = self.f.bias
         assert bias is not None  # for TorchScript, where any convolution may lack it
         with torch.no_grad():
-            center_f = unit(partition(self.f(center_x), r)).unsqueeze(2)  # one head
-            query, offset = probe(center_f, self.f.weight.flatten(1).unsqueeze(0), bias.unsqueeze(0))
+            center_f = normalize(partition(self.f(center_x), r)).unsqueeze(2)  # one head
+            query, offset = project_query(center_f, self.f.weight.flatten(1).unsqueeze(0), bias.unsqueeze(0))
             index = nearest_center(points, query.squeeze(1), offset.transpose(1, 2), center_mask)
         out = self.v(merge(group_mean(points, centers, index, point_mask), r, half))
         out = self.skip(x) + self.norm(out)
@@ -108,7 +108,7 @@ class FEC(ContextCluster):
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """The authors' checkpoint under this package's names; one of ours as it is."""
-    return names.context_cluster(state_dict)
+    return conversion.context_cluster(state_dict)
 
 
 def _create_fec(variant: str, pretrained: bool = False, **kwargs: Any) -> FEC:

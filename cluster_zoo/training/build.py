@@ -37,13 +37,13 @@ from ..errors import CheckpointError, DataError, OptionError, nearest
 from ..layers.nearest_centroid import CentroidLearning, centroid_heads
 from ..models.dnc import VARIANTS
 from ..weights import load_checkpoint
-from .tasks import learns_centroids
+from .tasks import with_centroid_learning
 
 _logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def blame(option: str) -> Iterator[None]:
+def option_errors(option: str) -> Iterator[None]:
     """Names an option as the cause of whatever timm or PyTorch raises for its value."""
     try:
         yield
@@ -75,16 +75,16 @@ def default_device() -> str:
 def setup_runtime(args: argparse.Namespace) -> None:
     """Settles ``args.device`` and applies the process-wide switches."""
     for module in args.device_modules or ():
-        with blame('--device-modules'):
+        with option_errors('--device-modules'):
             importlib.import_module(module)
     args.device = args.device or default_device()
-    with blame(f'--device {args.device}'):
+    with option_errors(f'--device {args.device}'):
         torch.zeros(1, device=args.device)
     if args.device.startswith('cuda'):
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     if args.fuser:
-        with blame('--fuser'):
+        with option_errors('--fuser'):
             utils.set_jit_fuser(args.fuser)
     if args.fast_norm:
         set_fast_norm()
@@ -122,7 +122,7 @@ def create(args: argparse.Namespace, **kwargs: Any) -> nn.Module:
     """``timm.create_model`` for the options that both scripts have. Sets ``args.num_classes``."""
     if args.sub_centroids is not None:
         kwargs['sub_centroids'] = args.sub_centroids
-    with blame(f'--model {args.model}'):
+    with option_errors(f'--model {args.model}'):
         arguments = resolve_model_input_args(
             args.model,
             vars(args),
@@ -157,7 +157,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     set_centroid_learning(model, args)
     _set_batch_norm(model, args)
     if args.grad_checkpointing:
-        with blame('--grad-checkpointing'):
+        with option_errors('--grad-checkpointing'):
             model.set_grad_checkpointing(enable=True)
     if args.split_bn:
         model = convert_splitbn_model(model, max(args.aug_splits, 2))
@@ -169,7 +169,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     if args.torchscript:
         if centroid_heads(model):
             raise OptionError(f'--torchscript: the centroids of {args.model} can not learn in a scripted model')
-        with blame('--torchscript'):
+        with option_errors('--torchscript'):
             model = torch.jit.script(model)
     return model
 
@@ -177,12 +177,12 @@ def build_model(args: argparse.Namespace) -> nn.Module:
 @torch.no_grad()
 def _init_head(model: nn.Module, args: argparse.Namespace) -> None:
     if args.head_init_scale is not None:
-        with blame('--head-init-scale'):
+        with option_errors('--head-init-scale'):
             head = model.get_classifier()
             head.weight.mul_(args.head_init_scale)
             head.bias.mul_(args.head_init_scale)
     if args.head_init_bias is not None:
-        with blame('--head-init-bias'):
+        with option_errors('--head-init-bias'):
             nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
 
 
@@ -205,7 +205,7 @@ def set_centroid_learning(model: nn.Module, args: argparse.Namespace) -> None:
         values['dtype'] = getattr(torch, values['dtype'])
     learning = CentroidLearning()
     for name, value in values.items():
-        with blame(f'--centroid-{name}'):
+        with option_errors(f'--centroid-{name}'):
             learning = replace(learning, **{name: value})
     for head in heads:
         head.learning = learning
@@ -320,7 +320,7 @@ def build_loaders(
         # New workers each epoch: the state of their generators would otherwise depend on where the run was started.
         persistent_workers=False,
     )
-    with blame('training data'):
+    with option_errors('training data'):
         train_loader = create_loader(
             AugMixDataset(train, num_splits=args.aug_splits) if args.aug_splits > 1 else train,
             batch_size=args.batch_size,
@@ -448,7 +448,7 @@ def _choose_task(args: argparse.Namespace, model: nn.Module) -> TrainingTask:
         verbose=utils.is_primary(args),
     )
     # The centroids of a model learn in any task.
-    chosen = learns_centroids if centroid_heads(model) else lambda task_class: task_class
+    chosen = with_centroid_learning if centroid_heads(model) else lambda task_class: task_class
     if args.kd_model_name is None:
         return chosen(ClassificationTask)(model, **common)
     check_model_name(args.kd_model_name, '--kd-model-name')
@@ -457,7 +457,7 @@ def _choose_task(args: argparse.Namespace, model: nn.Module) -> TrainingTask:
         distill_loss_weight=args.distill_loss_weight,
         task_loss_weight=args.task_loss_weight,
     )
-    with blame(f'--kd-model-name {args.kd_model_name}'):
+    with option_errors(f'--kd-model-name {args.kd_model_name}'):
         if args.kd_distill_type == 'logit':
             return chosen(LogitDistillationTask)(
                 model, loss_type=args.kd_loss_type, temperature=args.kd_temperature, **common
@@ -484,7 +484,7 @@ def build_optimizer(args: argparse.Namespace, task: TrainingTask) -> torch.optim
     known = list_optimizers()
     if args.opt.lower().removeprefix('lookahead_') not in known:
         raise OptionError(f'--opt: there is no optimizer {args.opt!r}{nearest(args.opt.lower(), known)}')
-    with blame(f'--opt {args.opt}'):
+    with option_errors(f'--opt {args.opt}'):
         return create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
 
 
@@ -494,5 +494,5 @@ def build_scheduler(
     updates_per_epoch: int,
 ) -> tuple[Any, int]:
     """The scheduler, None for ``--sched none``, and the number of epochs with warm-up prefix and cool-down."""
-    with blame(f'--sched {args.sched}'):
+    with option_errors(f'--sched {args.sched}'):
         return create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..layers.nearest_centroid import NearestCentroidHead, centroid_heads
 
-__all__ = ['NearestCentroidTask', 'learned_share', 'learns_centroids']
+__all__ = ['NearestCentroidTask', 'split_learning_state', 'with_centroid_learning']
 
 
 class CentroidTaskMixin(TrainingTask):
@@ -76,7 +76,7 @@ class CentroidTaskMixin(TrainingTask):
             head.load_learning_state(*of_head)
 
 
-def learned_share(learned: list[Any], rank: int, world_size: int) -> list[Any]:
+def split_learning_state(learned: list[Any], rank: int, world_size: int) -> list[Any]:
     """Of the `learning_state` of every process, what one goes on with, perhaps among another number of processes.
 
     With fewer processes than before it gets several memories, with more it may be none.
@@ -85,11 +85,11 @@ def learned_share(learned: list[Any], rank: int, world_size: int) -> list[Any]:
 
 
 @functools.cache
-def learns_centroids(task_class: type[TrainingTask]) -> type[TrainingTask]:
+def with_centroid_learning(task_class: type[TrainingTask]) -> type[TrainingTask]:
     """A subclass of any of timm's task classes, in which the centroids of the model learn.
 
     Example:
-        >>> task = learns_centroids(LogitDistillationTask)(model, teacher_model='resnet50')
+        >>> task = with_centroid_learning(LogitDistillationTask)(model, teacher_model='resnet50')
     """
     namespace = dict(__module__=__name__, __doc__=f'{task_class.__name__} for models with nearest-centroid heads.')
     return type(f'NearestCentroid{task_class.__name__}', (CentroidTaskMixin, task_class), namespace)

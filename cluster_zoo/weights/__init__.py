@@ -6,21 +6,21 @@ Whatever is wrong with weights, a file, a server or a configuration is one `Chec
 from ..errors import CheckpointError
 from .reading import (
     check_fit,
-    converted,
+    convert_state_dict,
+    extract_state_dict,
     load_checkpoint,
     load_state_dict,
     load_weights,
     read_checkpoint,
-    state_dict_of,
 )
 
 __all__ = [
     'CheckpointError',
     'check_fit',
-    'converted',
+    'convert_state_dict',
+    'extract_state_dict',
     'load_checkpoint',
     'load_state_dict',
     'load_weights',
     'read_checkpoint',
-    'state_dict_of',
 ]

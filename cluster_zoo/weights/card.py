@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from .tags import label_names, release
+from .metadata import label_names, release
 
 __all__ = ['model_card']
 

@@ -19,7 +19,7 @@ import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..errors import CheckpointError, one_line
-from . import cache, tags
+from . import cache, metadata
 from .archives import SUFFIXES
 from .cache import WEIGHTS
 from .configs import CONFIG
@@ -73,7 +73,7 @@ def fetch(
         if found := None if force else cache.cached(name, root):  # by another process in the meantime
             return found
         check_network('https://drive.google.com')
-        pinned_id, pinned = tags.PINS.get(name, (None, None))
+        pinned_id, pinned = metadata.PINS.get(name, (None, None))
         file_id, path = (pinned_id, member) if pinned_id and not member else _choose(name, url, member)
         state = 'its SHA-256 is pinned' if pinned else 'no SHA-256 is pinned: it is recorded at the first use'
         cache.say(f'downloading {name} ({path or file_id}) from {url}; {state}')
@@ -140,7 +140,7 @@ def _choose(name: str, url: str, member: str | None) -> tuple[str, str]:
 
 def _matching(name: str, paths: list[str]) -> list[str]:
     """The paths of a folder that can be the file of a name; one, if their words decide it."""
-    models = {frozenset(model.split('_')) - {'dnc'} for model in tags.our_models()}
+    models = {frozenset(model.split('_')) - {'dnc'} for model in metadata.package_models()}
 
     def named(path: str) -> set[frozenset[str]]:  # where one name is part of another, the longer one is meant
         found = {model for model in models if model <= _words(path)}

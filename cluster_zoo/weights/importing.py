@@ -19,15 +19,15 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..errors import CheckpointError, nearest, one_line
-from . import cache, names, tags
+from . import cache, conversion, metadata
 from .archives import is_archive, unpack_checkpoint
 from .card import model_card
 from .configs import CONFIG, check_config, check_size
 from .download import fetch, hub_folder, organization
 from .loading import load_model
-from .reading import is_averaged, load_weights, read_checkpoint, state_dict_of
+from .reading import extract_state_dict, is_averaged, load_weights, read_checkpoint
 
-__all__ = ['import_checkpoint', 'install', 'weights_folder', 'write_folder']
+__all__ = ['find_weights', 'import_checkpoint', 'install', 'write_folder']
 
 _DATA = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 # What timm's configuration of an architecture says of its own weights does not hold for others
@@ -66,13 +66,13 @@ def import_checkpoint(
     model_name = model_name or saved['arch']
     if not (model_name and timm.is_model(model_name)):
         what = f'There is no model {model_name!r}' if model_name else f"'{path}' does not name its architecture"
-        hint = nearest(model_name or '', timm.list_models()) or f', such as {", ".join(tags.our_models()[:4])}'
+        hint = nearest(model_name or '', timm.list_models()) or f', such as {", ".join(metadata.package_models()[:4])}'
         raise CheckpointError(f'{what}: give --model NAME{hint}.')
     # What a file says of its model and images is as little to be trusted as what a configuration says
     extra = options.get('model_kwargs')
     arguments = dict(num_classes=options.get('num_classes'), in_chans=options.get('in_chans'))
     arguments |= dict(global_pool=options.get('gp')) | (extra if isinstance(extra, dict) else {})
-    arguments |= names.context_cluster_args(state_dict) | (model_args or {})
+    arguments |= conversion.context_cluster_args(state_dict) | (model_args or {})
     arguments = {key: value for key, value in arguments.items() if value is not None}
     data = _data_config(found if isinstance(found, dict) else options, arguments)
     data |= _data_config(data_config or {}, arguments)
@@ -94,7 +94,7 @@ def import_checkpoint(
 def install(name: str, path: Path, folder: Path, source: dict[str, str]) -> None:
     """Fill a folder of the cache with a release of this package's tags, from the authors' file."""
     _, state_dict, weights = _read(path, name)
-    model = timm.create_model(name, **names.context_cluster_args(state_dict))
+    model = timm.create_model(name, **conversion.context_cluster_args(state_dict))
     _convert(model, state_dict, nullcontext(folder), name, source | weights)
 
 
@@ -116,10 +116,10 @@ def _read(path: Path, expected: str | None, use_ema: bool = False) -> tuple[dict
     options = options if isinstance(options, dict) else {}
     said = [name for name in (saved.get('arch'), options.get('model')) if isinstance(name, str) and timm.is_model(name)]
     found = said[0].partition('.')[0] if said else None
-    if found and tags.is_ours(found) and timm.is_model(expected or '') and expected.partition('.')[0] != found:
+    if found and metadata.is_ours(found) and timm.is_model(expected or '') and expected.partition('.')[0] != found:
         raise CheckpointError(f"'{path}' was refused: it says that it is of {found}, which is not {expected}.")
     taken = dict(weights='averaged' if is_averaged(checkpoint, use_ema) else 'not averaged')
-    return saved | dict(args=options, arch=found), state_dict_of(checkpoint, path, use_ema), taken
+    return saved | dict(args=options, arch=found), extract_state_dict(checkpoint, path, use_ema), taken
 
 
 def _convert(model: nn.Module, state_dict: dict, place: Any, title: str, source: dict, **images: Any) -> None:
@@ -165,7 +165,7 @@ def write_folder(
 
     What images and classes are like is as in `import_checkpoint`, by default as in the model's configuration.
     """
-    labels = dict(label_names=label_names or tags.label_names(model.pretrained_cfg))
+    labels = dict(label_names=label_names or metadata.label_names(model.pretrained_cfg))
     timm.models.save_for_hf(model, folder, safe_serialization=True, data_config=data_config, model_config=labels)
     config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
     config.get('model_args', {}).pop('num_classes', None)  # stands beside it; transformers would pass it twice
@@ -174,7 +174,7 @@ def write_folder(
     (folder / 'README.md').write_text(model_card(config, title), encoding='utf-8')
 
 
-def weights_folder(name: str, url: str | None, root: str | Path | None = None, **options: Any) -> Path:
+def find_weights(name: str, url: str | None, root: str | Path | None = None, **options: Any) -> Path:
     """The model folder of a release: from the cache, the organization of ``CLUSTER_ZOO_HUB``, or its authors."""
     problems = []
     try:

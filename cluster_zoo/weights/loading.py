@@ -14,7 +14,7 @@ from .configs import check_size, read_config
 from .download import hub_folder
 from .reading import load_state_dict
 
-__all__ = ['FOREIGN', 'load_model', 'open_folder', 'split_hub_id']
+__all__ = ['FOREIGN', 'load_model', 'open_model_folder', 'split_hub_id']
 
 FOREIGN = ('hf-hub', 'local-dir')  # sources whose configuration timm takes as it finds it
 
@@ -25,7 +25,7 @@ def split_hub_id(hub_id: str) -> tuple[str, str | None]:
     return repo_id, revision or None
 
 
-def open_folder(folder: Path, architecture: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def open_model_folder(folder: Path, architecture: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The checked configuration and the weights of a model folder."""
     config = read_config(folder, architecture)
     return config, load_state_dict(cache.verified_weights(folder))
@@ -48,7 +48,7 @@ def load_model(name: str, pretrained: bool = True, **kwargs: Any) -> nn.Module:
         if source not in FOREIGN:
             return timm.create_model(name, pretrained=pretrained, **kwargs)
         folder = hub_folder(*split_hub_id(place)) if source == 'hf-hub' else Path(place)
-        _, state_dict = open_folder(folder) if pretrained else (read_config(folder), None)
+        _, state_dict = open_model_folder(folder) if pretrained else (read_config(folder), None)
         create = partial(timm.create_model, f'local-dir:{folder}', **kwargs)
         check_size(create, state_dict, name)
         return create(pretrained=pretrained, pretrained_cfg_overlay=dict(state_dict=state_dict, source=None))

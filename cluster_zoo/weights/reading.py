@@ -23,12 +23,12 @@ from .scan import check_checksums, check_file, check_tensors
 
 __all__ = [
     'check_fit',
+    'extract_state_dict',
     'is_averaged',
     'load_checkpoint',
     'load_state_dict',
     'load_weights',
     'read_checkpoint',
-    'state_dict_of',
 ]
 
 # Where training scripts keep the weights, and their average. timm's names come first.
@@ -169,10 +169,10 @@ def load_state_dict(path: str | Path, use_ema: bool = False) -> dict[str, Tensor
     Raises:
         CheckpointError: The file cannot be read, or has no weights.
     """
-    return state_dict_of(read_checkpoint(path), path, use_ema)
+    return extract_state_dict(read_checkpoint(path), path, use_ema)
 
 
-def state_dict_of(checkpoint: Any, path: str | Path, use_ema: bool = False) -> dict[str, Tensor]:
+def extract_state_dict(checkpoint: Any, path: str | Path, use_ema: bool = False) -> dict[str, Tensor]:
     """The weights among everything that `read_checkpoint` found in a file, see `load_state_dict`.
 
     Args:
@@ -209,7 +209,7 @@ def _shown(names: list[str]) -> str:
 
 
 def is_averaged(checkpoint: Any, use_ema: bool = False) -> bool:
-    """Whether `state_dict_of` takes averaged weights."""
+    """Whether `extract_state_dict` takes averaged weights."""
     return not set(_EMA_KEYS).isdisjoint(_innermost(checkpoint, use_ema)[0])
 
 
@@ -310,12 +310,14 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     own = model.state_dict()
     # Filters convert by names, which may be the model's own already
     if filter_fn and {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in state_dict.items()}:
-        state_dict = converted(state_dict, model, filter_fn)
+        state_dict = convert_state_dict(state_dict, model, filter_fn)
     check_fit(state_dict, model)
     model.load_state_dict(state_dict)
 
 
-def converted(state_dict: dict[str, Tensor], model: nn.Module, filter_fn: Callable[..., Any]) -> dict[str, Tensor]:
+def convert_state_dict(
+    state_dict: dict[str, Tensor], model: nn.Module, filter_fn: Callable[..., Any]
+) -> dict[str, Tensor]:
     """A state dict through one of timm's filter functions, which convert names and shapes."""
     try:
         return filter_fn(dict(state_dict), model)

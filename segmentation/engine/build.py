@@ -17,7 +17,7 @@ from timm.scheduler.scheduler import Scheduler
 
 from cluster_zoo.errors import DataError, OptionError, nearest
 from cluster_zoo.layers.nearest_centroid import centroid_heads
-from cluster_zoo.training.build import blame, set_centroid_learning
+from cluster_zoo.training.build import option_errors, set_centroid_learning
 
 from ..data.datasets import SegmentationDataset, create_dataset
 from ..data.transforms import eval_transform, train_transform
@@ -29,7 +29,7 @@ from .options import label_remap, model_options
 def build_datasets(args: argparse.Namespace) -> tuple[SegmentationDataset, SegmentationDataset]:
     """Training and validation split. Sets ``args.num_classes``."""
     normalisation = {name: getattr(args, name) for name in ('mean', 'std') if getattr(args, name) is not None}
-    with blame('training data'):
+    with option_errors('training data'):
         transform = train_transform(
             tuple(args.crop) if len(args.crop) == 2 else args.crop[0],
             tuple(args.scale),
@@ -41,7 +41,7 @@ def build_datasets(args: argparse.Namespace) -> tuple[SegmentationDataset, Segme
         )
     common = dict(num_classes=args.num_classes, remap=label_remap(args), workers=max(args.workers, 1))
     train = create_dataset(args.dataset, args.data, args.train_split, transform, **common)
-    with blame('validation data'):
+    with option_errors('validation data'):
         transform = eval_transform(args.test_scale, args.test_multiple, **normalisation)
     val = create_dataset(args.dataset, args.data, args.val_split, transform, **common)
     args.num_classes = len(train.classes)
@@ -70,7 +70,7 @@ def check_data(args: argparse.Namespace, *datasets: SegmentationDataset) -> None
 def build_model(args: argparse.Namespace) -> Segmenter:
     """The segmenter to train, with the weights that it starts from, on the device."""
     arguments = model_options(args)
-    with blame('model'):
+    with option_errors('model'):
         pretrained = True if args.pretrained_backbone == 'timm' else args.pretrained_backbone or False
         model = create_segmenter(pretrained_backbone=pretrained, checkpoint_path=args.checkpoint, **arguments)
     typed = [name for name in args.given if name.startswith('centroid_')]
@@ -78,7 +78,7 @@ def build_model(args: argparse.Namespace) -> Segmenter:
         raise OptionError(f'--{typed[0].replace("_", "-")}: only --classifier dnc has centroids')
     set_centroid_learning(model, args)
     if args.grad_checkpointing:
-        with blame('--grad-checkpointing'):
+        with option_errors('--grad-checkpointing'):
             model.set_grad_checkpointing()
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(device=args.device, memory_format=layout)
@@ -97,9 +97,9 @@ def build_optimizer(args: argparse.Namespace, model: Segmenter) -> tuple[torch.o
     if args.opt.lower().removeprefix('lookahead_') not in known:
         raise OptionError(f'--opt: there is no optimizer {args.opt!r}{nearest(args.opt.lower(), known)}')
     groups = parameter_groups(model, args.weight_decay, not args.no_norm_decay, args.layer_decay, args.head_lr_scale)
-    with blame(f'--opt {args.opt}'):
+    with option_errors(f'--opt {args.opt}'):
         optimizer = create_optimizer_v2(groups, args.opt, args.lr, args.weight_decay, args.momentum, **args.opt_kwargs)
-    with blame(f'--schedule {args.schedule}'):
+    with option_errors(f'--schedule {args.schedule}'):
         scheduler = create_schedule(
             args.schedule,
             optimizer,

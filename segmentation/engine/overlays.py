@@ -1,4 +1,4 @@
-"""Pictures of predictions: photograph, truth and prediction side by side, with a legend."""
+"""IndexedImages of predictions: photograph, truth and prediction side by side, with a legend."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def draw_overlay(
 
 
 def _layout(panels: dict[str, Image.Image], legend: list[tuple[str, tuple[int, ...]]]) -> Image.Image:
-    """Pictures of equal size beside each other under their titles, and the named colours in lines below."""
+    """IndexedImages of equal size beside each other under their titles, and the named colours in lines below."""
     width, height = next(iter(panels.values())).size
     font = ImageFont.load_default(min(28, max(12, width // 30)))
     line = round(1.6 * font.size)

@@ -21,7 +21,7 @@ from cluster_zoo.weights.cache import WEIGHTS, sha256, verified_weights
 from cluster_zoo.weights.configs import CONFIG
 from cluster_zoo.weights.download import fetch
 
-from . import checkpoint_names
+from . import conversion
 from .backbones import Pyramid, TokenGrids, create_backbone, family
 from .classifiers import CLASSIFIERS, PlainClassifier
 from .configs import CONFIGS
@@ -145,7 +145,7 @@ def _inside(pattern: str | list[tuple[str, Any]]) -> str | list[tuple[str, Any]]
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Segmenter) -> dict[str, Tensor]:
     """A published checkpoint under this package's names; one of ours as it is."""
-    return checkpoint_names.segmenter(state_dict, model)
+    return conversion.segmenter(state_dict, model)
 
 
 def create_segmenter(

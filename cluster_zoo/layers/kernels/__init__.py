@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import clustering
 from . import cpu
 
-__all__ = ['cluster', 'head_lengths', 'nearest_center', 'products']
+__all__ = ['cluster', 'feature_norms', 'nearest_center', 'products']
 
 _HAS_TRITON = find_spec('triton') is not None
 
@@ -44,15 +44,15 @@ def _chosen(x: Tensor) -> str:
     return 'cpu' if x.device.type == 'cpu' and not torch.compiler.is_compiling() else 'plain'
 
 
-def head_lengths(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
-    """See `clustering.head_lengths`."""
+def feature_norms(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+    """See `clustering.feature_norms`."""
     if not torch.jit.is_scripting():  # TorchScript leaves out this branch, but not half a condition
         chosen = _chosen(points)
         if chosen == 'gpu':
-            return _gpu().head_lengths(points, weight, bias, heads)
+            return _gpu().feature_norms(points, weight, bias, heads)
         if chosen == 'cpu':
-            return cpu.head_lengths(points, weight, bias, heads)
-    return clustering.head_lengths(points, weight, bias, heads)
+            return cpu.feature_norms(points, weight, bias, heads)
+    return clustering.feature_norms(points, weight, bias, heads)
 
 
 def products(points: Tensor, others: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from torch import Tensor
 from .. import clustering
 
 
-def head_lengths(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
-    """See `clustering.head_lengths`."""
+def feature_norms(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+    """See `clustering.feature_norms`."""
     points, weight, bias = clustering.autocast(points), clustering.autocast(weight), clustering.autocast(bias)
     if not torch.is_grad_enabled():
         return _lengths(points, weight, bias, heads)
-    return HeadLengths.apply(points, weight, bias, heads)
+    return FeatureNorms.apply(points, weight, bias, heads)
 
 
 def nearest_center(points: Tensor, query: Tensor, offset: Tensor, center_mask: Tensor | None = None) -> Tensor:
@@ -37,7 +37,7 @@ def products(points: Tensor, others: Tensor) -> Tensor:
     return F.conv2d(images, others[:, :, None, None]).permute(0, 2, 3, 1).reshape(N, -1)
 
 
-class HeadLengths(torch.autograd.Function):
+class FeatureNorms(torch.autograd.Function):
     """Norms of features that are computed again in the backward pass instead of being kept.
 
     They are up to three times as wide as the points; the convolution that makes them is cheap.
@@ -94,7 +94,7 @@ def _lengths(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor
 def _plain_gradients(ctx, gradient: Tensor) -> list[Tensor | None]:
     """The same by autograd, through which gradients flow."""
     points, weight, bias, lengths = ctx.saved_tensors
-    again = clustering.head_lengths(points, weight, bias, lengths.shape[1])
+    again = clustering.feature_norms(points, weight, bias, lengths.shape[1])
     wanted = [value for value, needed in zip((points, weight, bias), ctx.needs_input_grad) if needed]
     gradients = iter(torch.autograd.grad(again, wanted, gradient, create_graph=True))
     return [next(gradients) if needed else None for needed in ctx.needs_input_grad[:3]]

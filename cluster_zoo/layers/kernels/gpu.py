@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import clustering
 from . import gpu_kernels as kernels
 
-__all__ = ['RUNS', 'aggregate', 'assign', 'cluster', 'dispatch', 'head_lengths', 'lengths', 'nearest_center', 'select']
+__all__ = ['RUNS', 'aggregate', 'assign', 'cluster', 'dispatch', 'feature_norms', 'lengths', 'nearest_center', 'select']
 
 # What Triton supports of CUDA begins with compute capability 8.0; a ROCm device reports 9.0 and more
 RUNS = all(torch.cuda.get_device_capability(i) >= (8, 0) for i in range(torch.cuda.device_count()))
@@ -287,8 +287,8 @@ lengths.register_autograd(_lengths_gradient, setup_context=_lengths_setup)
 # The functions of `clustering` ------------------------------------------------------------------------------------
 
 
-def head_lengths(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
-    """See `clustering.head_lengths`."""
+def feature_norms(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
+    """See `clustering.feature_norms`."""
     return lengths(F.linear(points, weight, bias).unflatten(-1, (heads, -1))).transpose(1, 2)
 
 

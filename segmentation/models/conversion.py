@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from cluster_zoo.weights.names import Names, context_cluster, renamed, swin
+from cluster_zoo.weights.conversion import Names, context_cluster, renamed, swin
 
 _HEADS: Names = (
     (r'^neck\.', 'head.decoder.'),

@@ -11,8 +11,7 @@ from torch import nn
 import cluster_zoo  # noqa: F401  registers the models
 from cluster_zoo.errors import CheckpointError
 from cluster_zoo.models.dnc import NearestCentroidHead
-from cluster_zoo.weights import load_checkpoint
-from cluster_zoo.weights import names as checkpoint_names
+from cluster_zoo.weights import conversion, load_checkpoint
 
 BACKBONES = ['dnc_resnet18', 'dnc_resnet50', 'dnc_resnet18_cifar', 'dnc_mobilenetv2_100', 'dnc_swin_tiny']
 
@@ -33,7 +32,7 @@ def test_names_and_shapes_are_those_of_the_models():
     for case in ('coc_tiny', 'coc_small', 'fec_small', 'fec_base'):
         with torch.device('meta'):
             expected = {name: value.shape for name, value in timm.create_model(case).state_dict().items()}
-        renamed = checkpoint_names.context_cluster(recipe.state_dict(case))
+        renamed = conversion.context_cluster(recipe.state_dict(case))
         assert {name: value.shape for name, value in renamed.items()} == expected
 
 
@@ -41,14 +40,14 @@ def test_old_checkpoints_are_the_new_ones_under_other_names():
     state_dict = recipe.state_dict('coc_tiny')
     old = _before_june_2023(state_dict)
     assert set(old) != set(state_dict)
-    expected, renamed = checkpoint_names.context_cluster(state_dict), checkpoint_names.context_cluster(old)
+    expected, renamed = conversion.context_cluster(state_dict), conversion.context_cluster(old)
     assert set(renamed) == set(expected)
     assert all(torch.equal(renamed[name], expected[name]) for name in expected)
 
 
 def test_own_names_are_left_alone():
     state_dict = timm.create_model('fec_small').state_dict()
-    renamed = checkpoint_names.context_cluster(state_dict)
+    renamed = conversion.context_cluster(state_dict)
     assert list(renamed) == list(state_dict) and all(renamed[name] is state_dict[name] for name in renamed)
 
 
@@ -57,7 +56,7 @@ def test_own_linear_layers_become_convolutions():
     linear = {
         name: value.flatten(1) if '.mlp.fc' in name and value.ndim == 4 else value for name, value in state_dict.items()
     }
-    renamed = checkpoint_names.context_cluster(linear)
+    renamed = conversion.context_cluster(linear)
     assert all(torch.equal(renamed[name], state_dict[name]) for name in state_dict)
 
 
@@ -66,13 +65,13 @@ def test_nearest_centroid_head(prefix):
     state_dict = recipe.state_dict('dnc_head')
     named = {prefix + name: value for name, value in state_dict.items()}
     others = {'backbone.conv1.weight': torch.zeros(1), 'mask_norm.running_mean': torch.zeros(1), 'fc.weight': None}
-    head = checkpoint_names.nearest_centroid_head({**named, **others})
+    head = conversion.nearest_centroid_head({**named, **others})
     expected = {name: value for name, value in state_dict.items() if not name.startswith('convs.')}
     assert head.keys() == expected.keys() and all(head[name] is expected[name] for name in head)
     NearestCentroidHead(32, 5).load_state_dict(head)
-    assert all(checkpoint_names.is_nearest_centroid_head(name) for name in named)
-    assert not any(checkpoint_names.is_nearest_centroid_head(name) for name in others)
-    assert not checkpoint_names.is_nearest_centroid_head('backbone.head.prototypes')
+    assert all(conversion.is_nearest_centroid_head(name) for name in named)
+    assert not any(conversion.is_nearest_centroid_head(name) for name in others)
+    assert not conversion.is_nearest_centroid_head('backbone.head.prototypes')
 
 
 # ---- DNC checkpoints in the names of mmclassification ----
@@ -169,7 +168,7 @@ def test_dnc_checkpoint(name, tmp_path):
 def test_own_names_of_dnc_are_left_alone(name):
     model = timm.create_model(name, num_classes=5, device='meta')
     state_dict = model.state_dict()
-    backbone, head = checkpoint_names.nearest_centroid(state_dict, model.classifier_name)
+    backbone, head = conversion.nearest_centroid(state_dict, model.classifier_name)
     assert list(backbone | head) == list(state_dict) and len(head) == 5
     assert all(value is state_dict[key] for key, value in (backbone | head).items())
 
@@ -183,7 +182,7 @@ def test_patch_merging_by_unfolding():
     y = F.unfold(x, 2, stride=2).transpose(1, 2)
     y = F.linear(F.layer_norm(y, (24,), theirs['norm.weight'], theirs['norm.bias']), theirs['reduction.weight'])
     merging = PatchMerging(6).double()
-    converted = checkpoint_names.swin({f'stages.0.downsample.{name}': value for name, value in theirs.items()})
+    converted = conversion.swin({f'stages.0.downsample.{name}': value for name, value in theirs.items()})
     merging.load_state_dict({name.removeprefix('layers.1.downsample.'): value for name, value in converted.items()})
     torch.testing.assert_close(merging(x.permute(0, 2, 3, 1)).flatten(1, 2), y, rtol=1e-12, atol=1e-12)
 

@@ -12,7 +12,7 @@ from typing import Any
 import timm
 from timm.models import get_pretrained_cfg
 
-__all__ = ['PINS', 'Release', 'full_name', 'is_ours', 'label_names', 'our_models', 'our_tags', 'release']
+__all__ = ['PINS', 'Release', 'full_name', 'is_ours', 'label_names', 'package_models', 'package_tags', 'release']
 
 # Of a name, the file on Google Drive and the SHA-256 of its content, for weights of classifiers and of segmenters.
 # Nobody with access has pinned one yet: `cluster-zoo fetch NAME --pin` prints the line to add.
@@ -95,12 +95,12 @@ def is_ours(name: str) -> bool:
     )
 
 
-def our_models() -> list[str]:
+def package_models() -> list[str]:
     """Names of this package's architectures, in timm's order."""
     return [name for name in timm.list_models() if is_ours(name)]
 
 
-def our_tags() -> list[str]:
+def package_tags() -> list[str]:
     """Names with tags of every pretrained configuration of this package's architectures, in timm's order."""
     return [name for name in timm.list_models(include_tags=True) if is_ours(name)]
 
