@@ -1,4 +1,4 @@
-"""Turn a training checkpoint into weights that are small enough to bundle: half precision, safetensors, nothing else.
+"""Converts a training checkpoint to a small weight file for the package: half precision, safetensors, model only.
 
 python benchmarks/bundle.py output/train/cifar10/model_best.pth.tar cluster_zoo/assets/coc_tiny_plain.cifar10.safetensors
 """  # noqa: E501  a command must be on one line

@@ -1,28 +1,27 @@
 #!/usr/bin/env python3
-"""What `benchmarks/camvid.sh` has trained, on CamVid's test images, as a table.
+"""Evaluates the runs of `benchmarks/camvid.sh` on the test images of CamVid and prints tables.
 
     python benchmarks/camvid.py cpu DATA [--overlays 8]
     python benchmarks/camvid.py gpu DATA --device cuda
 
-For each run, by the weights after its last iteration: mIoU and pixel accuracy, and IoU of each class, in percent. Then,
-for each model, side by side and with the precision of its run (the models take turns; the median of the rounds counts):
+The first table has, for the weights after the last iteration, mIoU and pixel accuracy in percent, and the cost of each
+model with the precision of its run (models take turns, median of the rounds):
 
 - images/s of the forward pass, 8 images of 480 x 384, and of training steps without optimizer, 8 crops of 256;
-- MB (10^6 bytes) at the peak of such a training step, in a process of its own, as `benchmarks/throughput.py` has it.
+- MB (10^6 bytes) at the peak of such a training step, measured in a new process as in `benchmarks/throughput.py`.
 
-Predictions are drawn into the folder of each run, and the figures written there as `test.json`.
+The second table has the IoU of each class. Each run's folder gets the metrics as `test.json`, and overlays of
+predictions.
 """
 
 import argparse
 import json
-import multiprocessing
 import re
 import statistics
 import sys
-import time
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,9 @@ import yaml
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 
-from throughput import first_use, machine, process_bytes  # noqa: E402
+from measuring import device_name, in_new_process, interleaved_seconds, machine, peak_megabytes, print_table  # noqa: E402
 
-from cluster_zoo.training import build  # noqa: E402
+from cluster_zoo.training.runtime import build_precision  # noqa: E402
 from segmentation import create_segmenter, validate  # noqa: E402
 from segmentation.engine.options import model_options  # noqa: E402
 from segmentation.engine.tasks import SegmentationTask  # noqa: E402
@@ -47,24 +46,23 @@ MODES = ('inference', 'training')
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add('kind', choices=('cpu', 'gpu'), help='as camvid.sh was called')
+    add('kind', choices=('cpu', 'gpu'), help='argument of camvid.sh')
     add('data', help='folder or tar of CamVid')
-    add('--runs', type=Path, default=ROOT / 'output' / 'segmentation', help='where the runs are (default: %(default)s)')
+    add('--runs', type=Path, default=ROOT / 'output' / 'segmentation', help='folder of the runs (default: %(default)s)')
     add('--device', default='cpu')
-    add('--overlays', type=int, default=4, metavar='N', help='predictions to draw, a run (default: 4)')
-    add('--rounds', type=int, default=5, help='of the measurement of speed; 0: leave speed and memory out')
-    add('--json', type=Path, help='write the figures there too')
+    add('--overlays', type=int, default=4, metavar='N', help='predictions to draw per run (default: 4)')
+    add('--rounds', type=int, default=5, help='rounds of the speed measurement; 0 skips speed and memory')
+    add('--json', type=Path, help='also write the results to this file')
     return parser.parse_args()
 
 
 class Candidate:
-    """A model as a run has it, without the run's weights, with what it computes on."""
+    """The model of a run with random weights, and random inputs."""
 
     def __init__(self, options: dict[str, Any], device: str):
         torch.manual_seed(0)
-        self.device = torch.device(device)
         args = argparse.Namespace(**options | dict(device=device))
-        self.autocast, _ = build.build_precision(args)
+        self.autocast, _ = build_precision(args)
         layout = torch.channels_last if args.channels_last else torch.contiguous_format
         model = create_segmenter(**model_options(args)).to(device, memory_format=layout)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -86,54 +84,27 @@ class Candidate:
         self.task.update_ema()  # centroids learn
         self.task.zero_grad()
 
-    def seconds(self, mode: str) -> float:
-        """Of one step; on a GPU until its kernels have run."""
-        wait = torch.cuda.synchronize if self.device.type == 'cuda' else lambda: None
-        wait()
-        start = time.perf_counter()
-        self.step(mode)
-        wait()
-        return time.perf_counter() - start
-
 
 def training_memory(options: dict[str, Any], device: str) -> float:
-    """MB at the peak of a training step; to be called in a fresh process."""
-    if device == 'cpu':
-        first_use()
-        before = process_bytes('VmRSS')
-        candidate = Candidate(options, device)
-        Path('/proc/self/clear_refs').write_text('5')  # the peak starts again from what is in use
-        candidate.step('training')
-        return (process_bytes('VmHWM') - before) / 1e6
-    candidate = Candidate(options, device)
-    candidate.step('training')
-    torch.cuda.reset_peak_memory_stats(device)
-    candidate.step('training')
-    return torch.cuda.max_memory_allocated(device) / 1e6
+    """Returns the MB at the peak of a training step. Call it in a new process."""
+    return peak_megabytes(lambda: Candidate(options, device), ['training'], device)['training']
 
 
 def speeds(models: dict[str, dict[str, Any]], device: str, rounds: int) -> dict[str, dict[str, float]]:
-    """Images/s in each mode, parameters and memory of each model."""
+    """Returns images/s in each mode, parameters in millions and memory in MB of each model."""
+    found = {row: dict(memory=in_new_process(training_memory, options, device)) for row, options in models.items()}
     candidates = {row: Candidate(options, device) for row, options in models.items()}
-    times = {(row, mode): [] for row in models for mode in MODES}
-    for number in range(rounds + 1):
-        for row, mode in times:
-            seconds = candidates[row].seconds(mode)
-            if number:  # the first is to warm up
-                times[row, mode].append(seconds)
-    found = {}
+    steps = {(row, mode): partial(candidates[row].step, mode) for row in models for mode in MODES}
+    interleaved_seconds(steps, device, rounds=1)  # warms up
+    times = interleaved_seconds(steps, device, rounds)
     for row, candidate in candidates.items():
-        found[row] = {mode: len(candidate.images) / statistics.median(times[row, mode]) for mode in MODES}
+        found[row] |= {mode: len(candidate.images) / statistics.median(times[row, mode]) for mode in MODES}
         found[row]['parameters'] = candidate.parameters / 1e6
-    candidates.clear()
-    for row, options in models.items():
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context('spawn')) as fresh:
-            found[row]['memory'] = fresh.submit(training_memory, options, device).result()
     return found
 
 
 def test(folder: Path, options: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Figures of a run's last weights on the test images, with its precision; they are kept beside the weights."""
+    """Returns the test metrics of a run's last weights, with its precision. They are cached in the run's folder."""
     results, checkpoint = folder / 'test.json', folder / 'last.pth.tar'
     if not results.is_file() or results.stat().st_mtime < checkpoint.stat().st_mtime:
         command = [args.data, '--checkpoint', checkpoint, '--split', 'test', '--device', args.device, '--workers', 0]
@@ -147,39 +118,41 @@ def test(folder: Path, options: dict[str, Any], args: argparse.Namespace) -> dic
 
 def main() -> None:
     args = parse()
-    figures: dict[str, dict[str, Any]] = defaultdict(dict)
+    results: dict[str, dict[str, Any]] = defaultdict(dict)
     models = {}
     for folder in sorted(args.runs.glob('*')):
         match = re.fullmatch(_RUN.format(kind=args.kind), folder.name)
         if not match:
             continue
         if not (folder / 'done').is_file():
-            print(f'{folder.name} is left out: it has not ended', file=sys.stderr)
+            print(f'Skipped {folder.name}: the run is not finished', file=sys.stderr)
             continue
         models[match['row']] = options = yaml.safe_load((folder / 'args.yaml').read_text())
-        figures[match['row']][match['seed']] = test(folder, options, args)
-    if not figures:
+        results[match['row']][match['seed']] = test(folder, options, args)
+    if not results:
         sys.exit(f'error: no {args.kind} runs in {args.runs}: train them with benchmarks/camvid.sh')
     costs = speeds(models, args.device, args.rounds) if args.rounds else {}
 
-    where = machine(args.device)
-    processor = where['gpu'] or f'{where["threads"]} threads of {where["cpu"]}'
-    print(f'\nCamVid, test images; {processor}, torch {torch.__version__}, {date.today()}\n')
+    host = machine(args.device)
+    print(f'\nCamVid, test images; {device_name(host)}, torch {torch.__version__}, {date.today()}\n')
     columns = ('model', 'parameters, M', 'mIoU', 'accuracy', 'inference, images/s', 'training, images/s')
-    print('| ' + ' | '.join((*columns, 'training, MB')) + ' |\n|---' + '|---:' * len(columns) + '|')
-    for row, of_seeds in figures.items():
-        cells = [f'`{row}`', _cell(costs.get(row, {}).get('parameters'), 2)]
-        cells += [_spread([result[name] for result in of_seeds.values()]) for name in ('mIoU', 'aAcc')]
+    rows = [[*columns, 'training, MB']]
+    for row, by_seed in results.items():
         cost = costs.get(row, {})
+        cells = [f'`{row}`', _cell(cost.get('parameters'), 2)]
+        cells += [_spread([metrics[name] for metrics in by_seed.values()]) for name in ('mIoU', 'aAcc')]
         cells += [_cell(cost.get(name), digits) for name, digits in (('inference', 1), ('training', 1), ('memory', 0))]
-        print('| ' + ' | '.join(cells) + ' |')
-    classes = list(next(iter(next(iter(figures.values())).values()))['IoU'])
-    print('\n| IoU | ' + ' | '.join(classes) + ' |\n|---' + '|---:' * len(classes) + '|')
-    for row, of_seeds in figures.items():
-        means = [statistics.mean(result['IoU'][name] for result in of_seeds.values()) for name in classes]
-        print(f'| `{row}` | ' + ' | '.join(f'{mean:.1f}' for mean in means) + ' |')
+        rows.append(cells)
+    print_table(rows)
+    classes = list(next(iter(next(iter(results.values())).values()))['IoU'])
+    rows = [['IoU', *classes]]
+    for row, by_seed in results.items():
+        means = [statistics.mean(metrics['IoU'][name] for metrics in by_seed.values()) for name in classes]
+        rows.append([f'`{row}`', *(f'{mean:.1f}' for mean in means)])
+    print()
+    print_table(rows)
     if args.json:
-        report = dict(machine=where, date=str(date.today()), figures=figures, costs=costs)
+        report = dict(machine=host, date=str(date.today()), figures=results, costs=costs)
         args.json.write_text(json.dumps(report, indent=2) + '\n')
 
 

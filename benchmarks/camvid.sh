@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Dense heads on CamVid, from scratch, one budget and one recipe for all rows. DATA is the folder or tar of CamVid.
+# Trains segmentation heads on CamVid from scratch, all rows with the same recipe. DATA is the folder or tar of CamVid.
 #
-#   bash benchmarks/camvid.sh cpu DATA [ROW ...]    1,500 iterations of 8 crops, seed 42; about half an hour a row on a core
-#   bash benchmarks/camvid.sh gpu DATA [ROW ...]    20,000 iterations of 16 crops, three seeds
+#   bash benchmarks/camvid.sh cpu DATA [ROW ...]    1,500 iterations of 8 crops, seed 42; half an hour per row and core
+#   bash benchmarks/camvid.sh gpu DATA [ROW ...]    20,000 iterations of 16 crops, three seeds; has not been run
 #
-# Runs land in output/segmentation/camvid-KIND-ROW-SEED; a run that was stopped goes on, one that is done is kept. Then
+# Runs are in output/segmentation/camvid-KIND-ROW-SEED. A stopped run is resumed, a finished run is skipped. Then
 #
-#   python benchmarks/camvid.py KIND DATA           the table, on the test images
+#   python benchmarks/camvid.py KIND DATA           prints the table for the test images
 set -euo pipefail
 [[ ${1:-} =~ ^(cpu|gpu)$ && -e ${2:-} ]] || { sed -n '2,9p' "$0" >&2; exit 2; }
 kind=$1 data=$(realpath "$2")
@@ -29,7 +29,7 @@ recipe=(
     --amp --amp-dtype bfloat16 --resume auto
 )
 case $kind in
-    cpu) export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # two rows at a time keep two cores busier than two threads
+    cpu) export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # for two cores, start the script twice with different rows
          recipe+=(-b 8 --iterations 1500 --warmup 100 --val-interval 500 --workers 0); seeds=${SEEDS:-42} ;;
     gpu) recipe+=(-b 16 --iterations 20000 --warmup 500 --val-interval 2000 --workers 8); seeds=${SEEDS:-42 43 44} ;;
 esac
@@ -39,7 +39,7 @@ for seed in $seeds; do
         [[ -v rows[$row] ]] || { echo "unknown row '$row': ${order[*]}" >&2; exit 2; }
         run=camvid-$kind-$row-$seed
         [[ -e output/segmentation/$run/done ]] && continue
-        # The rows hold several words each.
+        # Each row is several words.
         # shellcheck disable=SC2086
         python3 segmentation/train.py "$data" "${recipe[@]}" ${rows[$row]} --seed "$seed" --experiment "$run"
         touch "output/segmentation/$run/done"

@@ -1,13 +1,13 @@
-"""How long does an update of centroids take: all classes at once, beside a loop over classes?
+"""Time of a centroid update: all classes at once, compared with a loop over the classes.
 
     python benchmarks/centroids.py [--dtype bfloat16] [--threads 2] [--json centroids.json] [--markdown]
 
-The update is that of `NearestCentroidHead.learn` with a full memory (DNC paper, section 3.2), by default for 1,000
-classes of 4 sub-centroids and 100,000 remembered features. The loop does what the paper says, class by class: pick the
-features, share them among the sub-centroids, keep those classified correctly, move each sub-centroid. Its scores of all
-classes, which say what is classified correctly, are one matrix product in blocks, as they are here; a loop without that
-is slower still. Both read the same memory, take turns within each round and must give the same centroids. The median
-round counts; the processor's seconds, over all threads, are less disturbed by other work than those of the clock.
+The update is `NearestCentroidHead.learn` with a full memory (DNC paper, section 3.2), by default for 1,000 classes of 4
+sub-centroids and 100,000 features in memory. The loop follows the paper class by class: select the features, assign
+them to the sub-centroids, keep the correctly classified ones, move each sub-centroid. It computes the scores of all
+classes, which decide what is classified correctly, in blocks with one matrix product each, as the head does; otherwise
+it would be even slower. Both updates read the same memory, take turns in each round and must give the same centroids.
+The result is the median round. Processor seconds, summed over threads, vary less with other work on the machine.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # from a checkout too
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 
-from throughput import machine, positive
+from measuring import device_name, machine, positive, print_table, seconds  # noqa: E402
 
-from cluster_zoo.layers.nearest_centroid import CentroidLearning, NearestCentroidHead
-from cluster_zoo.training.options import Parser
+from cluster_zoo.layers.centroid_learning import CentroidLearning  # noqa: E402
+from cluster_zoo.layers.nearest_centroid import NearestCentroidHead  # noqa: E402
+from cluster_zoo.training.parser import Parser  # noqa: E402
 
-BLOCK = 4096  # features that are scored at a time
+BLOCK = 4096  # features that are scored at once
 
 
 def sinkhorn(similarity: Tensor, temperature: float, iterations: int) -> Tensor:
-    """Sub-centroid of each sample of one class, from similarities [n, k]."""
+    """Returns the sub-centroid of each sample of one class, from similarities [n, k]."""
     share = (similarity / temperature).exp()
     for _ in range(iterations):
         share = share / share.sum(0, keepdim=True)
@@ -46,33 +47,33 @@ def sinkhorn(similarity: Tensor, temperature: float, iterations: int) -> Tensor:
 
 @torch.no_grad()
 def update_by_loop(head: NearestCentroidHead) -> Tensor:
-    """The centroids [K, k, D] after an update, class by class."""
+    """Returns the centroids [K, k, D] after an update in a loop over the classes."""
     features, labels, learning = head.memory.features, head.memory.labels, head.learning
     before = F.normalize(head.prototypes, dim=-1)
     centroids = before.to(features.dtype)
     correct = []
-    for block, of in zip(features.split(BLOCK), labels.split(BLOCK)):
+    for block, target in zip(features.split(BLOCK), labels.split(BLOCK)):
         cosines = F.linear(block, centroids.flatten(0, 1)).unflatten(-1, centroids.shape[:2])
-        correct.append(head.mask_norm(cosines.amax(-1).float()).argmax(-1) == of)
+        correct.append(head.mask_norm(cosines.amax(-1).float()).argmax(-1) == target)
     correct = torch.cat(correct)
     after = before.clone()
     for c in range(head.num_classes):
-        of_class = labels == c
-        own = features[of_class]
+        members = labels == c
+        own = features[members]
         if len(own) == 0:
             continue
         assigned = sinkhorn((own @ centroids[c].T).float(), learning.temperature, learning.iterations)
         for j in range(head.sub_centroids):
-            members = own[correct[of_class] & (assigned == j)].float()
-            if len(members) > 0:
-                direction = F.normalize(members.sum(0), dim=0)
+            selected = own[correct[members] & (assigned == j)].float()
+            if len(selected) > 0:
+                direction = F.normalize(selected.sum(0), dim=0)
                 after[c, j] = F.normalize(learning.momentum * before[c, j] + (1 - learning.momentum) * direction, dim=0)
     return after
 
 
 @torch.no_grad()
 def update_at_once(head: NearestCentroidHead) -> Tensor:
-    """The same by `NearestCentroidHead.learn`, with a batch of one feature that the memory holds already."""
+    """Returns the centroids after `NearestCentroidHead.learn` with one feature that is already in the memory."""
     head.forward(head.memory.features[:1].float())
     head.memory.count.zero_()
     head.learn(head.memory.labels[:1])
@@ -80,7 +81,7 @@ def update_at_once(head: NearestCentroidHead) -> Tensor:
 
 
 def full_head(args: argparse.Namespace) -> NearestCentroidHead:
-    """A head with a full memory: features around the centroids of their classes, most of them classified correctly."""
+    """Creates a head with a full memory of features near the centroids of their classes, most classified correctly."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     learning = CentroidLearning(memory=args.memory, dtype=getattr(torch, args.dtype))
@@ -90,36 +91,29 @@ def full_head(args: argparse.Namespace) -> NearestCentroidHead:
     noise = torch.randn(near.shape, generator=generator) * args.noise / args.width**0.5
     head(F.normalize(near + noise, dim=-1).to(args.device))
     with torch.no_grad():
-        head.learn(torch.full_like(labels, -1).to(args.device))  # allocates and fills, teaches nothing
+        head.learn(torch.full_like(labels, -1).to(args.device))  # fills the memory without moving centroids
     head.memory.labels.copy_(labels)
     return head
 
 
-def seconds(update: Callable[[NearestCentroidHead], Tensor], head: NearestCentroidHead) -> tuple[float, float, Tensor]:
-    """Seconds of the clock and of the processor, and the centroids; the head stays as it was."""
-    head = copy.deepcopy(head)
-    wait = torch.cuda.synchronize if head.prototypes.device.type == 'cuda' else lambda: None
-    wait()
-    start = time.perf_counter(), time.process_time()
-    centroids = update(head)
-    wait()
-    return time.perf_counter() - start[0], time.process_time() - start[1], centroids
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures both updates. Returns the results with the machine and arguments."""
     head = full_head(args)
-    ways = {'all classes at once': update_at_once, 'loop over classes': update_by_loop}
+    updates = {'all classes at once': update_at_once, 'loop over classes': update_by_loop}
     before = F.normalize(head.prototypes, dim=-1)
-    times, found = {name: [] for name in ways}, {}
+    times, centroids = {name: [] for name in updates}, {}
     for number in range(args.rounds + 1):
-        for name, update in ways.items():
-            *spent, found[name] = seconds(update, head)
+        for name, update in updates.items():
+            used = copy.deepcopy(head)
+            start, results = time.process_time(), []
+            elapsed = seconds(lambda: results.append(update(used)), args.device)  # noqa: B023  called at once
+            centroids[name] = results[0]
             if number > 0:  # the first round warms up
-                times[name].append(spent)
-    at_once, loop = found.values()
+                times[name].append((elapsed, time.process_time() - start))
+    at_once, loop = centroids.values()
     step, difference = (loop - before).norm(dim=-1).max().item(), (at_once - loop).abs().max().item()
     if step == 0 or difference > args.tolerance * step:
-        raise ValueError(f'the two differ by {difference:.1e}, where the largest step is {step:.1e}')
+        raise ValueError(f'The updates differ by {difference:.1e}, where the largest step is {step:.1e}')
     return dict(
         arguments={name: value for name, value in vars(args).items() if name not in ('json', 'markdown')},
         machine=machine(args.device),
@@ -128,47 +122,41 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         difference=difference,
         step=step,
         results={
-            name: dict(zip(('seconds', 'processor_seconds'), map(statistics.median, zip(*spent))))
-            for name, spent in times.items()
+            name: dict(zip(('seconds', 'processor_seconds'), map(statistics.median, zip(*values))))
+            for name, values in times.items()
         },
     )
 
 
 def show(report: dict[str, Any], markdown: bool) -> None:
-    used, host = report['arguments'], report['machine']
-    where = host['gpu'] or f'{host["cpu"]}, {host["threads"]} threads'
+    used = report['arguments']
     print(
-        f'{where}, torch {report["torch"]}, {report["date"][:10]}; {used["classes"]:,} classes x '
-        f'{used["sub_centroids"]} sub-centroids x {used["memory"]:,} features of width {used["width"]} in '
+        f'{device_name(report["machine"])}, torch {report["torch"]}, {report["date"][:10]}; {used["classes"]:,} '
+        f'classes x {used["sub_centroids"]} sub-centroids x {used["memory"]:,} features of width {used["width"]} in '
         f'{used["dtype"]}; median of {used["rounds"]} rounds; centroids differ by {report["difference"]:.0e}, the '
         f'largest step is {report["step"]:.0e}\n'
     )
-    rows = [['update', 'seconds', "processor's seconds"]]
-    rows += [
-        [name, f'{result["seconds"]:.3f}', f'{result["processor_seconds"]:.3f}']
-        for name, result in report['results'].items()
-    ]
-    if markdown:
-        rows.insert(1, ['---', '---:', '---:'])
-        print(*(f'| {" | ".join(row)} |' for row in rows), sep='\n')
-    else:
-        for first, *rest in rows:
-            print(f'{first:20}', *(f'{cell:>20}' for cell in rest))
+    rows = [['update', 'seconds', 'processor seconds']]
+    for name, result in report['results'].items():
+        rows.append([name, f'{result["seconds"]:.3f}', f'{result["processor_seconds"]:.3f}'])
+    print_table(rows, markdown)
 
 
 def parser() -> Parser:
     parser = Parser(prog='centroids.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--classes', type=positive, default=1000, metavar='K', help='classes (default: %(default)s)')
-    add('--sub-centroids', type=positive, default=4, metavar='K', help='of each class (default: %(default)s)')
-    add('--memory', type=positive, default=100_000, metavar='N', help='remembered features (default: %(default)s)')
-    add('--width', type=positive, default=512, metavar='D', help='of a feature (default: %(default)s)')
-    add('--dtype', default='float32', choices=['float32', 'bfloat16'], help='of the memory (default: %(default)s)')
-    add('--noise', type=float, default=1.5, metavar='F', help='length of the noise on unit features (default: 1.5)')
-    add('--tolerance', type=float, default=1e-3, metavar='F', help='difference allowed, in largest steps (0.001)')
+    add('--sub-centroids', type=positive, default=4, metavar='K', help='sub-centroids per class (default: %(default)s)')
+    add('--memory', type=positive, default=100_000, metavar='N', help='features in memory (default: %(default)s)')
+    add('--width', type=positive, default=512, metavar='D', help='feature width (default: %(default)s)')
+    add(
+        '--dtype', default='float32', choices=['float32', 'bfloat16'], help='dtype of the memory (default: %(default)s)'
+    )
+    add('--noise', type=float, default=1.5, metavar='F', help='norm of the noise on unit features (default: 1.5)')
+    add('--tolerance', type=float, default=1e-3, metavar='F', help='allowed difference over the largest step (0.001)')
     add('--device', default='cpu', choices=['cpu', 'cuda'], help='where to measure (default: %(default)s)')
-    add('--threads', type=positive, metavar='N', help="threads on a CPU (default: torch's choice)")
-    add('--rounds', type=positive, default=5, metavar='N', help='turns of each way (default: %(default)s)')
+    add('--threads', type=positive, metavar='N', help='CPU threads (default: that of torch)')
+    add('--rounds', type=positive, default=5, metavar='N', help='measurements per update (default: %(default)s)')
     add('--json', type=Path, metavar='FILE', help='write the results')
     add('--markdown', action='store_true', help='print the table as Markdown')
     return parser
@@ -177,9 +165,9 @@ def parser() -> Parser:
 def main() -> None:
     args = (options := parser()).parse_args()
     if args.device == 'cuda' and not torch.cuda.is_available():
-        options.error('--device cuda: torch finds no CUDA device here')
+        options.error('--device cuda: torch finds no CUDA device')
     if args.json and not args.json.absolute().parent.is_dir():
-        options.error(f'{args.json}: there is no such folder')
+        options.error(f'--json: the folder of {args.json} does not exist')
     if args.threads:
         torch.set_num_threads(args.threads)
     try:

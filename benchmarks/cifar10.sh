@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Train the bundled weights: coc_tiny_plain on CIFAR-10's 50,000 training images, enlarged to 64 px.
+# Trains the bundled weights: coc_tiny_plain on CIFAR-10's 50,000 training images, resized to 64 px.
 #
-#   bash benchmarks/cifar10.sh cpu DATA    as the bundled weights were trained: two processes of one thread, 24 epochs
-#   bash benchmarks/cifar10.sh gpu DATA    one GPU, 300 epochs and stronger augmentation; not run yet
+#   bash benchmarks/cifar10.sh cpu DATA    the bundled weights: two processes with one thread each, 24 epochs
+#   bash benchmarks/cifar10.sh gpu DATA    one GPU, 300 epochs and stronger augmentation; has not been run
 #
-# DATA holds train.tar and val.tar, or train/ and val/, of class folders of images.
+# DATA has train.tar and val.tar, or train/ and val/, with one folder of images per class.
 set -euo pipefail
 [[ ${1:-} =~ ^(cpu|gpu)$ && -e ${2:-} ]] || { sed -n '2,7p' "$0" >&2; exit 2; }
 where=$1 data=$(realpath "$2")

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""What `benchmarks/dnc.sh` has trained, as a table; the centroids of the default are anchored on the way.
+"""Prints the results of `benchmarks/dnc.sh` as a table, and anchors the centroids of the default head.
 
     python benchmarks/dnc.py cifar10 DATA
     python benchmarks/dnc.py tiny_imagenet DATA --device cuda
 
-DATA is what `dnc.sh` was given. The accuracies are those on the validation images after the last epoch. Each anchored
-model is saved in the folder of its run, as `anchored.safetensors`, with pictures of its centroids and of decisions.
+DATA is the argument of `dnc.sh`. Accuracy is measured on the validation images after the last epoch. Each anchored
+model is saved in the folder of its run as `anchored.safetensors`, with images of its centroids and of some
+predictions.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from timm.data import create_transform, resolve_data_config
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 
-from throughput import machine  # noqa: E402
+from measuring import device_name, machine, print_table  # noqa: E402
 
 import cluster_zoo  # noqa: E402, F401  registers the models
 from cluster_zoo.data import class_names, create_dataset  # noqa: E402
@@ -48,20 +49,20 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add('name', choices=('cifar10', 'cifar10_small', 'tiny_imagenet'))
     add('data', type=Path, help='folder with train and val')
-    add('--runs', type=Path, default=ROOT / 'output' / 'train', help='where the runs are (default: %(default)s)')
+    add('--runs', type=Path, default=ROOT / 'output' / 'train', help='folder of the runs (default: %(default)s)')
     add('--device', default='cpu')
     add('--anchor', nargs='*', default=['default'], choices=list(_HEADS), help='heads to anchor (default: default)')
     add('--workers', type=int, default=1)
-    add('--json', type=Path, help='write the figures there too')
+    add('--json', type=Path, help='also write the results to this file')
     return parser.parse_args()
 
 
 def anchored(args: argparse.Namespace, folder: Path, options: dict[str, Any]) -> dict[str, float]:
-    """Top-1 in percent before and after the centroids of a run become training images."""
+    """Replaces the centroids of a run by training images. Returns top-1 in percent before and after."""
     model = timm.create_model(options['model'], num_classes=options['num_classes'], **options['model_kwargs'])
     load_checkpoint(model, folder / 'last.pth.tar')
     model.to(args.device)
-    transform = create_transform(**resolve_data_config(options, model=model))  # as in the run
+    transform = create_transform(**resolve_data_config(options, model=model))  # the transform of the run
     train, val = (create_dataset('', args.data, split) for split in ('train', 'val'))
     result = anchor(model, train, val, num_workers=args.workers, transform=transform)
     print(f'{folder.name}: {result}', file=sys.stderr, flush=True)
@@ -87,7 +88,7 @@ def main() -> None:
         options = yaml.safe_load((folder / 'args.yaml').read_text())
         history = list(csv.DictReader((folder / 'summary.csv').open()))
         if len(history) < options['epochs']:
-            print(f'{folder.name} is left out: {len(history)} of {options["epochs"]} epochs', file=sys.stderr)
+            print(f'Skipped {folder.name}: {len(history)} of {options["epochs"]} epochs', file=sys.stderr)
             continue
         key, seed, top1 = (match['backbone'], len(history)), int(match['seed']), float(history[-1]['eval_top1'])
         rows[(*key, match['head'])][seed] = top1
@@ -95,26 +96,28 @@ def main() -> None:
             result = anchored(args, folder, options)
             if abs(result['before'] - top1) > 0.5:  # autocast makes a small difference
                 sys.exit(
-                    f'error: {folder.name} had top-1 {top1:.2f}, here {result["before"]:.2f}: is {args.data} its data?'
+                    f'error: {folder.name} has top-1 {top1:.2f}, but {result["before"]:.2f} on {args.data}: use the '
+                    'data of the run'
                 )
             rows[(*key, f'{match["head"]}, anchored')][seed] = result['after']
     if not rows:
         sys.exit(f'error: no runs of {args.name} in {args.runs}: train them with benchmarks/dnc.sh')
 
-    where = machine(args.device)
-    print(f'{args.name}, validation images; anchored on {where["gpu"] or where["cpu"]}; {date.today()}\n')
-    print('| backbone | epochs | head | top-1 | seeds |\n|---|---:|---|---:|---|')
+    host = machine(args.device)
+    print(f'{args.name}, validation images; anchored on {device_name(host)}; {date.today()}\n')
     names = {**_HEADS, **{f'{head}, anchored': f'{name}, anchored' for head, name in _HEADS.items()}}
     order = [name for head in _HEADS for name in (head, f'{head}, anchored')]
+    table = [['backbone', 'epochs', 'head', 'top-1', 'seeds']]
     for backbone, epochs, head in sorted(rows, key=lambda key: (*key[:2], order.index(key[2]))):
-        of_seeds = rows[backbone, epochs, head]
-        values = torch.tensor(list(of_seeds.values()))
+        by_seed = rows[backbone, epochs, head]
+        values = torch.tensor(list(by_seed.values()))
         spread = f' ± {values.std():.2f}' if len(values) > 1 else ''
-        seeds = ', '.join(map(str, of_seeds))
-        print(f'| `{backbone}` | {epochs} | {names[head]} | {values.mean():.2f}{spread} | {seeds} |')
+        seeds = ', '.join(map(str, by_seed))
+        table.append([f'`{backbone}`', str(epochs), names[head], f'{values.mean():.2f}{spread}', seeds])
+    print_table(table)
     if args.json:
-        table = [dict(zip(('backbone', 'epochs', 'head'), key), top1=of_seeds) for key, of_seeds in rows.items()]
-        args.json.write_text(json.dumps(dict(machine=where, date=str(date.today()), rows=table), indent=2) + '\n')
+        records = [dict(zip(('backbone', 'epochs', 'head'), key), top1=by_seed) for key, by_seed in rows.items()]
+        args.json.write_text(json.dumps(dict(machine=host, date=str(date.today()), rows=records), indent=2) + '\n')
 
 
 if __name__ == '__main__':

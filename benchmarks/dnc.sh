@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Nearest centroids against a linear classifier: the same backbone, recipe and seed, a linear head and three of centroids.
+# Compares a linear head and three nearest-centroid heads with the same backbone, recipe and seed.
 #
-#   bash benchmarks/dnc.sh cpu cifar10 DATA         a few epochs, two runs of one thread at a time
+#   bash benchmarks/dnc.sh cpu cifar10 DATA         a few epochs, two runs at a time with one thread each
 #   bash benchmarks/dnc.sh cpu tiny_imagenet DATA
-#   bash benchmarks/dnc.sh cpu cifar10_small DATA   a narrow ResNet with one block a stage, two seeds
-#   bash benchmarks/dnc.sh gpu cifar10 DATA         one GPU: 100 epochs and three seeds; not run yet
+#   bash benchmarks/dnc.sh cpu cifar10_small DATA   a narrow ResNet with one block per stage, two seeds
+#   bash benchmarks/dnc.sh gpu cifar10 DATA         one GPU, 100 epochs and three seeds; has not been run
 #   bash benchmarks/dnc.sh gpu tiny_imagenet DATA
 #
-# DATA holds train.tar and val.tar, or train/ and val/, of class folders of images. The heads are
+# DATA has train.tar and val.tar, or train/ and val/, with one folder of images per class. The heads are
 #
 #   linear
-#   published   the memory once in 1000 batches, sub-centroids start in unrelated directions
-#   queue       the memory in every batch, the same start
-#   default     the memory in every batch, the sub-centroids of a class start near each other
+#   published   memory used in one of 1000 batches, unrelated initial sub-centroids
+#   queue       memory used in each batch, unrelated initial sub-centroids
+#   default     memory used in each batch, similar initial sub-centroids in a class
 #
-# A run that has begun is gone on with; HEADS="linear default" picks some. Then `python benchmarks/dnc.py cifar10 DATA`
-# anchors centroids and prints a table.
+# A stopped run is resumed. HEADS="linear default" selects heads. Then `python benchmarks/dnc.py cifar10 DATA` anchors
+# the centroids and prints a table.
 set -euo pipefail
-[[ ${1:-} =~ ^(cpu|gpu)$ && ${2:-} =~ ^(cifar10|cifar10_small|tiny_imagenet)$ && -e ${3:-} ]] || { sed -n '2,19p' "$0" >&2; exit 2; }
+[[ ${1:-} =~ ^(cpu|gpu)$ && ${2:-} =~ ^(cifar10|cifar10_small|tiny_imagenet)$ && -e ${3:-} ]] || { sed -n '2,18p' "$0" >&2; exit 2; }
 where=$1 data=$2 folder=$(realpath "$3") heads=${HEADS:-linear published queue default}
 cd "$(dirname "$0")/.."
 
@@ -60,7 +60,7 @@ train() {  # BACKBONE HEAD SEED EPOCHS OPTIONS...
 
 running=() failed=0
 trap 'kill "${running[@]}" 2> /dev/null || true' EXIT
-finish() {  # all but COUNT of the runs
+finish() {  # COUNT: waits until at most COUNT runs are left
   while ((${#running[@]} > $1)); do
     wait "${running[0]}" || failed=1
     running=("${running[@]:1}")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What only a GPU can show: the Triton kernels' tests, compiled for it, and what clustering costs there with and without
-# them. Writes tables and JSON to the folder OUT. Has not been run yet.
+# Tests the Triton kernels on a GPU, and measures the cost of clustering with and without them, centroid updates, and
+# the speed of all models. Writes tables and JSON to the folder OUT. It has not been run.
 set -euo pipefail
 out=$(mkdir -p "${1:?usage: bash benchmarks/gpu.sh OUT}" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."

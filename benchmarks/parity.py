@@ -1,10 +1,10 @@
-"""How far are the models from the authors' code? The largest relative error over all figures of each parity case.
+"""Largest relative error of each model to the authors' code, over all values of its parity case.
 
     python benchmarks/parity.py
 
-A case holds logits, corners and means of the stages' outputs and gradients that the authors' code computed in float64
-from weights and images of tests/parity/recipe.py. The weights go through a checkpoint file as the authors' training
-script wrote it, and through `cluster_zoo.weights.load_checkpoint`. The tests refuse anything from 1e-9 on.
+A case has logits, corners and means of the stages' outputs, and gradients that the authors' code computed in float64
+with the weights and images of tests/parity/recipe.py. The weights are saved in a checkpoint of the authors' format and
+loaded with `cluster_zoo.weights.load_checkpoint`. The tests require errors below 1e-9.
 """
 
 import sys
@@ -25,7 +25,7 @@ CASES = ('coc_tiny', 'coc_tiny_plain', 'coc_small', 'coc_medium', 'fec_small', '
 
 
 def main() -> None:
-    print('| model | figures | of them gradients | largest relative error |\n|---|---:|---:|---:|')
+    print('| model | values | gradients | largest relative error |\n|---|---:|---:|---:|')
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES:
             model = timm.create_model(case).double().eval()

@@ -1,20 +1,25 @@
-"""Is torch-scatter worth depending on? Ways to add up the values of each center's members, side by side.
+"""Time of torch-scatter and of torch's own operations that sum the values of each center's members.
 
     python benchmarks/scatter.py [--device cuda] [--rounds 40]
 
-The operation is the aggregation of FEC's cluster pooling: B x C x N values, each point belonging to one of M centers,
-are summed to B x C x M. All ways start from and end in the channels-first layout of the convolutions around it, agree
-within rounding, and take turns within each round. Printed are the best times of torch's `scatter_add`, and those of the
-other ways relative to it (above 1 is slower). The best of many rounds is what other work on the machine disturbs least.
-Without torch-scatter its columns are left out.
+The operation is the aggregation of FEC's cluster pooling: B x C x N values, where each point belongs to one of M
+centers, are summed to B x C x M. All implementations start and end in the channels-first layout of the surrounding
+convolutions, must agree within rounding errors, and take turns in each round. The table has the time of torch's
+`scatter_add`, and the times of the others relative to it (above 1 is slower). The best of many rounds is used, because
+other work on the machine affects it least. Without torch-scatter its columns are left out.
 """
 
 import argparse
-import time
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from measuring import interleaved_seconds
 
 try:
     import torch_scatter
@@ -54,7 +59,7 @@ def torch_scatter_csr(v: Tensor, index: Tensor, centers: int) -> Tensor:
 
 
 def _across_batch(index: Tensor, centers: int) -> Tensor:
-    """[B, N] -> [B * N], each image's centers with numbers of their own."""
+    """[B, N] -> [B * N], with different indices for the centers of different images."""
     return (index + centers * torch.arange(len(index), device=index.device).unsqueeze(1)).flatten()
 
 
@@ -67,17 +72,8 @@ if torch_scatter is not None:
     WAYS |= {'torch-scatter sum': torch_scatter_sum, 'torch-scatter csr': torch_scatter_csr}
 
 
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Time of one call; on a CUDA device until its kernels have run."""
-    start = time.perf_counter()
-    call()
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
 def measure(channels: int, points: int, centers: int, device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Best seconds of each way, forward, and forward and backward."""
+    """Returns the best seconds of each implementation: forward, and forward and backward."""
     generator = torch.Generator().manual_seed(0)
     v = torch.randn(BATCH, channels, points, generator=generator).to(device).requires_grad_()
     index = torch.randint(centers, (BATCH, points), generator=generator).to(device)
@@ -92,17 +88,14 @@ def measure(channels: int, points: int, centers: int, device: torch.device, roun
         torch.testing.assert_close(found_gradient, expected_gradient, rtol=1e-4, atol=1e-4)
         calls[name, 0] = lambda way=way: way(v.detach(), index, centers)
         calls[name, 1] = lambda way=way: torch.autograd.grad(way(v, index, centers), v, gradient)
-    times = {key: [] for key in calls}
-    for _ in range(rounds):
-        for key, call in calls.items():
-            times[key].append(seconds(call, device))
+    times = interleaved_seconds(calls, device, rounds)
     return {name: [min(times[name, part]) for part in (0, 1)] for name in WAYS}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--device', default='cpu', type=torch.device, help='where to measure (default: %(default)s)')
-    parser.add_argument('--rounds', default=40, type=int, help='calls of each way (default: %(default)s)')
+    parser.add_argument('--rounds', default=40, type=int, help='calls per implementation (default: %(default)s)')
     args = parser.parse_args()
     where = (
         torch.cuda.get_device_name(args.device) if args.device.type == 'cuda' else f'{torch.get_num_threads()} threads'

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# One recipe and seed for three models on 100 classes of ImageNet at 48 px, on two CPU cores.
+# Trains three models with one recipe and seed on 100 classes of ImageNet at 48 px, on two CPU cores.
 #
 #   bash benchmarks/tiny_imagenet.sh DATA [EPOCHS]
 #
-# DATA holds train.tar and val.tar, or train/ and val/, of class folders of images.
+# DATA has train.tar and val.tar, or train/ and val/, with one folder of images per class.
 set -euo pipefail
 [[ -e ${1:-} ]] || { sed -n '2,6p' "$0" >&2; exit 2; }
 data=$(realpath "$1") epochs=${2:-3}

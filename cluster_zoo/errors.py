@@ -1,6 +1,9 @@
-"""Errors that a user can cause, and text for their messages."""
+"""Errors that a user can cause, and functions that format their messages."""
 
 import difflib
+import os
+import sys
+import traceback
 from collections.abc import Iterable
 
 __all__ = [
@@ -12,56 +15,76 @@ __all__ = [
     'UserError',
     'nearest',
     'one_line',
+    'print_error',
+    'printable',
     'quoted',
 ]
 
-_LONGEST = 200  # characters of text that comes from elsewhere
+_MAX_LENGTH = 200  # characters of external text in a message
 
 
 class UserError(Exception):
-    """Base class of this package's errors. The message says what is wrong and what to do about it."""
+    """Base class of this package's errors. The message states the problem and how to solve it."""
 
 
 class OptionError(UserError, ValueError):
-    """An option has a value that cannot work, or two options exclude each other."""
+    """An option has an invalid value, or two options exclude each other."""
 
 
 class DataError(UserError, ValueError):
-    """A dataset cannot be used.
-
-    A loader's worker process passes the error on with its traceback as the message; only the message proper is kept.
-    """
+    """A dataset cannot be used."""
 
     def __init__(self, message: str) -> None:
+        # A data loader raises a worker's error again with the whole traceback as its message
         super().__init__(message.rsplit(f'{type(self).__name__}: ', 1)[-1].strip())
 
 
 class ImageError(UserError, ValueError):
-    """An image cannot be read. The message does not repeat its name."""
+    """An image cannot be read. The message does not contain the file name."""
 
 
 class CheckpointError(UserError, RuntimeError):
-    """Weights cannot be found, opened or trusted, or do not fit the model."""
+    """Weights cannot be found or read, are refused, or do not fit the model."""
 
 
 class ExportError(UserError, RuntimeError):
-    """A model cannot be exported, or the exported file does not compute what the model does."""
+    """A model cannot be exported, or the exported file gives other results than the model."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint such as ``' (did you mean --batch-size?)'``; empty if no known word is close."""
+    """Returns a hint such as ``' (did you mean --batch-size?)'``, empty if no known word is similar."""
     close = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
     return f' (did you mean {" or ".join(close)}?)' if close else ''
 
 
 def one_line(value: object) -> str:
-    """Text of a file, a server or another library as one short line of printable characters."""
+    """Returns text from a file, a server or another library as one short line of printable characters."""
     text = ' '.join(''.join(c if c.isprintable() or c.isspace() else '?' for c in str(value)).split())
-    if not text and isinstance(value, Exception):
-        text = type(value).__name__
-    return text if len(text) <= _LONGEST else f'{text[:_LONGEST]}...'
+    text = text or (type(value).__name__ if isinstance(value, Exception) else '')
+    return text if len(text) <= _MAX_LENGTH else f'{text[:_MAX_LENGTH]}...'
 
 
 def quoted(value: object) -> str:
-    """A value of a file as Python writes it, on one short line."""
+    """Returns the ``repr`` of a value from a file as one short line."""
     return one_line(repr(value))
+
+
+def printable(text: object) -> str:
+    """Returns text with control characters, line breaks and lone surrogates escaped as in Python."""
+    return ''.join(
+        character if character.isprintable() else character.encode('unicode_escape').decode() for character in str(text)
+    )
+
+
+def print_error(error: Exception, subject: str = '') -> None:
+    """Prints an error on standard error, after its traceback if ``CLUSTER_ZOO_DEBUG`` is set (``--debug``).
+
+    Args:
+        error: The error.
+        subject: What the error is about, if the message does not contain it.
+    """
+    if os.environ.get('CLUSTER_ZOO_DEBUG', '0') not in ('', '0'):
+        traceback.print_exception(error)
+    lines = str(error).splitlines() if isinstance(error, UserError) else [' '.join(str(error).split())]
+    message = '\n'.join(map(printable, lines)).strip() or type(error).__name__
+    print('error:', f'{subject}: {message}' if subject else message, file=sys.stderr)

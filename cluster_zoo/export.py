@@ -1,10 +1,10 @@
-"""Classifiers as ONNX, TorchScript and pt2 (torch.export) files.
+"""Export of classifiers to ONNX, TorchScript and pt2 (torch.export) files.
 
-`export_model` writes a file under a temporary name, opens it again and compares its logits with the model's for several
-batches and image sizes. The file gets its name only if they agree, else it is deleted.
+`export_model` writes a file under a temporary name, opens it again and compares its logits with those of the model for
+several batches and image sizes. If they agree, the file gets its name, otherwise it is deleted.
 
-A TorchScript file takes images of any size. ONNX and pt2 files hold a graph without branches, which cannot pad: they
-take sides that are multiples of what the model's grids need, 32 px for most variants, and refuse others (see `Sizes`).
+TorchScript files accept images of any size. ONNX and pt2 files contain a graph without branches, which cannot pad: they
+accept sides that are multiples of the model's grid sizes, 32 px for most variants, and refuse others (see `Sizes`).
 """
 
 import copy
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import __version__
-from .errors import ExportError
+from .errors import ExportError, one_line
 from .layers.cluster_mixer import ClusterMixer
 from .models.context_cluster import ContextCluster
 from .models.fec import ClusterPool
@@ -33,25 +33,24 @@ from .weights.metadata import label_names
 
 __all__ = ['FORMATS', 'OPSET', 'TOLERANCE', 'Export', 'ExportError', 'Sizes', 'check_request', 'export_model']
 
-FORMATS = {'onnx': '.onnx', 'torchscript': '.pt', 'pt2': '.pt2'}  # and the suffixes of their files
+FORMATS = {'onnx': '.onnx', 'torchscript': '.pt', 'pt2': '.pt2'}  # format -> suffix of its files
 OPSET = 18  # the oldest that torch.onnx writes
 TOLERANCE = 1e-4  # largest difference of a logit, in float32
 
-_PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
-_MIN_SIDE = 32  # smallest image side of the models in pixels
-_MIN_SCALE = 1e-3  # mean of a layer scale below which an error in its branch may not show in the logits
+_MIN_SIDE = 32  # pixels
+_MIN_SCALE = 1e-3  # layer scales with a smaller mean can hide an error in their branch from the logits
 _RAISED_SCALE = 0.5
-_ROUNDING = 1e-6  # standard deviation of noise that stands for rounding errors, in normalised pixels
+_ROUNDING = 1e-6  # standard deviation of noise that simulates rounding errors, in normalized pixels
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Image sizes that an exported file takes.
+    """Image sizes that an exported file accepts.
 
     Attributes:
-        fixed: Height and width in pixels if the file takes only one size, else None.
-        multiple: Number that both sides are a multiple of; None if the size is fixed.
-        smallest: Smallest side in pixels for which the results agree; None if the size is fixed.
+        fixed: Height and width in pixels if the file accepts only one size, else None.
+        multiple: Divisor of both sides; None if the size is fixed.
+        smallest: Smallest side in pixels; None if the size is fixed.
     """
 
     fixed: tuple[int, int] | None = None
@@ -66,16 +65,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Export:
-    """An exported file and the result of its comparison with the model.
+    """An exported file and the results of the export check.
 
     Attributes:
         path: The file.
-        sizes: Image sizes that it takes. The batch may have any size.
-        checked: Batch, height and width of the images that were compared.
-        difference: Largest difference of a logit, at most `TOLERANCE`, over all images without a tie.
-        ties: Number of images whose logits differ by more, because rounding decides which center a point joins.
-        raised: Number of layer scales near zero. If any, a copy of the model with these scales raised was exported and
-            compared as well.
+        sizes: Image sizes that it accepts. Batches may have any size.
+        checked: Batch size, height and width of the images in the check.
+        difference: Largest difference of a logit over all images without a tie, at most `TOLERANCE`.
+        ties: Number of images with a larger difference, because rounding errors change the center of a point.
+        raised: Number of layer scales near zero. If there are any, a copy of the model with larger ones is checked too.
     """
 
     path: Path
@@ -93,28 +91,28 @@ def export_model(
     image_size: int | tuple[int, int] | None = None,
     opset: int = OPSET,
 ) -> Export:
-    """Write a classifier to a file, in float32 and evaluation mode, and compare the file with the model.
+    """Exports a classifier in float32 and evaluation mode, and checks the file against the model.
 
-    The input ``image`` [B, C, H, W] is normalised with the model's mean and std. The output ``logits`` is [B, K]. The
+    The input ``image`` [B, C, H, W] is normalized with the model's mean and std. The output ``logits`` is [B, K]. The
     file contains mean, std, input size, crop, interpolation and class names: ONNX as ``metadata_props``, TorchScript
     and pt2 as JSON in the extra file ``cluster_zoo.json``.
 
     Args:
-        model: A classifier of this package or of timm. It is not changed.
+        model: A classifier of this package or of timm. It stays unchanged.
         path: File to write. An existing file is replaced.
         to: ``'onnx'``, ``'torchscript'`` or ``'pt2'``.
-        image_size: Height and width, or one number for both, of the only size that the file takes. If None, the file
-            takes all sizes that the format allows, or only the model's own size if that is not among them.
+        image_size: Height and width, or one number for both, of the only size that the file accepts. If None, the file
+            accepts all sizes that the format allows, or only the model's input size if that is not one of them.
         opset: ONNX opset, from 18 to the newest of the package onnx.
 
     Raises:
         ExportError: The request is invalid (see `check_request`), the model is not a classifier or cannot be
-            converted, or the file does not give the model's logits.
+            converted, or the logits of the file differ from the model's.
         OSError: The file cannot be written.
     """
     check_request(path, to, image_size, opset)
     if not isinstance(getattr(model, 'num_classes', None), int) or not hasattr(model, 'pretrained_cfg'):
-        raise ExportError(f'{type(model).__name__} is no classifier of timm: make one without features_only.')
+        raise ExportError(f'{type(model).__name__} is no classifier of timm: create one without features_only.')
     path = Path(path)
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     data = timm.data.resolve_model_data_config(model, use_test_size=True)
@@ -134,13 +132,13 @@ def export_model(
         torch.no_grad(),
         tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix='.export-') as folder,
     ):
-        warnings.simplefilter('ignore')  # deprecations in torch itself
+        warnings.simplefilter('ignore')  # deprecations in torch
         file = Path(folder) / f'model{FORMATS[to]}'
         if scales:
             _write(raised, file, to, sizes, metadata, opset)
-            _compare(raised, _open(file, to), checked, f'With layer scales of {_RAISED_SCALE} the file')
+            _check(raised, _open(file, to), checked, f'With layer scales of {_RAISED_SCALE} the file')
         _write(model, file, to, sizes, metadata, opset)
-        difference, ties = _compare(model, _open(file, to), checked, 'The file')
+        difference, ties = _check(model, _open(file, to), checked, 'The file')
         file.replace(path)
     return Export(path, sizes, checked, difference, ties, len(scales))
 
@@ -148,43 +146,40 @@ def export_model(
 def check_request(
     path: str | Path, to: str = 'onnx', image_size: int | tuple[int, int] | None = None, opset: int = OPSET
 ) -> None:
-    """Check everything about an export that does not depend on the model.
-
-    Args:
-        path, to, image_size, opset: See `export_model`.
+    """Checks the arguments of `export_model` that do not depend on the model.
 
     Raises:
         ExportError: The format, the size or the opset is invalid, the suffix is that of another format, the folder
             does not exist, or a package is missing.
     """
-    if to not in FORMATS:
-        raise ExportError(f"There is no format '{to}': one of {', '.join(FORMATS)}.")
     path = Path(path)
+    if to not in FORMATS:
+        raise ExportError(f"There is no format '{to}': choose one of {', '.join(FORMATS)}.")
     if path.suffix.lower() in {*FORMATS.values()} - {FORMATS[to]}:
-        raise ExportError(f"'{path.name}' has the suffix of another format: {to} has {FORMATS[to]}.")
+        raise ExportError(f"'{path.name}' has the suffix of another format: use {FORMATS[to]} for {to}.")
     if path.is_dir():
-        raise ExportError(f"'{path}' is a folder: name the file to write.")
+        raise ExportError(f"'{path}' is a folder: give the name of a file.")
     if not path.absolute().parent.is_dir():
         raise ExportError(f"There is no folder '{path.absolute().parent}'.")
     sides = (image_size,) * 2 if isinstance(image_size, int) else image_size
     if sides is not None and (len(sides) != 2 or min(sides) < _MIN_SIDE):
         raise ExportError(f'An image size is a height and a width of at least {_MIN_SIDE} px, got {image_size}.')
     if to == 'onnx':
-        missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+        missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if importlib.util.find_spec(name) is None]
         if missing:
-            raise ExportError(f"This format needs {', '.join(missing)}: pip install 'cluster_zoo[onnx]'")
+            raise ExportError(f"ONNX needs {', '.join(missing)}: pip install 'cluster_zoo[onnx]'")
         import onnx
 
         if not OPSET <= opset <= onnx.defs.onnx_opset_version():
-            raise ExportError(f'Opset is one of {OPSET} to {onnx.defs.onnx_opset_version()}, got {opset}.')
+            raise ExportError(f'The opset must be from {OPSET} to {onnx.defs.onnx_opset_version()}, got {opset}.')
 
 
 def _sizes(model: nn.Module, to: str, native: tuple[int, int], image_size: int | tuple[int, int] | None) -> Sizes:
-    """Sizes that the file will take, for a model whose own size is ``native``."""
+    """Returns the sizes that the file accepts, for a model with the input size ``native``."""
     fixed = (image_size, image_size) if isinstance(image_size, int) else image_size
     if model.pretrained_cfg.get('fixed_input_size'):
         if fixed not in (None, native):
-            raise ExportError(f'This model takes only images of {Sizes(native)}: create it with the img_size you need.')
+            raise ExportError(f'This model accepts only images of {Sizes(native)}: create it with another img_size.')
         return Sizes(native)
     if fixed:
         return Sizes(fixed)
@@ -196,12 +191,12 @@ def _sizes(model: nn.Module, to: str, native: tuple[int, int], image_size: int |
                 if isinstance(module, ClusterPool) or (isinstance(module, ClusterMixer) and module.regions > 1):
                     multiple = math.lcm(multiple, info['reduction'] * module.regions)
                 if isinstance(module, ClusterMixer):
-                    # With more centers than points some centers coincide, and rounding decides which one a point joins.
+                    # With more centers than points some centers are equal, and rounding determines a point's center
                     smallest = max(smallest, info['reduction'] * module.regions * module.proposals)
     if to == 'torchscript':
         multiple = 1
     else:
-        # torch.export makes sizes of one constants: the map of the last stage needs two points a side.
+        # torch.export treats a side of one as a constant: the last feature map needs two points per side
         reduction = model.feature_info[-1]['reduction'] if getattr(model, 'feature_info', None) else _MIN_SIDE
         smallest = multiple * max(2, reduction // multiple + 1, math.ceil(smallest / multiple))
     if min(native) < smallest or any(side % multiple for side in native):
@@ -210,23 +205,23 @@ def _sizes(model: nn.Module, to: str, native: tuple[int, int], image_size: int |
 
 
 def _metadata(model: nn.Module, data: dict[str, Any], sizes: Sizes) -> dict[str, str]:
-    """What a program needs to prepare images and to name classes, with JSON for values that are not strings."""
+    """Returns the preprocessing of images and the class names, with values that are not strings as JSON."""
     cfg = model.pretrained_cfg
-    known = dict(
+    metadata = dict(
         producer=f'cluster_zoo {__version__}',
         **{key: cfg.get(key) for key in ('architecture', 'tag', 'license')},
         num_classes=model.num_classes,
         label_names=label_names({**cfg, 'num_classes': model.num_classes}),
-        # The number of channels of timm's test size is always three.
+        # timm's test size always has three channels
         input_size=(model.in_chans, *(sizes.fixed or data['input_size'][1:])),
         **{key: data[key] for key in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')},
         sizes=str(sizes),
     )
-    return {key: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for key, v in known.items() if v}
+    return {key: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for key, v in metadata.items() if v}
 
 
 class _Input(nn.Module):
-    """A model that fails on images whose sides are no multiples, where its graph would ignore the last pixels."""
+    """Raises an error for images whose sides are no multiples; the graph alone would ignore the last pixels."""
 
     def __init__(self, model: nn.Module, multiple: int):
         super().__init__()
@@ -258,16 +253,17 @@ def _write(model: nn.Module, path: Path, to: str, sizes: Sizes, metadata: dict[s
                 dynamic_shapes={'image': {0: 'batch'} if sizes.fixed else {0: 'batch', 2: 'height', 3: 'width'}},
             )
             written = program.model.opset_imports['']
-            if written != opset:  # torch.onnx keeps its own opset where it cannot convert
+            if written != opset:  # torch.onnx keeps its default opset if it cannot convert
                 raise ExportError(f'This model can not be written with opset {opset}, but with {written}.')
             program.model.metadata_props.update(metadata)
             path.write_bytes(program.model_proto.SerializeToString())  # raises for models of more than 2 GB
     except (ExportError, OSError):
         raise
-    except Exception as error:  # of any type: the compiler's, torch.export's or the model's
-        hint = '' if sizes.fixed or to == 'torchscript' else ' Name an image size for a file that takes only that one.'
-        reason = f'{_first_line(error)}{hint}'
-        raise ExportError(f'This model can not be written as {to} for images of {sizes}: {reason}') from error
+    except Exception as error:  # of any type: from the compiler, torch.export or the model
+        hint = '' if sizes.fixed or to == 'torchscript' else ' Try a file for one image size.'
+        raise ExportError(
+            f'This model can not be written as {to} for images of {sizes}: {one_line(error)}{hint}'
+        ) from error
 
 
 def _trace(model: nn.Module, sizes: Sizes) -> torch.export.ExportedProgram:
@@ -280,12 +276,12 @@ def _trace(model: nn.Module, sizes: Sizes) -> torch.export.ExportedProgram:
     image = torch.zeros(2, model.in_chans, height, width)
     program = torch.export.export(_Input(model, multiple), (image,), dynamic_shapes={'image': axes})
     for node in program.graph.nodes:
-        node.meta.pop('stack_trace', None)  # contains paths of this machine
+        node.meta.pop('stack_trace', None)  # contains paths on this machine
     return program
 
 
 def _open(path: Path, to: str) -> Callable[[Tensor], Tensor]:
-    """The file as a function from images to logits."""
+    """Returns a function that runs the file on images."""
     if to == 'torchscript':
         return torch.jit.load(path)
     if to == 'pt2':
@@ -296,20 +292,14 @@ def _open(path: Path, to: str) -> Callable[[Tensor], Tensor]:
     return lambda image: torch.from_numpy(session.run(None, {'image': image.numpy()})[0])
 
 
-def _compare(
+def _check(
     model: nn.Module, run: Callable[[Tensor], Tensor], shapes: tuple[tuple[int, int, int], ...], what: str
 ) -> tuple[float, int]:
-    """Compare the logits of a model and of its file for random images, see `Export`.
+    """Compares the logits of a model and its file for random images; returns the difference and ties of `Export`.
 
-    Rounding decides which center a point joins if it lies between two, and the logits then differ by more than the
-    tolerance. Such an image counts as a tie if the model itself gives the file's logits for the image with noise of
-    the size of rounding errors.
-
-    Returns:
-        The largest difference within the tolerance and the number of ties.
-
-    Raises:
-        ExportError: The file does not run, or it differs.
+    If a point lies between two centers, rounding errors determine which one it joins, and the logits differ by more
+    than the tolerance. An image counts as a tie if the model gives the file's logits for the image with noise of the
+    size of rounding errors.
     """
     generator = torch.Generator().manual_seed(0)
     largest, ties = 0.0, 0
@@ -322,12 +312,12 @@ def _compare(
         try:
             found = run(images)
         except Exception as error:  # of any type that the runtime raises
-            raise ExportError(f'{what} does not run on {where}: {_first_line(error)}') from error
+            raise ExportError(f'{what} does not run on {where}: {one_line(error)}') from error
         if found.shape != expected.shape:
             raise ExportError(f'{what} gives {list(found.shape)} for {where}, the model {list(expected.shape)}.')
         for image, wanted, given in zip(images.split(1), expected.split(1), found.split(1)):
             difference = (given - wanted).abs().max().item()
-            if difference <= TOLERANCE:  # false for nan
+            if difference <= TOLERANCE:  # false for NaN
                 largest = max(largest, difference)
                 continue
             noise = _ROUNDING * torch.randn(32, *image.shape, generator=generator)
@@ -338,7 +328,3 @@ def _compare(
                 )
             ties += 1
     return largest, ties
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,19 +1,20 @@
-"""Classifying images: files, folders and standard input to the classes that a model takes them for.
+"""Image classification: predicts the most probable classes of files, folders, standard input and PIL images.
 
     model = load_classifier('coc_small.in1k')
-    for result in classify(model, find_images(['photographs/', 'cat.jpg'])):
+    for result in classify(model, find_images(['photos/', 'cat.jpg'])):
         print(result.image, result.error or result.classes[0].label)
 
-An image may be anything at all: only formats of pixels are opened, sizes are limited before anything is decoded, and
-one that can not be read is a result with an error, which stops nothing.
+Images may come from untrusted sources: only pixel formats are opened, and sizes are limited before decoding. An
+unreadable image gives a result with an error, and the other images are still classified.
 """
 
+import contextlib
 import io
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,10 +34,10 @@ from .weights.metadata import label_names
 __all__ = ['Classified', 'Ranked', 'classify', 'find_images', 'load_classifier', 'read_image']
 
 STANDARD_INPUT = '-'
-MAX_BYTES = 64 * 2**20  # of standard input or of a pipe
-MAX_RATIO = 100  # of the sides: models see the middle of what is resized to their height, however long that is
+MAX_BYTES = 64 * 2**20  # of standard input or a pipe
+MAX_RATIO = 100  # of the sides: the transform resizes the short side, so a narrow image would need much memory
 
-# Formats that are nothing but pixels. EPS, which Pillow would hand to Ghostscript as the program that it is, is not.
+# Formats that contain only pixels. EPS is left out because Pillow runs it with Ghostscript.
 _FORMATS = (
     'JPEG', 'PNG', 'WEBP', 'GIF', 'TIFF', 'BMP', 'AVIF', 'JPEG2000', 'MPO', 'PPM', 'ICO', 'QOI', 'PCX', 'SGI', 'TGA',
 )  # fmt: skip
@@ -44,12 +45,12 @@ _FORMATS = (
 
 @dataclass(frozen=True)
 class Ranked:
-    """A class that an image may be of.
+    """A class and its probability.
 
     Attributes:
-        index: Of the model's output.
-        label: Its name; None where the model has none.
-        probability: After softmax over all classes, 0..1.
+        index: Index of the class in the model's output.
+        label: Name of the class; None if the model has no class names.
+        probability: Softmax probability, 0 .. 1.
     """
 
     index: int
@@ -59,12 +60,12 @@ class Ranked:
 
 @dataclass(frozen=True)
 class Classified:
-    """What became of an image.
+    """Result of one image.
 
     Attributes:
-        image: The file, ``-``, or the image itself where that is what was given.
-        classes: The most probable first; empty if the image could not be read.
-        error: Why it could not be read, else None.
+        image: The file name, ``-`` for standard input, or the given PIL image.
+        classes: The most probable classes in descending order; empty if the image is not readable.
+        error: Why the image is not readable, or None.
     """
 
     image: str | Image.Image
@@ -73,89 +74,89 @@ class Classified:
 
 
 def load_classifier(name: str, device: torch.device | str = 'cpu') -> nn.Module:
-    """A pretrained model, ready to classify.
+    """Loads a pretrained classifier in evaluation mode.
 
     Args:
         name: See `load_model`.
-        device: Where it is to run.
+        device: Device to run on.
 
     Raises:
-        OptionError: It has no classes.
+        OptionError: The model has no classes.
         CheckpointError: See `load_model`.
     """
     model = load_model(name)
     if model.num_classes < 1:
-        raise OptionError(f"'{name}' has features but no classes: it can not classify.")
+        raise OptionError(f"'{name}' has no classes: choose a model with a classifier.")
     return model.to(device).eval()
 
 
 def find_images(sources: Iterable[str | Path]) -> list[str | Classified]:
-    """The images that files, folders and ``-`` (standard input) stand for.
+    """Lists the images of files, folders and ``-`` (standard input).
 
     Args:
-        sources: A folder stands for the images in it and below it, in the order of their paths, told by their
-            extensions and without hidden ones; everything else stands for itself.
+        sources: Files are listed whatever their extension. Folders are searched recursively for image extensions, in
+            the order of the paths, without hidden files and folders.
 
     Returns:
-        Names for `read_image`, and in their places results with errors, for sources that stand for no image.
+        Names for `read_image`. A source without an image gives a result with an error in its place.
     """
     images: list[str | Classified] = []
     for source in map(os.fspath, sources):
         if os.path.isdir(source):
-            images += _below(source) or [Classified(source, error='no image in this folder')]
+            images += _images_in_folder(source) or [Classified(source, error='no image in this folder')]
         elif source == STANDARD_INPUT or os.path.exists(source):
             images.append(source)
         elif re.match('[a-z][a-z0-9+.-]+://', source, re.IGNORECASE):
-            error = 'addresses are not read: download the image first, for example with curl, and give the file'
+            error = 'addresses are not supported: download the image first, for example with curl, and give the file'
             images.append(Classified(source, error=error))
         else:
             images.append(Classified(source, error='no such file or folder'))
     return images
 
 
-def _below(folder: str) -> list[str | Classified]:
+def _images_in_folder(folder: str) -> list[str | Classified]:
     Image.init()
     extensions = {name for name, format in Image.registered_extensions().items() if format in _FORMATS}
-    found, refused = [], []
-    for root, folders, files in os.walk(folder, onerror=refused.append):
+    paths, errors = [], []
+    for root, folders, files in os.walk(folder, onerror=errors.append):
         folders[:] = [name for name in folders if not name.startswith('.')]
-        found += [
+        paths += [
             Path(root, name) for name in files if Path(name).suffix.lower() in extensions and not name.startswith('.')
         ]
-    errors = [Classified(str(error.filename), error=_reason(error)) for error in refused]
-    return [str(path) for path in sorted(found, key=lambda path: path.parts)] + errors
+    images = [str(path) for path in sorted(paths, key=lambda path: path.parts)]
+    return images + [Classified(str(error.filename), error=_reason(error)) for error in errors]
 
 
 def read_image(name: str) -> Image.Image:
-    """An image as it is looked at: upright, in RGB, of the first frame.
+    """Reads an image as RGB.
 
-    The orientation that a camera noted is applied, transparency is laid over white, and channels of 16 bits are scaled
-    to 8. Colour profiles are not applied, as in training.
+    Applies the orientation of the EXIF metadata, blends transparent pixels with white, scales 16-bit channels to 8 bits
+    and returns the first of several frames. Color profiles are ignored, as in training.
 
     Args:
         name: A file, or ``-`` for standard input.
 
     Raises:
-        ImageError: It can not be had, is no image, is damaged or too large.
+        ImageError: The file is missing, not an image, damaged or too large.
     """
     try:
         if name == STANDARD_INPUT:
-            return _decode(io.BytesIO(_read_all(sys.stdin.buffer, 'standard input')))
+            return _decode(io.BytesIO(_read_stream(sys.stdin.buffer, 'standard input')))
         with open(name, 'rb') as file:
-            # What is no plain file, such as the shell's <(...), can be read but once
-            return _decode(file if file.seekable() else io.BytesIO(_read_all(file, 'this pipe')))
+            # A pipe, such as the shell's <(...), can be read only once.
+            return _decode(file if file.seekable() else io.BytesIO(_read_stream(file, 'the pipe')))
     except ImageError:
         raise
-    except Exception as error:  # a damaged file fails anywhere in a decoder, with any error
+    except Exception as error:  # decoders raise many types of errors for damaged files
         raise ImageError(_reason(error)) from error
 
 
-def _read_all(stream: BinaryIO, what: str) -> bytes:
+def _read_stream(stream: BinaryIO, name: str) -> bytes:
     if stream.isatty():
-        raise ImageError('standard input is a terminal: pipe an image into it')
+        raise ImageError('standard input is a terminal: pipe an image into the command')
     content = stream.read(MAX_BYTES + 1)
     if not content:
-        raise ImageError(f'{what} was empty')
+        raise ImageError(f'{name} is empty')
     if len(content) > MAX_BYTES:
         raise ImageError(f'more than {MAX_BYTES // 2**20} MB')
     return content
@@ -164,44 +165,35 @@ def _read_all(stream: BinaryIO, what: str) -> bytes:
 def _decode(file: BinaryIO) -> Image.Image:
     Image.init()
     with warnings.catch_warnings():
-        # Of odd metadata, and of large images: Pillow refuses those of more than 179 million pixels
+        # Pillow warns about odd metadata and large images. It raises an error above 179 million pixels.
         warnings.simplefilter('ignore')
         try:
             image = Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
         except Image.UnidentifiedImageError as error:
-            raise ImageError('not an image, or of a format that is not read') from error
+            raise ImageError('not an image, or an unsupported format') from error
         image.load()
-        return _rgb(_upright(image))
+        with contextlib.suppress(Exception):  # an image with damaged metadata is still readable
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith('I') or image.mode == 'F':
+            image = _to_8_bits(image)
+        if image.has_transparency_data:
+            image = image.convert('RGBA')
+            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+        return image.convert('RGB')
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # the metadata is damaged, the image is not
-        return image
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith('I') or image.mode == 'F':
-        image = _eight_bits(image)
-    if image.has_transparency_data:
-        image = image.convert('RGBA')
-        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
-    return image.convert('RGB')
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Integers of 16 bits and floats of 0..1 as a gray image; Pillow would cut both off at 255."""
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scales 16-bit integers and floats in 0 .. 1 to 8 bits, where Pillow would clip both at 255."""
     pixels = torch.frombuffer(bytearray(image.convert('F').tobytes()), dtype=torch.float32)
     low, high = pixels.aminmax()
     scale = 1 if image.mode == 'F' else 65535
-    if not 0 <= low <= high <= scale:  # NaN as well
-        raise ImageError(f'gray values of {low:g} to {high:g}, where 0 to {scale} was expected')
+    if not 0 <= low <= high <= scale:  # false for NaN
+        raise ImageError(f'gray values from {low:g} to {high:g}, expected 0 to {scale}')
     return Image.frombytes('L', image.size, (pixels * (255 / scale)).round().to(torch.uint8).numpy().tobytes())
 
 
-def _reason(error: object) -> str:
-    """An error in one line."""
+def _reason(error: Exception) -> str:
+    """Returns the message of an error in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return shorten(str(error), 400, placeholder=' ...') or type(error).__name__
@@ -214,26 +206,25 @@ def classify(
     top: int = 5,
     batch_size: int = 32,
 ) -> Iterator[Classified]:
-    """What a model takes images for, each resized and cropped as in the model's validation.
+    """Classifies images with the model's evaluation transform.
 
     Args:
         model: A classifier of timm or of this package, in evaluation mode, see `load_classifier`.
-        images: From `find_images`, or images that were opened already; results among them are passed on.
-        top: Classes of each image.
-        batch_size: Images that the model sees at once.
+        images: Names from `find_images`, or PIL images. Results among them are passed through.
+        top: Number of classes per image.
+        batch_size: Images per batch.
 
     Yields:
-        A result for each image, in their order, unreadable ones included.
+        A result for each image in the same order, including unreadable ones.
 
     Raises:
-        OptionError: The model takes other images than those of one or three channels.
+        OptionError: The model expects images with other than one or three channels.
     """
-    config = resolve_model_data_config(model, use_test_size=True)
-    channels = resolve_model_data_config(model)['input_size'][0]  # timm's sizes for testing always say three
+    channels = resolve_model_data_config(model)['input_size'][0]  # test sizes of timm always have three channels
     mode = {1: 'L', 3: 'RGB'}.get(channels)
     if mode is None:
-        raise OptionError(f'the model takes images of {channels} channels: only 1 or 3 can be read')
-    transform = create_transform(**config)
+        raise OptionError(f'The model expects images with {channels} channels: choose a model for 1 or 3 channels.')
+    transform = create_transform(**resolve_model_data_config(model, use_test_size=True))
     labels = label_names({**model.pretrained_cfg, 'num_classes': model.num_classes})
     device = next(model.parameters()).device
 
@@ -243,7 +234,7 @@ def classify(
         try:
             pixels = (image if isinstance(image, Image.Image) else read_image(image)).convert(mode)
             if max(pixels.size) > MAX_RATIO * min(pixels.size):
-                raise ImageError(f'{pixels.width} x {pixels.height} pixels are too narrow to be classified')
+                raise ImageError(f'too narrow: {pixels.width} x {pixels.height} pixels')
             return transform(pixels)
         except ImageError as error:
             return Classified(image, error=str(error))
@@ -252,13 +243,12 @@ def classify(
     while batch := list(islice(images, batch_size)):
         prepared = [prepare(image) for image in batch]
         inputs = [image for image in prepared if isinstance(image, Tensor)]
-        ranked = iter(_rank(model(torch.stack(inputs).to(device)), top, labels) if inputs else ())
-        for name, image in zip(batch, prepared):
-            yield image if isinstance(image, Classified) else Classified(name, next(ranked))
-
-
-def _rank(logits: Tensor, top: int, labels: Sequence[str] | None) -> Iterator[tuple[Ranked, ...]]:
-    """The ``top`` classes of logits [B, K] for each image."""
-    probabilities, indices = logits.float().softmax(-1).topk(min(top, logits.shape[-1]))
-    for row in zip(indices.tolist(), probabilities.tolist()):
-        yield tuple(Ranked(index, labels[index] if labels else None, value) for index, value in zip(*row))
+        ranked = iter(())
+        if inputs:
+            probability = model(torch.stack(inputs).to(device)).float().softmax(-1)
+            ranked = zip(*(x.tolist() for x in probability.topk(min(top, probability.shape[-1]))))
+        for image, result in zip(batch, prepared):
+            if isinstance(result, Tensor):
+                classes = (Ranked(index, labels[index] if labels else None, p) for p, index in zip(*next(ranked)))
+                result = Classified(image, tuple(classes))
+            yield result

@@ -1,7 +1,7 @@
-"""New classes for a nearest-centroid model without training: their centroids are found among a few labelled images.
+"""Few-shot transfer: new classes for a nearest-centroid model from a few labeled images, without training.
 
-Nothing of a nearest-centroid head but the centroids belongs to its classes, so the rest of a trained model serves any
-others ('Visual Recognition with Deep Nearest Centroids', section 4.2, transfers whole classifiers for this reason).
+Only the centroids of a nearest-centroid head depend on its classes, so the rest of a trained model can be used for any
+other classes ('Visual Recognition with Deep Nearest Centroids', section 4.2, transfers classifiers in the same way).
 """
 
 from collections.abc import Callable
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .features import IndexedImages, eval_mode, eval_transform, iterate_features
-from .layers.nearest_centroid import balanced_assignment, centroid_head, normalize, update_centroids
+from .layers.centroid_learning import balanced_assignment, normalize, update_centroids
+from .layers.nearest_centroid import centroid_head
 from .models.dnc import NearestCentroidMixin
 
 __all__ = ['class_centroids', 'embed_dataset', 'fit_centroids']
@@ -27,38 +28,46 @@ def embed_dataset(
     num_workers: int = 0,
     transform: Callable[[Image.Image], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Unit features [N, D] and classes [N] of a dataset, as centroids are compared with: float32, on the CPU.
+    """Computes the normalized features of a dataset, which the head compares with its centroids.
 
     Args:
         model: A model that ends in a `NearestCentroidHead`.
-        dataset: PIL images and classes; a ``transform`` that it has is not used.
-        batch_size: Images at a time.
-        num_workers: Processes that read images; 0 for none beside this one.
-        transform: From a PIL image to the model's input [C, H, W]; timm's for evaluation of this model if None.
+        dataset: Map-style dataset of PIL images and labels. Its own ``transform`` is not used.
+        batch_size: Images per batch.
+        num_workers: Worker processes that read images; 0 reads them in this process.
+        transform: From a PIL image to the model's input [C, H, W]; timm's evaluation transform of the model by default.
+
+    Returns:
+        Normalized features, float32 [N, D], and labels, int64 [N], both on the CPU.
 
     Raises:
-        ValueError: The model has no centroid head, or the dataset no readable images.
+        ValueError: The model has no centroid head, or the dataset has no readable images.
     """
     head, images = centroid_head(model), IndexedImages(dataset, transform or eval_transform(model))
-    loading = dict(batch_size=batch_size, num_workers=num_workers)
+    loader_kwargs = dict(batch_size=batch_size, num_workers=num_workers)
     with eval_mode(model):
-        batches = [(head.embed(x).float().cpu(), target) for _, x, target in iterate_features(model, images, loading)]
+        batches = [
+            (head.embed(features).float().cpu(), target)
+            for _, features, target in iterate_features(model, images, loader_kwargs)
+        ]
     features, labels = zip(*batches)
     return torch.cat(features), torch.cat(labels)
 
 
 def class_centroids(features: Tensor, labels: Tensor, num_classes: int, sub_centroids: int, rounds: int = 10) -> Tensor:
-    """Centroids of labelled features: each class shared evenly among its sub-centroids, the mean direction of each.
+    """Computes the centroids of labeled features.
 
-    The assignment and the update of training (section 3.2), without momentum and repeated until they agree or `rounds`
-    are over. They start from the first images of a class; a class with fewer has some of its centroids twice.
+    Shares the features of each class evenly among its sub-centroids, which become the mean directions of their
+    features. This is the assignment and the update of training (section 3.2) without momentum, repeated until the
+    assignment is stable. The first images of a class initialize its sub-centroids; a class with fewer images than
+    sub-centroids repeats them.
 
     Args:
         features: Unit vectors [M, D].
-        labels: Classes 0 .. K - 1, int64 [M], at least one sample of each.
-        num_classes: K.
-        sub_centroids: k.
-        rounds: The most repetitions.
+        labels: Labels 0 .. K - 1, int64 [M], at least one feature of each class.
+        num_classes: Number of classes K.
+        sub_centroids: Number of sub-centroids per class k.
+        rounds: Maximum number of iterations.
 
     Returns:
         Unit vectors [K, k, D].
@@ -66,14 +75,13 @@ def class_centroids(features: Tensor, labels: Tensor, num_classes: int, sub_cent
     order = labels.argsort(stable=True)
     count = labels.bincount(minlength=num_classes)
     first = count.cumsum(0) - count
-    turn = torch.arange(sub_centroids, device=labels.device) % count.unsqueeze(1)
-    centroids = normalize(features[order[first.unsqueeze(1) + turn]])
+    offset = torch.arange(sub_centroids, device=labels.device) % count.unsqueeze(1)
+    centroids = normalize(features[order[first.unsqueeze(1) + offset]])
     assigned = None
     for _ in range(rounds):
-        cosines = (features @ each.T for each in centroids.unbind(1))
-        own = torch.cat([of_all.gather(1, labels.unsqueeze(1)) for of_all in cosines], dim=1)
-        before, assigned = assigned, balanced_assignment(own, labels, num_classes)
-        if before is not None and torch.equal(before, assigned):
+        similarity = [(features @ each.T).gather(1, labels.unsqueeze(1)) for each in centroids.unbind(1)]
+        previous, assigned = assigned, balanced_assignment(torch.cat(similarity, dim=1), labels, num_classes)
+        if previous is not None and torch.equal(previous, assigned):
             break
         centroids = update_centroids(centroids, features, labels, assigned, momentum=0.0)
     return centroids
@@ -87,19 +95,20 @@ def fit_centroids(
     num_workers: int = 0,
     transform: Callable[[Image.Image], Tensor] | None = None,
 ) -> None:
-    """Give a trained model the classes of a dataset: a head with their centroids, everything else as it was.
+    """Replaces the classes of a trained model by those of a dataset: a new head with their centroids.
 
-    The new ``mask_norm`` has the mean scale of the old one for all classes, so that logits keep their range.
+    The backbone and the feature norm stay unchanged. The new ``mask_norm`` uses the mean scale of the old one for all
+    classes, so that logits keep their range.
 
     Args:
-        model: A `dnc_*` model, or one of `cluster_zoo.nearest_centroid`; its classes are replaced.
-        dataset: PIL images and classes 0 .. K - 1, a few images of each.
-        sub_centroids: Of each class; one measures best with few images.
+        model: A `dnc_*` model, or a model of `cluster_zoo.nearest_centroid`. It is modified in place.
+        dataset: Map-style dataset of PIL images and labels 0 .. K - 1, a few images per class.
+        sub_centroids: Sub-centroids per class. 1 is the most accurate with few images.
         batch_size, num_workers, transform: See `embed_dataset`.
 
     Raises:
-        ValueError: The model has no centroids, ``sub_centroids`` is not positive, or a class below the largest has no
-            readable image. The model is then unchanged.
+        ValueError: The model has no centroids, ``sub_centroids`` is not positive, or a class below the largest label
+            has no readable image. The model stays unchanged.
     """
     if not isinstance(model, NearestCentroidMixin):
         raise ValueError(f'{type(model).__name__} has no centroid head to replace: expected a dnc_* model.')
@@ -107,9 +116,9 @@ def fit_centroids(
         raise ValueError(f'sub_centroids must be at least 1, got {sub_centroids}.')
     features, labels = embed_dataset(model, dataset, batch_size, num_workers, transform)
     count = labels.bincount().tolist()
-    empty = [str(index) for index, images in enumerate(count) if not images]
+    empty = [str(label) for label, images in enumerate(count) if not images]
     if empty:
-        raise ValueError(f'{len(empty)} of {len(count)} classes have no image: {", ".join(empty[:4])}.')
+        raise ValueError(f'{len(empty)} of {len(count)} classes have no image: {", ".join(empty[:4])}. Add images.')
     old = model.get_classifier()
     model.sub_centroids = sub_centroids
     model.reset_classifier(len(count))

@@ -9,10 +9,10 @@ from .models.segmenter import create_segmenter
 
 
 def markdown_table(filter: str = '') -> str:
-    """The published systems as a markdown table, parameters counted (auxiliary heads are left out, they only train).
+    """Returns a markdown table of the published systems. Parameters are counted without auxiliary heads.
 
     Args:
-        filter: As in `list_segmenters`.
+        filter: See `list_segmenters`.
     """
     rows = [
         '| name | head | backbone | dataset | parameters, M | published mIoU, % | multi-scale and flip, % |',
@@ -22,11 +22,11 @@ def markdown_table(filter: str = '') -> str:
         with torch.device('meta'):
             model = create_segmenter(config.name, auxiliary=False)
         parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-        backbone = config.backbone.split('.')[0]
-        figures = ['' if figure is None else str(figure) for figure in (config.miou, config.miou_ms)]
+        backbone = config.backbone.partition('.')[0]
+        miou, miou_ms = ('' if value is None else value for value in (config.miou, config.miou_ms))
         rows.append(
-            f'| `{config.name}` | {config.head} | `{backbone}` | {config.dataset} | {parameters:.2f} | '
-            f'{" | ".join(figures)} |'
+            f'| `{config.name}` | {config.head} | `{backbone}` | {config.dataset} | {parameters:.2f} | {miou} | '
+            f'{miou_ms} |'
         )
     return '\n'.join(rows)
 
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument('filter', nargs='?', default='', help="pattern of names, such as '*coc*' (default: all)")
     args = parser.parse_args()
     if not list_segmenters(args.filter):
-        parser.error(f'no published system has a name like {args.filter!r}; a * stands for any part of a name')
+        parser.error(f'no published system matches {args.filter!r}; * matches any part of a name')
     print(markdown_table(args.filter))
 
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Measure how well a model labels the pixels of a dataset, and how fast it is.
+"""Measure accuracy and speed of a segmenter: ``segmentation/validate.py`` and ``cluster-zoo segment validate``.
 
     python segmentation/validate.py DATA --checkpoint output/segmentation/NAME/model_best.pth.tar
     python segmentation/validate.py DATA --segmenter condnet_r50_ade20k --checkpoint FILE --scales 0.75 1 1.25 --flip
     torchrun --nproc-per-node=4 segmentation/validate.py DATA --checkpoint FILE --mode slide --crop 512 --stride 342
 
-A checkpoint of segmentation/train.py knows its model, its dataset and how it is tested; options win over it. Read from
-the bottom up: `main`, `measure`, and `prepare`, which builds what is measured.
+A checkpoint of ``segmentation/train.py`` contains the options of its model, dataset and test; flags have priority. Read
+this file from the bottom up: `main`, `measure`, and `prepare`, which builds the model and the dataset.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Started as a file, its own folder would be searched for modules, whose names are also others'.
+# Python puts the folder of a script on the import path; its modules must not hide others.
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
@@ -29,46 +29,50 @@ import torch
 import torch.distributed as dist
 from timm import utils
 
-from cluster_zoo.errors import CheckpointError, DataError, OptionError
-from cluster_zoo.training import build
-from cluster_zoo.training.options import Parser, available_workers
+from cluster_zoo.errors import OptionError, UserError, print_error
+from cluster_zoo.training.engine import run_options
+from cluster_zoo.training.options import add_device_options
+from cluster_zoo.training.parser import Parser
+from cluster_zoo.training.runtime import available_workers, build_precision, option_errors, set_up_device
 from cluster_zoo.weights import load_checkpoint, read_checkpoint
 from segmentation import Segmenter, create_segmenter, segmenter_config
 from segmentation.data.datasets import SegmentationDataset, create_dataset
-from segmentation.data.transforms import eval_transform
 from segmentation.engine import inference, options
+from segmentation.engine.build import build_eval_transform
 from segmentation.engine.evaluation import evaluate
 from segmentation.engine.metrics import table
 from segmentation.engine.overlays import OverlayWriter
 
+__all__ = ['main']
 
-def parser() -> Parser:
-    """The script's options."""
+
+def validate_parser(prog: str = 'segmentation/validate.py') -> Parser:
+    """Returns the parser of this script."""
     parser = Parser(
-        prog='validate.py',
+        prog=prog,
         usage='%(prog)s DATA [options]',
         description='Measure intersection over union, accuracy and speed of a segmentation model.',
     )
     group = options.add_data_options(parser)
-    group.add_argument('--split', default='val', metavar='NAME', help='split to measure on (default: val)')
+    group.add_argument('--split', default='val', metavar='NAME', help='split to evaluate (default: val)')
     group = options.add_model_options(parser)
-    group.add_argument('--checkpoint', metavar='FILE', help="weights: of train.py, or a published system's")
-    group.add_argument('--use-ema', action='store_true', help='take the averaged weights where the file has both')
+    group.add_argument('--checkpoint', metavar='FILE', help='weights: of train.py, or the released ones of a system')
+    group.add_argument('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
     group = options.add_test_options(parser, prefix='')
     add = group.add_argument
     add('--scales', type=float, nargs='+', default=[1.0], metavar='F', help='average over these scales (default: 1)')
-    add('--flip', action='store_true', help='average with the mirrored image')
-    group = options.add_runtime_options(parser)
-    group.add_argument('-b', '--batch-size', type=int, default=8, metavar='N', help='images in a batch (default: 8)')
+    add('--flip', action='store_true', help='horizontal-flip test-time augmentation')
+    group = add_device_options(parser)
+    group.add_argument('-b', '--batch-size', type=int, default=8, metavar='N', help='batch size (default: 8)')
     add = parser.add_argument_group('results').add_argument
-    add('--results-file', metavar='FILE', help='write the results here, as JSON')
-    add('--overlays', metavar='DIR', help='draw predictions over their photographs, into this folder')
-    add('--num-overlays', type=int, default=4, metavar='N', help='so many of them (default: 4)')
+    add('--results-file', metavar='FILE', help='write the results to this JSON file')
+    add('--overlays', metavar='DIR', help='draw predictions over their images, into this folder')
+    add('--num-overlays', type=int, default=4, metavar='N', help='number of images to draw (default: 4)')
     return parser
 
 
 def saved_options(path: str) -> dict[str, Any]:
-    """Options of the training run that a checkpoint comes from; empty for weights alone.
+    """Returns the options of the training run that wrote a checkpoint; empty for a file of weights only.
 
     Raises:
         CheckpointError: The file cannot be read.
@@ -79,12 +83,12 @@ def saved_options(path: str) -> dict[str, Any]:
     return saved if isinstance(saved, dict) else {}
 
 
-def settle(args: argparse.Namespace) -> None:
-    """Sets what was not given: from the checkpoint's run, unless another model is named, or the published system."""
+def complete_options(args: argparse.Namespace) -> None:
+    """Sets options that are not given: from the checkpoint, unless another model is named, or the published system."""
     if not args.data:
         raise OptionError('no data given: name the folder of the dataset, or its .tar')
     if not args.checkpoint:
-        raise OptionError('no --checkpoint given: figures of random weights mean nothing')
+        raise OptionError('no --checkpoint given: random weights cannot be evaluated')
     saved = saved_options(args.checkpoint)
     if not (args.segmenter or args.head):
         options.fill(args, saved, (*options.MODEL_OPTIONS, *options.TEST_OPTIONS))
@@ -94,125 +98,101 @@ def settle(args: argparse.Namespace) -> None:
     args.dataset = args.dataset or 'folder'
 
 
-def set_up(args: argparse.Namespace) -> None:
-    """Device and processes."""
-    args.device = args.device or build.default_device()
-    with build.option_errors(f'--device {args.device}'):
-        torch.zeros(1, device=args.device)
-    if args.device.startswith('cuda'):
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    utils.init_distributed_device(args)
-    if 'workers' not in args.given:
-        args.workers = available_workers(args.workers)
-    if args.batch_size < 1 or args.workers < 0 or args.num_overlays < 0:
-        raise OptionError('--batch-size must be at least 1, --workers and --num-overlays at least 0')
-
-
-def build_dataset(args: argparse.Namespace) -> SegmentationDataset:
-    """The split to measure on, its images as the model wants them."""
-    normalisation = {name: getattr(args, name) for name in ('mean', 'std') if getattr(args, name) is not None}
-    with build.option_errors('test images'):
-        transform = eval_transform(args.test_scale, args.test_multiple, args.scales, **normalisation)
-    return create_dataset(
-        args.dataset,
-        args.data,
-        args.split,
-        transform,
-        num_classes=args.num_classes,
-        remap=options.label_remap(args),
-        workers=max(1, args.workers),
-    )
-
-
 def build_model(args: argparse.Namespace, dataset: SegmentationDataset) -> Segmenter:
-    """The model with its weights, without the head that only training needs, on the device."""
+    """Builds the model with its weights on the device, without the auxiliary head."""
     if args.num_classes is None and not args.segmenter:
         args.num_classes = len(dataset.classes)
     arguments = options.model_options(args)
-    with build.option_errors('model'):
+    with option_errors('model', TypeError):
         model = create_segmenter(**arguments)
         load_checkpoint(model, args.checkpoint, args.use_ema)
     if model.num_classes != len(dataset.classes):
         raise OptionError(
-            f'the model tells {model.num_classes} classes apart, {args.dataset} has {len(dataset.classes)}: give the '
-            '--dataset that it was trained for'
+            f'the model has {model.num_classes} classes, {args.dataset} has {len(dataset.classes)}: give the --dataset '
+            'that the model was trained for'
         )
     model.auxiliary = None
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     return model.to(device=args.device, memory_format=memory_format)
 
 
-def build_overlays(args: argparse.Namespace, dataset: SegmentationDataset) -> OverlayWriter | None:
-    """What draws predictions, if `--overlays` names a folder for them."""
-    if not args.overlays:
-        return None
-    with build.option_errors(f'--overlays {args.overlays}'):
-        return OverlayWriter(dataset, args.overlays, args.num_overlays)
-
-
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
-    """Builds what the options say, as arguments of `evaluate`."""
-    set_up(args)
-    settle(args)
+    """Builds the arguments of `evaluate` from the options."""
+    set_up_device(args)
+    utils.init_distributed_device(args)
+    if 'workers' not in args.given:
+        args.workers = available_workers(args.workers)
+    if args.batch_size < 1 or args.workers < 0 or args.num_overlays < 0:
+        raise OptionError('--batch-size must be at least 1, --workers and --num-overlays at least 0')
+    complete_options(args)
     protocol = options.test_protocol(args) | dict(flip=args.flip)
-    with build.option_errors('test'):
+    with option_errors('test'):
         inference.check(protocol['mode'], protocol.get('crop'), protocol.get('stride'))
-    dataset = build_dataset(args)
+    dataset = create_dataset(
+        args.dataset,
+        args.data,
+        args.split,
+        build_eval_transform(args, args.scales),
+        num_classes=args.num_classes,
+        remap=options.label_remap(args),
+        workers=max(1, args.workers),
+    )
+    model, overlays = build_model(args, dataset), None
+    if args.overlays:
+        with option_errors(f'--overlays {args.overlays}'):
+            overlays = OverlayWriter(dataset, args.overlays, args.num_overlays)
     return dict(
-        model=build_model(args, dataset),
+        model=model,
         dataset=dataset,
         device=args.device,
-        autocast=build.build_precision(args)[0],
+        autocast=build_precision(args)[0],
         protocol=protocol,
         batch_size=args.batch_size,
         workers=args.workers,
         rank=args.rank,
         world_size=args.world_size,
-        overlays=build_overlays(args, dataset),
+        overlays=overlays,
     )
 
 
 def measure(prepared: dict[str, Any]) -> dict[str, Any]:
-    """Goes over the split once.
+    """Evaluates the model on the split.
 
     Returns:
-        The figures of `evaluate`, ``parameters`` in millions, and on a GPU the most ``memory`` that was in use, in MiB.
+        The metrics of `evaluate`, ``parameters`` in millions, and on a GPU the peak ``memory`` in MiB.
     """
     device = torch.device(prepared['device'])
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        figures = evaluate(**prepared)
+        metrics = evaluate(**prepared)
     except torch.OutOfMemoryError as error:
         raise OptionError(f'out of memory with batches of {prepared["batch_size"]}: lower --batch-size') from error
-    figures['parameters'] = sum(parameter.numel() for parameter in prepared['model'].parameters()) / 1e6
+    metrics['parameters'] = sum(parameter.numel() for parameter in prepared['model'].parameters()) / 1e6
     if device.type == 'cuda':
-        figures['memory'] = torch.cuda.max_memory_allocated(device) / 2**20
-    return figures
+        metrics['memory'] = torch.cuda.max_memory_allocated(device) / 2**20
+    return metrics
 
 
-def report(args: argparse.Namespace, figures: dict[str, Any]) -> None:
-    """Prints the figures, and writes them with the options to `--results-file`."""
-    print(table(figures))
-    memory = f', {figures["memory"]:.0f} MiB' if 'memory' in figures else ''
+def report(args: argparse.Namespace, metrics: dict[str, Any]) -> None:
+    """Prints the metrics and writes them, with the options, to ``--results-file``."""
+    print(table(metrics))
+    memory = f', {metrics["memory"]:.0f} MiB' if 'memory' in metrics else ''
     print(
-        f'{figures["images"]} images, {figures["images_per_second"]:.2f} images/s, '
-        f'{figures["parameters"]:.2f} M parameters{memory}'
+        f'{metrics["images"]} images, {metrics["images_per_second"]:.2f} images/s, '
+        f'{metrics["parameters"]:.2f} M parameters{memory}'
     )
     if args.results_file:
-        process = ('given', 'distributed', 'world_size', 'rank', 'local_rank')
-        given = {name: value for name, value in vars(args).items() if name not in process}
-        with build.option_errors(f'--results-file {args.results_file}'):
+        with option_errors(f'--results-file {args.results_file}'):
             path = Path(args.results_file)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(_rounded(figures) | dict(options=given), indent=4) + '\n')
+            path.write_text(json.dumps(_rounded(metrics) | dict(options=run_options(args)), indent=4) + '\n')
 
 
-def _rounded(figures: dict[str, Any]) -> dict[str, Any]:
-    """For JSON, which has no nan."""
+def _rounded(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Rounds for JSON, which has null instead of NaN."""
     rounded = {}
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if isinstance(value, dict):
             value = _rounded(value)
         elif isinstance(value, float):
@@ -221,26 +201,27 @@ def _rounded(figures: dict[str, Any]) -> dict[str, Any]:
     return rounded
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = 'segmentation/validate.py') -> int:
     """Runs the script.
 
     Args:
-        argv: Arguments without the script's name; `sys.argv[1:]` when None.
+        argv: Arguments without the program's name; ``sys.argv[1:]`` if None.
+        prog: Name of the program in messages.
 
     Returns:
-        The exit status: 0, or 2 after a mistake of the user's.
+        The exit status: 0, or 2 for an error of the user.
     """
     prepared = None
     try:
-        args = parser().resolve(argv)
+        args = validate_parser(prog).resolve(argv)
         prepared = prepare(args)
-        figures = measure(prepared)
+        metrics = measure(prepared)
         if utils.is_primary(args):
-            report(args, figures)
-    except (OptionError, DataError, CheckpointError) as error:
-        # Before the first image, all processes make the same mistake.
+            report(args, metrics)
+    except UserError as error:
+        # Before the first image, all processes raise the same error.
         if prepared is not None or os.environ.get('LOCAL_RANK', '0') == '0':
-            print(f'error: {error}', file=sys.stderr)
+            print_error(error)
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -1,10 +1,10 @@
-"""What runs leave behind, compared."""
+"""Comparison of checkpoints."""
 
 import torch
 
 
 def assert_same(a, b):
-    """Equal to the bit, whatever the nesting."""
+    """Asserts that two nested values are bitwise equal."""
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b)

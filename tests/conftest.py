@@ -1,4 +1,4 @@
-"""Fixtures of the script tests: the scripts as modules, and a few small images to run them on."""
+"""Fixtures that several test files share: the training scripts, a few images, an empty cache."""
 
 import os
 import tempfile
@@ -6,15 +6,14 @@ import tempfile
 import numpy as np
 import pytest
 import torch
-from parity_cases import save_published
+from parity_cases import save_released
 from PIL import Image
-from processes import script
 
 if not torch.cuda.is_available():
     os.environ.setdefault('TRITON_INTERPRET', '1')  # before anything imports Triton, as timm does
 
 
-# What is in the cache of whoever runs the tests is none of the tests' business, and no test asks the network.
+# Tests do not use the cache of the user, nor the network.
 os.environ['CLUSTER_ZOO_HOME'] = os.path.join(tempfile.gettempdir(), 'cluster_zoo-tests-have-no-cache')
 os.environ['CLUSTER_ZOO_AUTHORS'] = '0'
 os.environ.pop('CLUSTER_ZOO_HUB', None)
@@ -22,12 +21,16 @@ os.environ.pop('CLUSTER_ZOO_HUB', None)
 
 @pytest.fixture(scope='session')
 def train():
-    return script('train')
+    from cluster_zoo.training import train
+
+    return train
 
 
 @pytest.fixture(scope='session')
 def validate():
-    return script('validate')
+    from cluster_zoo.training import validate
+
+    return validate
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture(scope='session')
 def published_file(tmp_path_factory):
     """Weights of coc_tiny in a file as its authors publish them."""
-    return save_published('coc_tiny', tmp_path_factory.mktemp('published') / 'model_best.pth.tar')
+    return save_released('coc_tiny', tmp_path_factory.mktemp('published') / 'model_best.pth.tar')
 
 
 @pytest.fixture(scope='session')

@@ -1,4 +1,4 @@
-"""Google Drive as gdown meets it: a proxy that answers for Google's hosts itself, and reaches nothing else."""
+"""A simulated Google Drive for gdown: a proxy that responds in place of Google's hosts and connects to no other."""
 
 import email.utils
 import ssl
@@ -33,17 +33,17 @@ PERMISSION_DENIED = dict(
 
 
 class DriveServer(FaultyServer):
-    """Google Drive. Faults go by the id of a file or a folder.
+    """Simulated Google Drive. Failures are selected by the id of a file or a folder.
 
     Attributes:
-        scanned_size: Files above it ask for a confirmation, because they were not scanned for viruses.
+        scanned_size: Larger files are not scanned for viruses and need a confirmation.
     """
 
     def __init__(self, folder: Path, scanned_size: int = 1 << 20) -> None:
-        """``folder`` is for the certificate that clients have to trust."""
+        """Writes the certificate that clients have to trust to ``folder``."""
         super().__init__(_DriveHandler)
         self.scanned_size = scanned_size
-        self.folders: dict[str, tuple[str, list[str]]] = {}  # id -> name, ids of what is in it
+        self.folders: dict[str, tuple[str, list[str]]] = {}  # id -> name, ids of its content
         self.files: dict[str, tuple[str, bytes, str]] = {}  # id -> name, content, date
         authority = trustme.CA()
         self._certificates = folder / 'authority.pem'
@@ -53,27 +53,27 @@ class DriveServer(FaultyServer):
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client's environment has to say."""
+        """Environment variables of a client."""
         url = f'http://127.0.0.1:{self.server_port}'
         none = dict.fromkeys(('NO_PROXY', 'no_proxy', 'CURL_CA_BUNDLE'), '')
         return none | dict(HTTPS_PROXY=url, https_proxy=url, REQUESTS_CA_BUNDLE=str(self._certificates))
 
     def add_folder(self, folder_id: str, name: str, parent: str | None = None) -> str:
-        """A folder, in another one or by itself. Its id has to be as long as Google's: 25 characters or more."""
+        """Adds a folder. Its id must have at least 25 characters, as Google's."""
         self.folders[folder_id] = (name, [])
         if parent is not None:
             self.folders[parent][1].append(folder_id)
         return folder_id
 
     def add_file(self, file_id: str, name: str, content: bytes, parent: str | None = None, date: str = _DATE) -> str:
-        """A file in a folder, or its new content."""
+        """Adds a file, or replaces its content."""
         if parent is not None and file_id not in self.folders[parent][1]:
             self.folders[parent][1].append(file_id)
         self.files[file_id] = (name, content, date)
         return file_id
 
     def sent(self, file_id: str) -> list[str]:
-        """The ranges that clients asked for of a file's content, '' for all of it; one for each request."""
+        """Returns the requested ranges of a file's content, one for each request; '' is the whole file."""
         with self.lock:
             return [
                 request.headers.get('range', '')
@@ -91,7 +91,7 @@ class _DriveHandler(FaultyHandler):
     server: DriveServer
 
     def do_CONNECT(self) -> None:
-        """Become the host that was asked for: the requests after this one are encrypted for it."""
+        """Acts as the requested host for the following encrypted requests."""
         self.host = self.path.partition(':')[0]
         if self.host not in _HOSTS:
             self.note()

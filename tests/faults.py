@@ -1,4 +1,4 @@
-"""A local HTTP server whose answers go wrong on demand, in the ways in which downloads go wrong."""
+"""A local HTTP server that simulates failures of downloads."""
 
 import os
 import socket
@@ -8,22 +8,22 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
-_PATIENCE = 60  # seconds that an answer waits for its event, so that a failing test ends
+_PATIENCE = 60  # seconds that a response waits for its event, so that a failing test ends
 
 
 @dataclass
 class Fault:
-    """What goes wrong with an answer.
+    """A failure of responses.
 
     Attributes:
-        method: Of the requests that it meets; None: of all.
-        status, headers, body: Said instead of the true answer, if there is a status.
-        drop_after: Bytes of the body after which the connection ends.
-        reset: It ends by being reset, and not by being closed.
-        lie: Added to the length that is announced.
-        garbage: The body has its length, but other bytes.
-        until: The answer waits for this: before it starts, or where it is dropped.
-        times: Answers that go wrong; None: all of them.
+        method: Method of the requests that fail; None for all methods.
+        status, headers, body: Response in place of the correct one, if a status is given.
+        drop_after: Number of bytes of the body after which the connection is closed.
+        reset: Reset the connection instead of closing it.
+        lie: Added to the ``Content-Length``.
+        garbage: Replace the bytes of the body.
+        until: Event for which the response waits, before it starts or before the connection is closed.
+        times: Number of responses that fail; None for all.
     """
 
     method: str | None = None
@@ -39,7 +39,7 @@ class Fault:
 
 
 class Request(NamedTuple):
-    """What a client asked for."""
+    """A request of a client."""
 
     method: str
     host: str
@@ -48,9 +48,9 @@ class Request(NamedTuple):
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """Serves on a free port of this machine, while it is a context. Keeps all requests in `requests`."""
+    """Context manager that serves on a free local port and records all requests."""
 
-    daemon_threads = False  # none of them outlives the context
+    daemon_threads = False  # all threads end with the context
 
     def __init__(self, handler: type['FaultyHandler']) -> None:
         super().__init__(('127.0.0.1', 0), handler)
@@ -60,17 +60,17 @@ class FaultyServer(ThreadingHTTPServer):
         self.handlers: set[FaultyHandler] = set()
 
     def fail(self, name: str, **fault) -> None:
-        """The next answers about what is called ``name`` (the end of a path, an id) go wrong: see `Fault`."""
+        """Makes the next responses for a name (the end of a path, or an id) fail, see `Fault`."""
         with self.lock:
             self._faults.append((name, Fault(**fault)))
 
     def heal(self) -> None:
-        """Nothing goes wrong any more."""
+        """Ends all failures."""
         with self.lock:
             self._faults.clear()
 
     def next_fault(self, method: str, name: str) -> Fault | None:
-        """What goes wrong with this answer; it is then used up."""
+        """Returns the failure of this response and counts it."""
         with self.lock:
             for pattern, fault in self._faults:
                 if name.endswith(pattern) and fault.method in (None, method) and fault.times != 0:
@@ -80,7 +80,7 @@ class FaultyServer(ThreadingHTTPServer):
         return None
 
     def asked(self, method: str, name: str) -> list[Request]:
-        """The requests so far for paths that end in ``name``."""
+        """Returns the requests so far for paths that end with ``name``."""
         with self.lock:
             return [request for request in self.requests if request.method == method and request.path.endswith(name)]
 
@@ -97,16 +97,16 @@ class FaultyServer(ThreadingHTTPServer):
             events = [fault.until for _, fault in self._faults if fault.until]
         for event in events:
             event.set()
-        for handler in handlers:  # clients keep their connections open
+        for handler in handlers:  # because clients keep their connections open
             _end(handler.connection)
         self.server_close()
 
     def handle_error(self, request, client_address) -> None:
-        """A client that goes away is what some tests are about."""
+        """Ignores closed connections, which some tests cause."""
 
 
 class FaultyHandler(BaseHTTPRequestHandler):
-    """Answers, or fails to."""
+    """Sends responses with the failures of the server."""
 
     protocol_version = 'HTTP/1.1'
     server: FaultyServer
@@ -120,20 +120,20 @@ class FaultyHandler(BaseHTTPRequestHandler):
     def finish(self) -> None:
         with self.server.lock:
             self.server.handlers.discard(self)
-        self.connection.close()  # which need not be the one that the server knows
+        self.connection.close()  # after TLS, another one than the server's
         super().finish()
 
     def log_message(self, *_) -> None:
-        """Standard error belongs to the tests."""
+        """Prints nothing, because tests read standard error."""
 
     def note(self) -> None:
-        """Keep this request in the server's list."""
+        """Records this request."""
         headers = {name.lower(): value for name, value in self.headers.items()}
         with self.server.lock:
             self.server.requests.append(Request(self.command, self.host, self.path, headers))
 
     def body(self) -> bytes:
-        """What the client sent, with a length or in chunks."""
+        """Reads the body of the request, with a length or in chunks."""
         if self.headers.get('Transfer-Encoding', '').lower() != 'chunked':
             return self.rfile.read(int(self.headers.get('Content-Length', 0)))
         body = b''
@@ -144,7 +144,7 @@ class FaultyHandler(BaseHTTPRequestHandler):
         return body
 
     def answer(self, name: str, status: int, headers: dict[str, str], body: bytes = b'') -> None:
-        """Answer about what is called ``name``, unless a fault says otherwise."""
+        """Sends a response for a name, or fails."""
         fault = self.server.next_fault(self.command, name) or Fault()
         if fault.until is not None and fault.drop_after is None:
             fault.until.wait(_PATIENCE)
@@ -167,7 +167,7 @@ class FaultyHandler(BaseHTTPRequestHandler):
             _end(self.connection, fault.reset)
 
     def answer_file(self, name: str, headers: dict[str, str], content: bytes, validators: tuple[str, ...]) -> None:
-        """Answer with a file, or with the range of it that was asked for if it is still the same file."""
+        """Sends a file, or the requested range if the file has not changed."""
         start = self.headers.get('Range', '').removeprefix('bytes=').removesuffix('-')
         fresh = self.headers.get('If-Range', validators[0]) in validators
         headers = {'Accept-Ranges': 'bytes', **headers}
@@ -181,10 +181,10 @@ class FaultyHandler(BaseHTTPRequestHandler):
 
 def _end(connection: socket.socket, reset: bool = False) -> None:
     try:
-        if reset:  # closing at once, with what was not sent thrown away
+        if reset:  # closes at once and discards unsent data
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
             os.close(connection.detach())
         else:
             connection.shutdown(socket.SHUT_RDWR)
     except OSError:
-        pass  # the client was first
+        pass  # the client has closed the connection

@@ -1,4 +1,4 @@
-"""Files that lie about themselves: checkpoints, archives and safetensors written by hand."""
+"""Invalid and hostile checkpoints, archives and safetensors files."""
 
 import io
 import json
@@ -29,7 +29,7 @@ class Call:
 
 
 class Reference:
-    """Pickled as what ``torch.save`` writes for a storage, or as anything else."""
+    """Pickled as a persistent id, which ``torch.save`` writes for a storage."""
 
     def __init__(self, *words: Any):
         self.words = words
@@ -52,7 +52,7 @@ def tensor(numel: Any, size: Any, stride: Any, offset: Any = 0, key: Any = '0', 
 
 
 def write_checkpoint(path: Path, program: bytes, compression: int = zipfile.ZIP_STORED, **entries: bytes) -> Path:
-    """A zip as ``torch.save`` writes it, with a pickle and the content of storages: ``_0=...`` is that of key 0."""
+    """Writes the zip format of ``torch.save`` with a pickle and storages: ``_0=...`` is the content of key 0."""
     with zipfile.ZipFile(path, 'w', compression) as archive:
         archive.writestr('archive/data.pkl', program)
         archive.writestr('archive/version', '3\n')
@@ -63,7 +63,7 @@ def write_checkpoint(path: Path, program: bytes, compression: int = zipfile.ZIP_
 
 
 def write_legacy(path: Path, value: Any, keys: Any = (), content: bytes = b'') -> Path:
-    """A file as ``torch.save`` wrote it before PyTorch 1.6. The value may be a pickle."""
+    """Writes the format of ``torch.save`` from before PyTorch 1.6. The value may be a pickle."""
     head = (0x1950A86A20F9469CFC6C, 1001, dict(protocol_version=1001, little_endian=True))
     program = value if isinstance(value, bytes) else pickled(value)
     path.write_bytes(b''.join(pickle.dumps(part, 2) for part in head) + program + pickle.dumps(keys, 2) + content)
@@ -92,7 +92,7 @@ def write_tar(path: Path, entries: dict[str, bytes], mode: str = 'w') -> Path:
 
 
 def edit_zip(path: Path, name: str, **fields: int) -> Path:
-    """Changes what a zip's directory says about an entry: ``offset``, ``size``, ``packed``, ``crc``, ``flags``."""
+    """Changes fields of an entry in the zip directory: ``offset``, ``size``, ``packed``, ``crc``, ``flags``."""
     places = dict(flags=(8, 'H'), crc=(16, 'I'), packed=(20, 'I'), size=(24, 'I'), offset=(42, 'I'))
     content = bytearray(path.read_bytes())
     start = content.rindex(b'PK\1\2', 0, content.rindex(name.encode()))
@@ -110,7 +110,7 @@ def write_safetensors(path: Path, header: Any, content: bytes = b'', length: int
 
 
 def refusal(action, *args, **kwargs):
-    """The message of the one error that `action` has to end in: one line that a terminal shows as it is."""
+    """Returns the message of the `CheckpointError` that ``action`` must raise: one printable line."""
     with pytest.raises(CheckpointError) as error:
         action(*args, **kwargs)
     text = str(error.value)

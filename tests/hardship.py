@@ -1,4 +1,4 @@
-"""What makes writing fail, for real: no permission, no space, a process that is killed."""
+"""Real causes of failed writes: missing permissions, a full disk, a killed process."""
 
 import ctypes
 import os
@@ -17,13 +17,13 @@ _OVERRIDE_PERMISSIONS = 0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 
 @contextmanager
 def read_only(path: Path) -> Iterator[None]:
-    """Nothing can be made or removed below ``path``, not even by root, who gives up that power in this thread."""
+    """Makes ``path`` and its folders read-only, also for root, which drops its capabilities in this thread."""
     folders = [path, *(p for p in path.rglob('*') if p.is_dir() and not p.is_symlink())]
     modes = [folder.stat().st_mode for folder in folders]
     for folder in folders:
         folder.chmod(0o500)
     try:
-        with _mere_user():
+        with _without_capabilities():
             yield
     finally:
         for folder, mode in zip(folders, modes):
@@ -31,38 +31,28 @@ def read_only(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def ctrl_c() -> Iterator[None]:
-    """SIGINT is an interrupt, also in a process that was started in the background, where it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _mere_user() -> Iterator[None]:
+def _without_capabilities() -> Iterator[None]:
     if os.geteuid() != 0:
         yield
         return
     if sys.platform != 'linux':
-        pytest.skip('root can write everywhere')
+        pytest.skip('root can write to any folder')
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(_CAPABILITIES_VERSION, 0)
-    held = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
-    assert libc.capget(header, held) == 0
-    fewer = (ctypes.c_uint32 * 6)(*held)
-    fewer[0] &= ~_OVERRIDE_PERMISSIONS
-    assert libc.capset(header, fewer) == 0
+    capabilities = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    assert libc.capget(header, capabilities) == 0
+    reduced = (ctypes.c_uint32 * 6)(*capabilities)
+    reduced[0] &= ~_OVERRIDE_PERMISSIONS
+    assert libc.capset(header, reduced) == 0
     try:
         yield
     finally:
-        assert libc.capset(header, held) == 0
+        assert libc.capset(header, capabilities) == 0
 
 
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
-    """No file can grow beyond ``size`` bytes."""
+    """Limits the size of files to ``size`` bytes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -72,7 +62,7 @@ def full_disk(size: int) -> Iterator[None]:
 
 
 def in_a_process_that_is_killed(work: Callable[[], None]) -> None:
-    """Calls ``work`` in a copy of this process, which is then killed without a chance to tidy up."""
+    """Calls ``work`` in a forked process, which is then killed without any cleanup."""
     process = os.fork()
     if process == 0:
         try:
@@ -81,4 +71,4 @@ def in_a_process_that_is_killed(work: Callable[[], None]) -> None:
         finally:
             os._exit(1)
     _, status = os.waitpid(process, 0)
-    assert os.WIFSIGNALED(status), 'it failed by itself'
+    assert os.WIFSIGNALED(status), 'the process failed before it was killed'

@@ -1,4 +1,4 @@
-"""As much of the Hugging Face Hub as its client needs to download models and to push them, on this machine."""
+"""A simulated Hugging Face Hub with the requests that its client needs to download and upload models."""
 
 import base64
 import hashlib
@@ -9,13 +9,13 @@ from urllib.parse import unquote, urlsplit
 
 from faults import FaultyHandler, FaultyServer
 
-OWNER, GUEST = 'hf_owner', 'hf_guest'  # tokens: of who owns every repository, and of another user
+OWNER, GUEST = 'hf_owner', 'hf_guest'  # tokens of the owner of all repositories and of another user
 _LARGE = ('.safetensors', '.bin', '.pth', '.tar')
 
 
 @dataclass
 class Repository:
-    """The files of every commit, and which commit is the newest."""
+    """Files of every commit, and the newest commit."""
 
     private: bool = False
     gated: bool = False
@@ -23,7 +23,7 @@ class Repository:
     head: str = ''
 
     def commit(self, files: dict[str, bytes]) -> str:
-        """Make these the files of the newest commit."""
+        """Adds a commit with these files."""
         text = self.head + ''.join(f'{name} {_sha256(content)}' for name, content in sorted(files.items()))
         self.head = hashlib.sha1(text.encode()).hexdigest()
         self.commits[self.head] = dict(files)
@@ -31,7 +31,7 @@ class Repository:
 
 
 class HubServer(FaultyServer):
-    """The Hub. Large files lie on another host than the rest, as they do there, with the address 127.0.0.1."""
+    """Simulated Hub. As on the Hub, large files are on another host, here 127.0.0.1 instead of localhost."""
 
     def __init__(self) -> None:
         super().__init__(_HubHandler)
@@ -40,16 +40,16 @@ class HubServer(FaultyServer):
 
     @property
     def url(self) -> str:
-        """What ``HF_ENDPOINT`` has to be."""
+        """Value for ``HF_ENDPOINT``."""
         return f'http://localhost:{self.server_port}'
 
     @property
     def storage_url(self) -> str:
-        """Where large files lie."""
+        """Address of large files."""
         return f'http://127.0.0.1:{self.server_port}'
 
     def add(self, repo_id: str, files: Path | dict[str, bytes], private: bool = False, gated: bool = False) -> str:
-        """A repository, or its next commit, with these files. Returns the commit."""
+        """Adds a repository, or a commit to it, with these files. Returns the commit."""
         if isinstance(files, Path):
             files = {path.name: path.read_bytes() for path in files.iterdir()}
         repository = self.repositories.setdefault(repo_id, Repository(private, gated))
@@ -106,18 +106,18 @@ class _HubHandler(FaultyHandler):
             case _:
                 self._error(404, '', f'No such page: {self.command} {self.path}')
 
-    # Who may do what
+    # Permissions
 
     @property
     def _token(self) -> str | None:
         return self.headers.get('Authorization', '').removeprefix('Bearer ') or None
 
     def _repository(self, repo_id: str, write: bool = False) -> Repository | None:
-        """The repository; or None, and an error was answered."""
+        """Returns the repository, or sends an error and returns None."""
         repository = self.server.repositories.get(repo_id)
         if self._token not in (None, OWNER, GUEST):
             return self._error(401, '', 'Invalid credentials in Authorization header')
-        if repository is None or (repository.private and self._token != OWNER):  # which of the two, is not told
+        if repository is None or (repository.private and self._token != OWNER):  # the same response, as on the Hub
             if self._token is None:
                 return self._error(401, 'RepoNotFound', 'Invalid username or password.')
             return self._error(404, 'RepoNotFound', 'Repository not found')
@@ -136,7 +136,7 @@ class _HubHandler(FaultyHandler):
     # Downloads
 
     def _found(self, repo_id: str, revision: str) -> tuple[Repository, str] | None:
-        """The repository and the commit; or None, and an error was answered."""
+        """Returns the repository and the commit, or sends an error and returns None."""
         if (repository := self._repository(repo_id)) is None:
             return None
         commit = repository.head if revision == 'main' else revision
@@ -188,7 +188,7 @@ class _HubHandler(FaultyHandler):
             entries.append(entry)
         self._json(200, entries)
 
-    # Pushes
+    # Uploads
 
     def _create(self) -> None:
         wanted = json.loads(self.sent)
@@ -228,7 +228,7 @@ class _HubHandler(FaultyHandler):
 
     def _lfs_upload(self, oid: str) -> None:
         if _sha256(self.sent) != oid:
-            return self._error(400, '', 'The content is not what was announced')
+            return self._error(400, '', 'The content has another SHA-256')
         self.server.objects[oid] = self.sent
         self.answer(self.path, 200, {})
 
@@ -249,7 +249,7 @@ class _HubHandler(FaultyHandler):
         commit = repository.commit(files)
         self._json(200, dict(commitUrl=f'{self.server.url}/{repo_id}/commit/{commit}', commitOid=commit, success=True))
 
-    # Answers
+    # Responses
 
     def _json(self, status: int, value: dict | list) -> None:
         self.answer(self.path, status, {'Content-Type': 'application/json'}, json.dumps(value).encode())

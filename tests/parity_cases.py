@@ -1,4 +1,4 @@
-"""Figures of the authors' own code (see `parity/recipe.py`), and how a model is compared with them."""
+"""Results of the authors' code (see `parity/recipe.py`), and functions that compare a model with them."""
 
 import importlib.util
 from pathlib import Path
@@ -14,12 +14,12 @@ recipe = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(recipe)
 
 
-def figures(case: str) -> dict[str, Tensor]:
+def reference_results(case: str) -> dict[str, Tensor]:
     return load_file(FOLDER / f'{case}.safetensors')
 
 
-def save_published(case: str, path: Path) -> Path:
-    """The case's weights as the authors' training script saved them: everything timm 0.6's saver put beside them."""
+def save_released(case: str, path: Path) -> Path:
+    """Saves the weights of a case as the authors' training script does, with all entries of timm 0.6's saver."""
     from argparse import Namespace
 
     state_dict = {f'module.{name}': value for name, value in recipe.state_dict(case).items()}
@@ -42,8 +42,8 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 
 
 def worst_error(model: torch.nn.Module, case: str) -> float:
-    """Largest relative error over logits, stage outputs and gradients, of a float64 model with the case's weights."""
-    expected = figures(case)
+    """Largest relative error of logits, stage outputs and gradients of a float64 model with the weights of a case."""
+    expected = reference_results(case)
     (images,) = recipe.inputs(case)
     features, stages = model.forward_intermediates(images)
     logits = model.forward_head(features)
@@ -56,16 +56,16 @@ def worst_error(model: torch.nn.Module, case: str) -> float:
         logits.square().sum().backward()
         for name in gradients:
             errors[name] = relative_error(_gradient(model, name.removeprefix('grad/')), expected[name])
-    assert set(errors) == set(expected), 'a figure was not compared'
+    assert set(errors) == set(expected), 'a result was not compared'
     return max(errors.values())
 
 
-def _gradient(model: torch.nn.Module, published_name: str) -> Tensor:
-    """Gradient of the parameter that the authors call so."""
+def _gradient(model: torch.nn.Module, name: str) -> Tensor:
+    """Gradient of a parameter, by its name in the authors' code."""
     from cluster_zoo.weights import conversion
 
-    if published_name == 'patch_embed.proj.weight':
+    if name == 'patch_embed.proj.weight':
         return torch.cat([model.stem.proj.weight.grad, model.stem.coord.weight.grad], dim=1)
-    marker = {published_name: torch.empty(0), 'patch_embed.proj.weight': torch.empty(1, 5, 1, 1)}
+    marker = {name: torch.empty(0), 'patch_embed.proj.weight': torch.empty(1, 5, 1, 1)}
     (name,) = set(conversion.context_cluster(marker)) - {'stem.proj.weight', 'stem.coord.weight'}
     return model.get_parameter(name).grad

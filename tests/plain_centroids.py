@@ -1,4 +1,4 @@
-"""Centroid learning as section 3.2 of the DNC paper reads: loops over classes and sub-centroids, lists of features."""
+"""Centroid learning as in section 3.2 of the DNC paper: loops over classes and sub-centroids, lists of features."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cluster_zoo.layers.nearest_centroid import CentroidLearning, NearestCentroidHead
+from cluster_zoo.layers.centroid_learning import CentroidLearning
+from cluster_zoo.layers.nearest_centroid import NearestCentroidHead
 
 
 def sinkhorn(similarity: Tensor, temperature: float, iterations: int = 3) -> Tensor:
@@ -46,11 +47,11 @@ def unit_features(head: NearestCentroidHead, x: Tensor) -> Tensor:
 
 
 class PlainLearner:
-    """What a head should do with batches, one process's or several's, from lists of single features.
+    """Expected centroids after batches of one or several processes, from lists of features.
 
     Args:
-        head: Read, never changed.
-        shares: What each process remembers.
+        head: The head, which is not changed.
+        shares: Size of each process's memory.
     """
 
     def __init__(self, head: NearestCentroidHead, shares: list[int]):
@@ -60,7 +61,7 @@ class PlainLearner:
 
     @torch.no_grad()
     def learn(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-        """The centroids after features and labels of each process."""
+        """Centroids after the features and labels of each process."""
         seen = [list(zip(unit_features(self.head, x), labels.tolist())) for x, labels in batches]
         for memory, batch in zip(self.memories, seen):
             memory.extend(batch)
@@ -74,7 +75,7 @@ class PlainLearner:
 
 
 def set_head(head: NearestCentroidHead) -> NearestCentroidHead:
-    """Norms that change something, and centroids whose length is not one."""
+    """Sets random norm parameters, and centroids that are not unit vectors."""
     for parameter in head.parameters():
         torch.nn.init.normal_(parameter, 1.0, 0.3)
     head.prototypes.normal_()
@@ -89,7 +90,7 @@ def random_batch(head: NearestCentroidHead, size: int, noise: float = 1.0) -> tu
 
 
 def learn(head: NearestCentroidHead, x: Tensor, target: Tensor) -> Tensor:
-    """The head's centroids after a batch."""
+    """Centroids of the head after a batch."""
     head(x)
     head.learn(target)
     return head.prototypes

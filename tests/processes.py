@@ -1,27 +1,15 @@
-"""Several processes that work together, and the scripts as modules for them."""
+"""Runs a function in several processes."""
 
-import importlib.util
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from unittest.mock import patch
 
 import torch.multiprocessing as mp
 
 TESTS = Path(__file__).parent
-
-
-def script(name: str) -> ModuleType:
-    """A script from the top of the checkout, which need not be on the import path."""
-    spec = importlib.util.spec_from_file_location(name, TESTS.parent / f'{name}.py')
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_processes(work: Callable[..., None], world: int, *args: object, seconds: float = 120) -> None:
@@ -32,7 +20,15 @@ def run_processes(work: Callable[..., None], world: int, *args: object, seconds:
         ProcessRaisedException: One of them has failed.
     """
     # They are forked from one that has done the imports, which take seconds, and nothing else.
-    modules = ['plain_centroids', 'timm.task', 'timm.data', 'timm.optim', 'torchvision', 'segmentation.train']
+    modules = [
+        'plain_centroids',
+        'timm.task',
+        'timm.data',
+        'timm.optim',
+        'torchvision',
+        'cluster_zoo.training.train',
+        'segmentation.train',
+    ]
     multiprocessing.set_forkserver_preload(modules)
     folders = [str(TESTS), str(TESTS.parent), os.environ.get('PYTHONPATH', '')]
     with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(folders), OMP_NUM_THREADS='1'):

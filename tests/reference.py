@@ -1,4 +1,4 @@
-"""The papers' formulas as loops over points and centers: slow, plain, and independent of the package."""
+"""The papers' formulas as loops over points and centers, independent of the package."""
 
 import math
 
@@ -15,10 +15,10 @@ def context_cluster_set(f: Tensor, v: Tensor, centers, alpha: float, beta: float
 
     Args:
         f, v: [N, D], features and values of the points.
-        centers: For each center the list of the points whose mean it starts as.
+        centers: For each center the list of the points whose mean is its initial value.
 
     Returns:
-        [N, D], what each point receives.
+        [N, D], the value that each point receives.
     """
     center_f = [f[members].mean(0) for members in centers]
     center_v = [v[members].mean(0) for members in centers]
@@ -40,15 +40,15 @@ def context_cluster_set(f: Tensor, v: Tensor, centers, alpha: float, beta: float
 
 
 def bins(n: int, g: int) -> list[range]:
-    """Adaptive pooling: which of n positions each of g bins covers."""
+    """Positions, out of n, of each of g bins of adaptive pooling."""
     return [range(math.floor(i * n / g), math.ceil((i + 1) * n / g)) for i in range(g)]
 
 
 def cluster_map(f: Tensor, v: Tensor, g: int, r: int, alpha: float, beta: float, weighted: bool) -> Tensor:
     """A cluster mixer without its convolutions, one image and one head: [D, H, W] -> [D, H, W].
 
-    A grid that does not divide has regions of ceil(H / r) x ceil(W / r) points, the last ones smaller or empty; centers
-    that would be the mean of no point do not exist.
+    If the regions do not divide the grid, they have ceil(H / r) x ceil(W / r) points, the last ones fewer or none.
+    Centers without points do not exist.
     """
     _, H, W = f.shape
     h, w = math.ceil(H / r), math.ceil(W / r)

@@ -1,4 +1,4 @@
-"""benchmarks/throughput.py: what it writes, prints and draws, on two models and tiny images; and camvid.py."""
+"""benchmarks/throughput.py on two models and small images: its file, tables and figure. benchmarks/camvid.py."""
 
 import argparse
 import importlib.util
@@ -32,7 +32,7 @@ def throughput():
 
 @pytest.fixture(scope='module')
 def measured(tmp_path_factory):
-    """The file that a run wrote, and what it printed."""
+    """The JSON file and the standard output of a run."""
     path = tmp_path_factory.mktemp('throughput') / 'result.json'
     command = [sys.executable, SCRIPT, '--models', 'coc_tiny', 'resnet18', '--img-size', SIZE, '--batch-size', BATCH]
     command += ['--rounds', 1, '--threads', 1, '--json', path, '--markdown']
@@ -46,7 +46,7 @@ def measured(tmp_path_factory):
 
 @pytest.fixture
 def main(throughput, monkeypatch):
-    """The script's main function, which takes its command line."""
+    """The script's main function, called with a command line."""
 
     def main(*argv):
         monkeypatch.setattr(sys, 'argv', [str(SCRIPT), *map(str, argv)])
@@ -55,7 +55,7 @@ def main(throughput, monkeypatch):
     return main
 
 
-def test_numbers(measured):
+def test_results(measured):
     report = json.loads(measured[0].read_text())
     assert [result['model'] for result in report['results']] == ['coc_tiny', 'resnet18']
     for result in report['results']:
@@ -69,7 +69,7 @@ def test_numbers(measured):
             assert images_per_second == pytest.approx(BATCH / seconds)
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='the memory of a process is read on Linux only')
+@pytest.mark.skipif(sys.platform != 'linux', reason='the memory of a process is only available on Linux')
 def test_memory_holds_at_least_parameters_and_gradients(measured):
     for result in json.loads(measured[0].read_text())['results']:
         parameters = 4 * result['parameters_m']
@@ -86,7 +86,7 @@ def test_machine_and_versions(measured):
     assert report['arguments']['batch_size'] == BATCH and report['arguments']['amp'] is False
 
 
-def test_table_can_be_printed_again(measured, main, capsys):
+def test_table_is_printed_again_with_read(measured, main, capsys):
     path, printed = measured
     rows = [line for line in printed.splitlines() if line.startswith('|')]
     assert [row.split('|')[1].strip() for row in rows] == ['model', '---', '`coc_tiny`', '`resnet18`']
@@ -109,7 +109,7 @@ def test_growth(throughput, main, monkeypatch, tmp_path, capsys):
         main('--read', path, '--figure', tmp_path / 'growth.png')
 
 
-def test_operations_of_a_vision_transformer(throughput):
+def test_flops_of_a_vision_transformer(throughput):
     tokens, width = 14 * 14 + 1, 384
     block = 12 * tokens * width**2 + 2 * tokens**2 * width
     expected = 14 * 14 * (3 * 16**2) * width + 12 * block + 1000 * width
@@ -117,18 +117,18 @@ def test_operations_of_a_vision_transformer(throughput):
 
 
 @pytest.mark.parametrize('name', ['coc_tiny', 'fec_small', 'dnc_coc_tiny'])
-def test_operations_are_those_of_the_formulas_on_real_images(throughput, name, monkeypatch):
+def test_flops_match_those_counted_on_real_tensors(throughput, name, monkeypatch):
     monkeypatch.setenv('CLUSTER_ZOO_KERNELS', 'plain')
     model = timm.create_model(name, num_classes=1000).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randn(1, 3, 64, 64))
     monkeypatch.delenv('CLUSTER_ZOO_KERNELS')
     expected = counter.get_total_flops() / 1e9
-    assert expected <= throughput.gflops(name, 64) < 1.01 * expected  # a CPU averages without a matrix product
+    assert expected <= throughput.gflops(name, 64) < 1.01 * expected  # on a CPU, averages are not matrix products
     assert 'CLUSTER_ZOO_KERNELS' not in os.environ
 
 
-def test_all_models_of_the_package_are_measured(throughput):
+def test_default_models(throughput):
     args = throughput.parser().parse_args([])
     throughput.check(args)
     ours = [
@@ -140,7 +140,7 @@ def test_all_models_of_the_package_are_measured(throughput):
     assert set(throughput.PUBLISHED) <= set(args.models)
 
 
-def test_published_accuracy_is_that_of_the_readme(throughput):
+def test_published_accuracy_matches_the_readme(throughput):
     readme = (ROOT / 'README.md').read_text(encoding='utf-8')
     table = readme.split('\n## Models\n')[1].split('\n## ')[0]
     stated = {name: float(top1) for name, top1 in re.findall(r'^\| `(\w+)` \| [\d.]+ \| (\d[\d.]*) \|', table, re.M)}
@@ -158,16 +158,16 @@ def test_figure(measured, main, tmp_path):
 @pytest.mark.parametrize(
     'argv, message',
     [
-        (['--models', 'coc_smal'], "no model is called 'coc_smal' (did you mean coc_small"),
-        (['--models', 'nothing_*'], "no model is called 'nothing_*'"),
-        (['--device', 'cuda'], 'torch finds no CUDA device here'),
-        (['--device', 'gpu'], "invalid choice: 'gpu'"),
-        (['--batch-size', '0'], 'expected at least 1'),
-        (['--json', 'missing/folder.json'], 'there is no such folder'),
-        (['--read', 'missing.json'], 'missing.json is not a file that --json wrote'),
+        (['--models', 'coc_smal'], "'coc_smal' (did you mean coc_small"),
+        (['--models', 'nothing_*'], "'nothing_*'"),
+        (['--device', 'cuda'], '--device cuda'),
+        (['--device', 'gpu'], "'gpu'"),
+        (['--batch-size', '0'], 'at least 1'),
+        (['--json', 'missing/folder.json'], 'missing/folder.json'),
+        (['--read', 'missing.json'], 'missing.json'),
     ],
 )
-def test_mistakes_are_one_clear_line(argv, message, main, monkeypatch, tmp_path, capsys):
+def test_invalid_arguments(argv, message, main, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     with pytest.raises(SystemExit) as stopped:
@@ -177,17 +177,17 @@ def test_mistakes_are_one_clear_line(argv, message, main, monkeypatch, tmp_path,
     assert first.startswith('error: ') and message in first
 
 
-def test_camvid_measures_anew_after_more_training(monkeypatch, tmp_path):
-    """With the precision and the memory layout of the run."""
-    monkeypatch.setattr(sys, 'path', sys.path[:])  # which the script adds its folder to
+def test_camvid_evaluates_again_after_more_training(monkeypatch, tmp_path):
+    """With the precision and memory format of the run."""
+    monkeypatch.setattr(sys, 'path', sys.path[:])  # restored after the test: the script inserts its folder
     spec = importlib.util.spec_from_file_location('camvid', SCRIPT.with_name('camvid.py'))
     camvid = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(camvid)
-    lines = []
+    commands = []
 
-    def validate(line):
-        lines.append(line)
-        Path(line[line.index('--results-file') + 1]).write_text(json.dumps(len(lines)))
+    def validate(argv):
+        commands.append(argv)
+        Path(argv[argv.index('--results-file') + 1]).write_text(json.dumps(len(commands)))
 
     monkeypatch.setattr(camvid.validate, 'main', validate)
     checkpoint, results = tmp_path / 'last.pth.tar', tmp_path / 'test.json'
@@ -195,11 +195,12 @@ def test_camvid_measures_anew_after_more_training(monkeypatch, tmp_path):
     args = argparse.Namespace(data='camvid.tar', device='cpu', overlays=0)
     plain = dict(amp=False, amp_dtype=None, channels_last=False)
     assert camvid.test(tmp_path, plain, args) == 1
-    assert not {'--amp', '--amp-dtype', '--channels-last'} & set(lines[0])
+    assert not {'--amp', '--amp-dtype', '--channels-last'} & set(commands[0])
     os.utime(checkpoint, (100, 100))
     os.utime(results, (200, 200))
     assert camvid.test(tmp_path, plain, args) == 1
     os.utime(checkpoint, (300, 300))
     assert camvid.test(tmp_path, dict(amp=True, amp_dtype='float16', channels_last=True), args) == 2
-    assert {'--amp', '--channels-last'} < set(lines[1]) and lines[1][lines[1].index('--amp-dtype') + 1] == 'float16'
-    assert len(lines) == 2
+    second = commands[1]
+    assert {'--amp', '--channels-last'} < set(second) and second[second.index('--amp-dtype') + 1] == 'float16'
+    assert len(commands) == 2

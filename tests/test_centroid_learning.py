@@ -1,4 +1,4 @@
-"""How centroids learn, against plain loops over classes and lists of features."""
+"""Centroid learning against plain loops over classes and lists of features."""
 
 import copy
 import io
@@ -11,14 +11,14 @@ from plain_centroids import PlainLearner, head64, learn, random_batch, sinkhorn
 from timm.data import Mixup
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.layers.feature_memory import FeatureMemory
-from cluster_zoo.layers.nearest_centroid import (
+from cluster_zoo.layers.centroid_learning import (
     CentroidLearning,
-    NearestCentroidHead,
     balanced_assignment,
     class_of_target,
     update_centroids,
 )
+from cluster_zoo.layers.feature_memory import FeatureMemory
+from cluster_zoo.layers.nearest_centroid import NearestCentroidHead
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,7 @@ def _seed():
 )
 @pytest.mark.parametrize('momentum', [0.0, 0.9, 0.999])
 def test_update_is_the_plain_loop(classes, sub_centroids, width, size, momentum):
-    """Also of classes without samples (30 for 20 classes) or with fewer than sub-centroids, and of a batch of one."""
+    """Includes classes without samples or with fewer samples than sub-centroids, and a batch of one."""
     for temperature, iterations in ((0.05, 3), (0.3, 1), (0.02, 5)):
         head = head64(width, classes, sub_centroids, momentum=momentum, temperature=temperature, iterations=iterations)
         x, labels = random_batch(head, size)
@@ -45,7 +45,7 @@ def test_update_is_the_plain_loop(classes, sub_centroids, width, size, momentum)
         torch.testing.assert_close(learn(head, x, labels), expected, rtol=0, atol=1e-12)
 
 
-def test_only_correctly_classified_samples_pull():
+def test_only_correctly_classified_samples_move_centroids():
     head = head64(momentum=0.5)
     before = F.normalize(head.prototypes, dim=-1)
     x, _ = random_batch(head, 40)
@@ -59,7 +59,7 @@ def test_only_correctly_classified_samples_pull():
 def test_assignment_is_even_and_per_class():
     labels = torch.tensor([0] * 40 + [1] * 10 + [-1] * 5 + [3] * 2)
     similarity = torch.rand(57, 4, dtype=torch.float64) * 0.4
-    similarity[:, 0] += 0.3  # all like the first best
+    similarity[:, 0] += 0.3  # all are most similar to the first
     assigned = balanced_assignment(similarity, labels, 5, temperature=0.05, iterations=30)
     assert torch.bincount(assigned[:40], minlength=4).min() >= 6  # of ten each
     for c, iterations in ((0, 30), (1, 30), (3, 30), (0, 1), (1, 3)):
@@ -71,7 +71,7 @@ def test_assignment_is_even_and_per_class():
 
 @pytest.mark.parametrize('similarity', [-1.0, 0.0, 1.0])
 def test_assignment_in_float32_at_the_lowest_temperature(similarity):
-    """Powers of e beyond 50 are far from what float32 holds, but ratios of them may not underflow to nothing."""
+    """Exponentials of up to 50 fit in float32, but their ratios must not underflow to zero."""
     of_class = similarity * (1 - 0.2 * torch.rand(6, 3))
     of_class[0, 2] = -similarity
     for iterations in (1, 3, 50):
@@ -79,7 +79,7 @@ def test_assignment_in_float32_at_the_lowest_temperature(similarity):
         assert torch.equal(assigned, sinkhorn(of_class.double(), 0.02, iterations))
 
 
-def test_opposite_features_leave_a_centroid_where_it_was():
+def test_opposite_features_do_not_move_a_centroid():
     centroids = F.normalize(torch.randn(2, 1, 4), dim=-1)
     features = torch.tensor([[1.0, 0, 0, 0], [-1.0, 0, 0, 0]])
     moved = update_centroids(centroids, features, torch.tensor([0, 0]), torch.tensor([0, 0]), 0.5)
@@ -98,7 +98,7 @@ def test_schedule(every, memory, sub_centroids):
     for size in (5, 9, 1, 30, 6, 0, 8):
         x, labels = random_batch(head, size)
         with torch.no_grad():
-            head.feat_norm.weight.mul_(1.05)  # as an optimizer does: remembered features stay what they were
+            head.feat_norm.weight.mul_(1.05)  # as an optimizer step does; the memory is unchanged
         expected = plain.learn([(x, labels)])
         torch.testing.assert_close(learn(head, x, labels), expected, rtol=0, atol=1e-12)
 
@@ -106,10 +106,10 @@ def test_schedule(every, memory, sub_centroids):
 @pytest.mark.parametrize(
     ('classes', 'every', 'batch', 'size'),
     [
-        (3, 1, 2, 192),  # 64 a class
-        (3, 1, 200, 200),  # no less than a batch
-        (300, 1, 2, 16384),  # no more than so many
-        (3, 5, 7, 35),  # that many batches
+        (3, 1, 2, 192),  # 64 for each class
+        (3, 1, 200, 200),  # at least a batch
+        (300, 1, 2, 16384),  # at most 16384
+        (3, 5, 7, 35),  # 5 batches
         (3, 100_000, 2, 131_072),
     ],
 )
@@ -138,14 +138,14 @@ def test_labels_of_a_loaded_memory_are_classes():
         head.memory.load_state_dict(dict(state['memory'], labels=torch.rand(4)))
 
 
-def test_new_parameters_remember_nothing():
+def test_reset_parameters_clears_the_memory():
     head = head64(memory=4)
     learn(head, *random_batch(head, 4))
     head.reset_parameters()
     assert head.memory is None and head.batches == 0
 
 
-def test_logits_that_are_not_finite_find_no_class():
+def test_non_finite_logits_are_not_correct():
     head = head64(memory=8)
     before = head.prototypes.clone()
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_logits_that_are_not_finite_find_no_class():
 
 
 def test_half_precision_assignment():
-    """Powers that float16 does not hold."""
+    """The exponentials overflow float16."""
     similarity = torch.tensor([[0.9, 0.6], [0.8, 0.7], [0.7, 0.9]], dtype=torch.float64)
     labels = torch.zeros(3, dtype=torch.int64)
     expected = balanced_assignment(similarity, labels, 1)
@@ -200,12 +200,12 @@ def test_memory_state(pushed, size):
     found = other.state_dict()
     assert sorted(found['labels'].tolist()) == latest
     assert torch.equal(found['features'][:, 0].long(), found['labels'])
-    if size == 6:  # the very same rows
+    if size == 6:  # the same rows
         assert torch.equal(found['labels'], state['labels']) and found['next'] == state['next']
     other.push(torch.full((2, 1), 50.0), torch.tensor([50, 51]))
     assert sorted(other.state_dict()['labels'].tolist()) == [*latest, 50, 51][-size:]
     assert other.features.data_ptr() == storage
-    with pytest.raises(ValueError, match=r'the memory holds \[N, 3\]'):
+    with pytest.raises(ValueError, match=r'\[N, 3\]'):
         FeatureMemory(6, 3, torch.device('cpu'), torch.float32).load_state_dict(state)
 
 
@@ -235,7 +235,7 @@ def test_learning_may_be_replaced_at_any_time():
     assert head.memory.features.data_ptr() == storage
 
 
-def test_learning_state_goes_on_from_there():
+def test_resume_from_the_learning_state():
     head = head64(memory=30, every=3)
     batches = [random_batch(head, 12) for _ in range(7)]
     for x, labels in batches[:4]:
@@ -249,7 +249,7 @@ def test_learning_state_goes_on_from_there():
     other.load_learning_state(state)
     for x, labels in batches[4:]:
         assert torch.equal(learn(head, x, labels), learn(other, x, labels))
-    other.load_learning_state(NearestCentroidHead(12, 5).learning_state())  # nothing learned yet
+    other.load_learning_state(NearestCentroidHead(12, 5).learning_state())  # empty memory
     assert other.memory is None and other.batches == 0
 
 
@@ -262,12 +262,12 @@ def test_learning_states_of_several_processes_join():
     assert joined.memory.state_dict()['labels'].tolist() == [0] * 4 + [1] * 4
 
 
-# ---- What is refused ----
+# ---- Invalid inputs ----
 
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf'), -float('inf')])
 @pytest.mark.parametrize('every', [1, 2])
-def test_features_that_are_not_finite_are_dropped(bad, every):
+def test_non_finite_features_are_ignored(bad, every):
     head = head64(momentum=0.5, every=every)
     twin = copy.deepcopy(head)
     for _ in range(4):
@@ -285,7 +285,7 @@ def test_features_that_are_not_finite_are_dropped(bad, every):
 @pytest.mark.parametrize(
     ('target', 'message'),
     [
-        (torch.zeros(5), r'\[6\] features are .* numbers \[6, 5\]; got torch.float32 \[5\]'),
+        (torch.zeros(5), r'\[6\] features .* \[6, 5\], got torch.float32 \[5\]'),
         (torch.zeros(5, dtype=torch.int64), r'got torch.int64 \[5\]'),
         (torch.zeros(6, 1, dtype=torch.int64), r'got torch.int64 \[6, 1\]'),
         (torch.zeros(7, 5), r'got torch.float32 \[7, 5\]'),
@@ -299,10 +299,10 @@ def test_targets_that_do_not_fit(target, message):
     with pytest.raises(ValueError, match=message):
         head.learn(target)
     assert torch.equal(head.prototypes, before) and head.memory is None
-    head.learn(torch.zeros(6, dtype=torch.int64))  # the pass is still there
+    head.learn(torch.zeros(6, dtype=torch.int64))  # the features are still stored
 
 
-def test_learning_needs_a_pass_in_training():
+def test_learning_needs_a_forward_pass_in_training_mode():
     head = head64()
     with pytest.raises(RuntimeError, match='in training mode'):
         head.learn(torch.tensor([0]))
@@ -331,7 +331,7 @@ def test_learning_needs_a_pass_in_training():
     ],
 )
 def test_settings_out_of_range(values):
-    with pytest.raises(ValueError, match=f'needs {next(iter(values))} .*, got'):
+    with pytest.raises(ValueError, match=f'{next(iter(values))} .*, got'):
         CentroidLearning(**values)
 
 
@@ -344,7 +344,7 @@ def test_class_of_a_target():
     soft = torch.tensor([[0.1, 0.2, 0.7], [0.5, 0.5, 0.0], [0.4, 0.3, 0.3], [0.51, 0.49, 0], [0, 0, 0], [1, 1, 0]])
     assert class_of_target(soft, 3).tolist() == [2, -1, -1, 0, -1, -1]
     assert class_of_target(soft.half().view(2, 3, 3), 3).tolist() == [[2, -1, -1], [0, -1, -1]]
-    assert class_of_target(torch.tensor([[3.0, 1.0, 1.0]]), 3).tolist() == [0]  # weights of any sum
+    assert class_of_target(torch.tensor([[3.0, 1.0, 1.0]]), 3).tolist() == [0]  # weights need not sum to one
 
 
 def test_class_of_mixed_and_smoothed_targets():
@@ -364,7 +364,7 @@ def test_class_of_mixed_and_smoothed_targets():
     assert class_of_target(even(torch.zeros(4, 3, 8, 8), labels)[1], 4).tolist() == [-1] * 4
 
 
-def test_soft_targets_teach_what_they_stand_for():
+def test_soft_targets_equal_their_class():
     head = head64(momentum=0.5)
     twin = copy.deepcopy(head)
     x, labels = random_batch(head, 20)
@@ -377,7 +377,7 @@ def test_soft_targets_teach_what_they_stand_for():
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision_model_moves_its_centroids(dtype):
-    """Steps of 0.001 are rounded off in these types; many of them are not."""
+    """A single step of 0.001 is rounded to zero in these dtypes, the sum of many is not."""
     exact = head64(width=16, classes=3, sub_centroids=2, momentum=0.999)
     half = copy.deepcopy(exact).to(dtype)
     x, labels = random_batch(exact, 30, noise=0.3)
@@ -388,12 +388,12 @@ def test_half_precision_model_moves_its_centroids(dtype):
     assert moved.max() > 0.02
     assert half.prototypes.dtype == dtype
     assert (half.prototypes.double() - exact.prototypes).norm(dim=-1).max() < 0.3 * moved.max()
-    half.load_state_dict({**half.state_dict(), 'prototypes': start.to(dtype)})  # the sum beside them is of no use now
+    half.load_state_dict({**half.state_dict(), 'prototypes': start.to(dtype)})  # the float32 copy is outdated now
     learn(half, x.to(dtype), torch.full_like(labels, -1))
     torch.testing.assert_close(half.prototypes.double(), start, rtol=0, atol=0.01)
 
 
-def test_half_precision_goes_on_to_the_same_bits():
+def test_resume_in_half_precision_is_exact():
     head = head64().bfloat16()
     batches = [(x.bfloat16(), labels) for x, labels in (random_batch(head, 20) for _ in range(40))]
     for x, labels in batches[:20]:
@@ -414,6 +414,6 @@ def test_autocast_learning(dtype):
     learn(exact, x, labels)
     with torch.autocast('cpu', dtype):
         mixed(x)
-        mixed.learn(labels)  # inside of the context, too
+        mixed.learn(labels)  # also inside the context
     assert mixed.prototypes.dtype == mixed.memory.features.dtype == torch.float32
     torch.testing.assert_close(mixed.prototypes, exact.prototypes, rtol=0, atol=0.02)

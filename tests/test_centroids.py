@@ -1,4 +1,4 @@
-"""The nearest-centroid head: the authors' figures, its scores and losses, and what PyTorch's tools make of it."""
+"""The nearest-centroid head: results of the authors' code, scores, losses, and PyTorch's tools."""
 
 import copy
 import json
@@ -12,16 +12,17 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from parity_cases import figures, recipe, relative_error
+from parity_cases import recipe, reference_results, relative_error
 from plain_centroids import head64, learn, random_batch, set_head, sinkhorn, unit_features, update
 from timm.optim import create_optimizer_v2
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.layers.nearest_centroid import CentroidLearning, NearestCentroidHead, balanced_assignment
+from cluster_zoo.layers.centroid_learning import CentroidLearning, balanced_assignment
+from cluster_zoo.layers.nearest_centroid import NearestCentroidHead
 from cluster_zoo.weights import conversion, load_checkpoint
 
-TINY = dict(channels=(8, 16, 24, 32), num_classes=5)  # a ResNet whose features are as wide as the authors' figures
+TINY = dict(channels=(8, 16, 24, 32), num_classes=5)  # the feature width of the reference results
 
 
 @pytest.fixture(autouse=True)
@@ -29,11 +30,11 @@ def _seed():
     torch.manual_seed(0)
 
 
-# ---- The authors' figures ----
+# ---- Results of the authors' code ----
 
 
 def test_parity():
-    expected = figures('dnc_head')
+    expected = reference_results('dnc_head')
     features = recipe.inputs('dnc_head')[0]
     head = NearestCentroidHead(32, 5).double()
     head.load_state_dict(conversion.nearest_centroid_head(recipe.state_dict('dnc_head')), strict=False)
@@ -47,11 +48,11 @@ def test_parity():
     before, after = expected['prototypes_before'], expected['prototypes_after']
     assert not torch.equal(before, after)
     assert relative_error(head.prototypes, after) < 1e-9
-    assert relative_error(head.prototypes - before, after - before) < 1e-9  # what the step itself is
+    assert relative_error(head.prototypes - before, after - before) < 1e-9
 
 
-def test_parity_through_a_published_checkpoint(tmp_path):
-    expected = figures('dnc_head')
+def test_parity_through_the_authors_checkpoint(tmp_path):
+    expected = reference_results('dnc_head')
     model = timm.create_model('dnc_resnet18', **TINY).double()
     state_dict = {f'backbone.{k}': v for k, v in model.state_dict().items() if not k.startswith('fc.')}
     state_dict |= {f'head.{k}': v for k, v in recipe.state_dict('dnc_head').items()}
@@ -63,9 +64,9 @@ def test_parity_through_a_published_checkpoint(tmp_path):
     assert relative_error(head.prototypes, expected['prototypes_after']) < 1e-9
 
 
-def test_the_plain_loop_gives_the_figures_too():
-    """What the tests below compare with is itself the authors' update."""
-    expected = figures('dnc_head')
+def test_plain_loop_equals_the_authors_code():
+    """The tests below compare with this loop."""
+    expected = reference_results('dnc_head')
     head = NearestCentroidHead(32, 5).double()
     head.load_state_dict(conversion.nearest_centroid_head(recipe.state_dict('dnc_head')), strict=False)
     z = unit_features(head, recipe.inputs('dnc_head')[0])
@@ -76,7 +77,7 @@ def test_the_plain_loop_gives_the_figures_too():
 # ---- Scores ----
 
 
-def test_only_the_direction_of_a_centroid_counts():
+def test_norm_of_a_centroid_does_not_matter():
     head = head64()
     x = torch.randn(7, 12).double()
     logits = head(x)
@@ -121,7 +122,7 @@ def test_common_start(common_start, cosine):
     p = NearestCentroidHead(2000, 20, 4, common_start=common_start).prototypes
     within = torch.stack([(each @ each.T)[~torch.eye(4, dtype=torch.bool)].mean() for each in p]).mean()
     assert within.item() == pytest.approx(cosine, abs=0.02)
-    assert (p[0] @ p[1].T).abs().max() < 0.15  # the classes are unrelated in any case
+    assert (p[0] @ p[1].T).abs().max() < 0.15  # classes are always unrelated
 
 
 @pytest.mark.parametrize('common_start', [-1.0, float('inf'), float('nan')])
@@ -148,7 +149,7 @@ def test_similarity_and_further_dimensions():
     assert similarity.shape == (2, 4, 6, 5, 3)
     assert similarity.abs().max() <= 1 + 1e-6
     torch.testing.assert_close(head(x).reshape(-1, 5), head(x.reshape(-1, 8)))
-    # a feature that is a centroid belongs to that centroid's class
+    # a feature equal to a centroid gets the class of the centroid
     plain = NearestCentroidHead(8, 5, 3)
     plain.prototypes.copy_(plain.feat_norm(plain.prototypes))
     classes = plain(plain.prototypes.flatten(0, 1)).argmax(-1)
@@ -172,8 +173,8 @@ def test_dtypes(dtype):
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
-def test_features_without_a_direction(dtype):
-    """Constant features, as of a blank image, are zero once normalised: no division by zero, backward neither."""
+def test_constant_features(dtype):
+    """The features of a blank image are zero after the norm: no division by zero, also in the backward pass."""
     head = NearestCentroidHead(32, 10, dtype=dtype)
     x = torch.ones(2, 32, dtype=dtype, requires_grad=True)
     head(x).float().square().sum().backward()
@@ -277,7 +278,7 @@ def test_copies_between_forward_and_learn(twice):
     x, labels = random_batch(head, 6)
     head(x.requires_grad_())
     twin = twice(head)
-    with pytest.raises(RuntimeError, match='there was none'):
+    with pytest.raises(RuntimeError, match='training mode'):
         twin.learn(labels)
     head.learn(labels)
     torch.testing.assert_close(learn(twin, x, labels), head.prototypes, rtol=0, atol=0)
@@ -286,8 +287,8 @@ def test_copies_between_forward_and_learn(twice):
 
 @pytest.mark.parametrize('every', [1, 2])
 @pytest.mark.parametrize('soft', [False, True])
-def test_nothing_waits_for_the_device(every, soft):
-    """Tensors without values: whatever has to read one fails, as a CUDA device would have to be waited for."""
+def test_no_synchronization_with_the_device(every, soft):
+    """Reading a value of a fake tensor fails; on a GPU it would synchronize."""
     with FakeTensorMode():
         head = NearestCentroidHead(8, 3, learning=CentroidLearning(every=every, contrast=1.0))
         for size in (4, 300, 1):
@@ -301,7 +302,7 @@ def test_nothing_waits_for_the_device(every, soft):
                 reads()
 
 
-def test_a_module_that_has_been_moved_keeps_its_memory():
+def test_memory_is_kept_when_the_module_is_moved():
     head = NearestCentroidHead(8, 3)
     learn(head, torch.randn(4, 8), torch.tensor([0, 1, 2, 0]))
     head.double()
@@ -336,11 +337,11 @@ def test_compiled_training(backend, contrast):
         torch.testing.assert_close(head.feat_norm.weight.grad, plain.feat_norm.weight.grad, rtol=1e-4, atol=1e-5)
         if number == 1:
             graphs = counter['stats']['unique_graphs']
-    assert counter['stats']['unique_graphs'] == graphs <= 2  # the second is for any size
+    assert counter['stats']['unique_graphs'] == graphs <= 2  # the second has a dynamic size
 
 
 def test_compiled_step_with_learning():
-    """Forward pass, loss, and learning as one graph, which is not made again for each batch."""
+    """Forward pass, loss and learning are one graph, which is not compiled again for each batch."""
     torch.compiler.reset()
     head = head64(memory=40, momentum=0.5).float()
     plain = copy.deepcopy(head)
@@ -365,7 +366,7 @@ def test_compiled_step_with_learning():
 def test_tools(tool, training):
     model = timm.create_model('dnc_resnet18', **TINY).train(training)
     x, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
-    # Batch statistics are buffers, which a pass in training changes.
+    # A forward pass in training mode changes the batch statistics.
     expected = copy.deepcopy(model)(x)
     made = {
         'script': lambda: torch.jit.script(model),
@@ -374,8 +375,8 @@ def test_tools(tool, training):
         'export': lambda: torch.export.export(model, (x,)).module(),
     }[tool]()
     torch.testing.assert_close(made(x), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(RuntimeError, match='there was none'):
-        model.learn(labels)  # of a pass that was none
+    with pytest.raises(RuntimeError, match='training mode'):
+        model.learn(labels)  # tracing is not a forward pass
     model.train()(x)
     model.learn(labels)
 
@@ -385,7 +386,7 @@ def test_tools(tool, training):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_benchmark(dtype, tmp_path):
-    """It stops with an error unless the loop over classes gives the same centroids."""
+    """The benchmark fails unless the loop over classes gives the same centroids."""
     script = Path(__file__).parents[1] / 'benchmarks' / 'centroids.py'
     sizes = ['--classes', '6', '--sub-centroids', '2', '--memory', '300', '--width', '16', '--dtype', dtype]
     command = [sys.executable, script, *sizes, '--rounds', '1', '--threads', '1', '--json', tmp_path / 'a.json']

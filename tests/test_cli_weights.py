@@ -1,4 +1,4 @@
-"""cluster-zoo list, info, fetch, import and push: what they say, make and refuse."""
+"""The commands cluster-zoo list, info, fetch, import and push."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from cluster_zoo.cli import weights
 from cluster_zoo.weights import cache, metadata
 from cluster_zoo.weights.importing import import_checkpoint, install
 
-NAME, FOLDER = 'coc_tiny.in1k', '155Lfofxr7vpdcUxL8ZvzlrNX4cUlhn3J'  # as the authors' page has it
+NAME, FOLDER = 'coc_tiny.in1k', '155Lfofxr7vpdcUxL8ZvzlrNX4cUlhn3J'  # from the authors' page
 BUNDLED = 'coc_tiny_plain.cifar10'
 TINY = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_heads=(2, 2, 2, 2), head_dim=4, regions=1)
 ARGUMENTS = ['--model-kwargs', *(f'{key}={value}' for key, value in TINY.items()), '--num-classes', '3']
@@ -30,7 +30,7 @@ README = (Path(__file__).parents[1] / 'README.md').read_text(encoding='utf-8')
 
 @pytest.fixture(autouse=True)
 def place(home, tmp_path, monkeypatch):
-    """An empty cache, a user with nothing, and a folder of their own."""
+    """An empty cache, no token, and an empty working directory."""
     monkeypatch.setenv('HF_HOME', str(tmp_path / 'hf'))
     monkeypatch.delenv('HF_TOKEN', raising=False)
     (tmp_path / 'work').mkdir()
@@ -49,7 +49,7 @@ def no_network(monkeypatch):
 
 @pytest.fixture
 def zoo(capsys):
-    """A function that runs the command, and returns what it prints, from JSON where that is asked for."""
+    """A function that runs the command and returns its output, parsed with --json."""
 
     def run(*arguments, status=0):
         capsys.readouterr()
@@ -63,13 +63,13 @@ def zoo(capsys):
 
 @pytest.fixture
 def refused(zoo):
-    """A function that runs the command, and returns its error of one line."""
+    """A function that runs the command and returns its error of one line."""
     return partial(zoo, status=2)
 
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
-    """As timm's script saves it: two sets of weights, three classes."""
+    """A checkpoint of timm's script with weights and averaged weights for three classes."""
     torch.manual_seed(0)
     first, second = (timm.create_model('coc_tiny', num_classes=3, **TINY).state_dict() for _ in range(2))
     path = tmp_path_factory.mktemp('checkpoint') / 'last.pth.tar'
@@ -80,7 +80,7 @@ def checkpoint(tmp_path_factory):
 # --- list and info ----------------------------------------------------------------------------------------------------
 
 
-def test_list_has_every_model_and_what_the_readme_says_of_it(zoo, no_network):
+def test_list_agrees_with_the_readme(zoo, no_network):
     found = {row.pop('name'): row for row in zoo('list', '--json')}
     assert set(found) == set(metadata.package_tags())
     models = re.search(r'^## Models$.*?(?=^## )', README, re.MULTILINE | re.DOTALL).group()
@@ -92,7 +92,7 @@ def test_list_has_every_model_and_what_the_readme_says_of_it(zoo, no_network):
         assert [row['published_top1'] for row in rows] == [float(published) if published else None]
 
 
-def test_list_as_text_says_the_same_and_where_weights_are(zoo, home, monkeypatch, published_file):
+def test_list_as_text(zoo, home, monkeypatch, published_file):
     with cache.new_folder(home / NAME) as folder:
         install(NAME, published_file, folder, {})
     rows = zoo('list', 'coc_t', '--json')
@@ -125,7 +125,7 @@ def test_unknown_names(refused, checkpoint, place):
         (['info', 'coc_smal'], r"cluster_zoo has no 'coc_smal' \(did you mean coc_small"),
         (['info', 'coc_small.in2k'], r'did you mean coc_small\.in1k'),
         (['info', 'resnet18'], "no 'resnet18'.*see cluster-zoo list"),
-        (['info', 'empty'], "'empty' is no model folder: it holds no config.json"),
+        (['info', 'empty'], "'empty' is no model folder"),
         (['info', 'local-dir:nowhere'], "'nowhere' is no model folder"),
         (['fetch', 'fec_smal'], 'did you mean fec_small'),
         (['fetch', '../fec_small'], 'see cluster-zoo list'),
@@ -151,7 +151,7 @@ def test_info(zoo, no_network):
     assert lines['made_from'] == '-' and 'drive.google.com' in lines['url'] and lines['license'] == 'apache-2.0'
 
 
-def test_info_of_folders_that_others_wrote(zoo, refused, place):
+def test_info_of_folders_of_timm(zoo, refused, place):
     model = timm.create_model('resnet18', num_classes=3)
     timm.models.save_for_hf(model, place / 'timm', model_args=dict(num_classes=3), safe_serialization=True)
     assert zoo('info', 'timm', '--json')['classes'] == 3
@@ -168,7 +168,7 @@ def test_info_of_folders_that_others_wrote(zoo, refused, place):
 # --- fetch ------------------------------------------------------------------------------------------------------------
 
 
-def test_fetch_what_is_on_this_machine(zoo, refused, home, no_network, published_file):
+def test_fetch_of_available_weights(zoo, refused, home, no_network, published_file):
     assert Path(zoo('fetch', BUNDLED, '--json')['file']).is_file()
     with cache.new_folder(home / NAME) as folder:
         install(NAME, published_file, folder, {})
@@ -184,7 +184,7 @@ def test_fetch_what_is_on_this_machine(zoo, refused, home, no_network, published
     assert 'not from the authors' in refused('fetch', NAME, '--pin')
 
 
-def test_what_is_asked_of_the_authors(zoo, home, monkeypatch):
+def test_options_of_fetch(zoo, home, monkeypatch):
     def fetch(name, url, **options):
         assert (name, options) == (NAME, dict(member='a/best.pth', force=True)) and FOLDER in url
         return home / name
@@ -200,7 +200,7 @@ def test_what_is_asked_of_the_authors(zoo, home, monkeypatch):
 
 
 @pytest.mark.parametrize(('options', 'key'), [([], 'state_dict'), (['--use-ema'], 'state_dict_ema')])
-def test_the_whole_way_of_an_own_model(options, key, checkpoint, zoo, place, no_network):
+def test_import_info_predict_and_export_of_a_checkpoint(options, key, checkpoint, zoo, place, no_network):
     (place / 'labels.txt').write_text('\ufeffrobin\nwren\ngreat tit\n', encoding='utf-8')
     options += ['--label-names', 'labels.txt', '--img-size', '64', *ARGUMENTS]
     found = zoo('import', checkpoint, '--to', 'birds', '--json', *options)
@@ -218,12 +218,12 @@ def test_the_whole_way_of_an_own_model(options, key, checkpoint, zoo, place, no_
     assert info['published_top1'] is None and info['parameters'] == sum(x.numel() for x in model.parameters())
     assert 'birds' not in zoo('list') and 'classes         3: robin, wren, great tit' in zoo('info', 'local-dir:birds/')
 
-    Image.new('RGB', (90, 70), 'green').save('picture.png')
+    Image.new('RGB', (90, 70), 'green').save('image.png')
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    with torch.inference_mode(), Image.open('picture.png') as image:
+    with torch.inference_mode(), Image.open('image.png') as image:
         probabilities = model(transform(image).unsqueeze(0)).softmax(-1)[0].tolist()
     for name in ('birds', 'local-dir:birds'):
-        (classified,) = zoo('predict', 'picture.png', '--model', name, '--json')['images']
+        (classified,) = zoo('predict', 'image.png', '--model', name, '--json')['images']
         for one in classified['classes']:
             assert one['label'] == info['label_names'][one['index']]
             assert one['probability'] == pytest.approx(probabilities[one['index']], abs=1e-5)
@@ -231,22 +231,22 @@ def test_the_whole_way_of_an_own_model(options, key, checkpoint, zoo, place, no_
     assert exported['path'] == 'birds.pt' and exported['difference'] <= 1e-4
 
 
-def test_a_release_obtained_by_hand(published_file, zoo, refused, home):
+def test_import_of_a_downloaded_file(published_file, zoo, refused, home):
     found = zoo('import', published_file, '--as', 'coc_tiny', '--json')
     assert found['folder'] == str(home / NAME) and found['source']['sha256'] == cache.sha256(published_file)
     model = timm.create_model(NAME, pretrained=True)
     assert torch.equal(model.head.fc.weight, recipe.state_dict('coc_tiny')['head.weight'].float())
-    assert 'With --force it is replaced' in refused('import', published_file, '--as', NAME)
+    assert 'in the cache already' in refused('import', published_file, '--as', NAME)
     zoo('import', published_file, '--as', NAME, '--force')
-    assert 'is of coc_tiny, which is not fec_small' in refused('import', published_file, '--as', 'fec_small')
+    assert 'of coc_tiny, which is not fec_small' in refused('import', published_file, '--as', 'fec_small')
     assert 'part of the package' in refused('import', published_file, '--as', BUNDLED)
     for options in (['--use-ema'], ['--num-classes', '3'], ['--model', 'coc_tiny'], ['--img-size', '64']):
-        assert '--as takes no further options' in refused('import', published_file, '--as', 'coc_small', *options)
+        assert 'no further options' in refused('import', published_file, '--as', 'coc_small', *options)
     assert 'No checkpoint at' in refused('import', 'nowhere.pth', '--as', 'coc_small')
     assert sorted(path.name for path in home.iterdir()) == ['.locks', NAME]
 
 
-def test_what_is_there_stays_unless_it_is_to_be_replaced(checkpoint, zoo, refused, place):
+def test_existing_files_are_replaced_only_with_force(checkpoint, zoo, refused, place):
     command = ['import', checkpoint, *ARGUMENTS, '--to']
     for name in ('empty', 'full', 'linked'):
         (place / name).mkdir()
@@ -257,7 +257,7 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(checkpoint, zoo, refuse
     zoo(*command, 'link')
     assert (place / 'linked' / 'config.json').is_file() and (place / 'link').is_symlink()
     before = (place / 'empty' / 'README.md').read_bytes()
-    assert 'With --force' in refused(*command, 'empty')
+    assert '--force' in refused(*command, 'empty')
     for name, options in (('full', []), ('full', ['--force']), ('file', []), ('file', ['--force']), ('.', ['--force'])):
         assert f"'{name}' " in refused(*command, name, *options)
     assert 'cannot be written' in refused(*command, 'file/birds')
@@ -273,12 +273,12 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(checkpoint, zoo, refuse
 @pytest.mark.parametrize('options, message', [
     ([], 'one of the arguments --to --as is required'),
     (['--to', 'x', '--as', NAME], 'not allowed with'),
-    (['--to', 'x', '--model-kwargs', 'depths'], "'depths' is not of the form name=value"),
+    (['--to', 'x', '--model-kwargs', 'depths'], "'depths' .*name=value"),
     (['--to', 'x', '--label-names', 'nowhere.txt'], r'nowhere\.txt cannot be read'),
-    (['--to', 'x', '--label-names', 'gaps.txt'], r'gaps\.txt has no name on line 2'),
+    (['--to', 'x', '--label-names', 'gaps.txt'], r'gaps\.txt .* line 2'),
     (['--to', 'x', '--num-classes', '-3'], 'not a whole number'),
 ])  # fmt: skip
-def test_wrong_use_of_import(options, message, checkpoint, place, capsys):
+def test_invalid_options_of_import(options, message, checkpoint, place, capsys):
     (place / 'gaps.txt').write_text('robin\n \nwren\n')
     with pytest.raises(SystemExit) as status:
         cli.main(['import', str(checkpoint), *options])
@@ -326,10 +326,10 @@ def test_push_and_load_back(hub, zoo, place, checkpoint, home, published_file, m
     assert 'hf' in Path(zoo('fetch', NAME, '--json')['folder']).parts
 
 
-def test_what_is_not_pushed(hub, refused, place, checkpoint, monkeypatch):
+def test_refused_uploads(hub, refused, place, checkpoint, monkeypatch):
     import_checkpoint(checkpoint, place / 'birds', model_args=dict(TINY, num_classes=3))
     for repo_id in ('a/b/c', 'my-lab/x y', 'my-lab/x..y', 'https://huggingface.co/my-lab/x', 'my-lab/' + 'x' * 100):
-        assert f'The Hub did not take {repo_id}' in refused('push', 'birds', '--to', repo_id)
+        assert f'{repo_id} failed: ' in refused('push', 'birds', '--to', repo_id)
     assert 'cluster-zoo fetch coc_small.in1k' in refused('push', 'coc_small', '--to', 'my-lab/x')
     for token in (GUEST, None):
         monkeypatch.setenv('HF_TOKEN', token) if token else monkeypatch.delenv('HF_TOKEN')

@@ -1,4 +1,4 @@
-"""The clustering functions against loops over points, and at their edges."""
+"""The clustering functions against loops over points, and edge cases."""
 
 import math
 
@@ -7,9 +7,12 @@ import torch
 from reference import context_cluster_set
 
 from cluster_zoo.layers.clustering import (
+    HeadWeights,
+    PointSets,
     aggregate,
     assign,
     cluster,
+    cluster_features,
     dispatch,
     feature_norms,
     first_argmax,
@@ -31,24 +34,12 @@ GROUPS = [[0, 1, 2], [3, 4], [5, 6, 7, 8], [9, 10, 11]]
 def _clustered(
     x, centers, f_weight, f_bias, alpha, beta, v_weight, v_bias, proj_weight, proj_bias, weighted=True, **masks
 ):
-    """`cluster` on sets x [S, N, C] with heads' weights [E, D, C] as a mixer would call it."""
+    """`cluster` of sets x [S, N, C] with the weights [E, D, C] of each head, as a mixer calls it."""
     f = torch.einsum('smc,edc->smed', centers, f_weight) + f_bias
     query, offset = project_query(alpha * normalize(f), f_weight, f_bias)
-    lengths = (x.unsqueeze(1) @ f_weight.transpose(1, 2) + f_bias.unsqueeze(1)).norm(dim=-1)
-    return cluster(
-        x,
-        lengths,
-        centers,
-        query,
-        offset,
-        beta,
-        v_weight.transpose(1, 2),
-        v_bias,
-        proj_weight,
-        proj_bias,
-        weighted,
-        **masks,
-    )
+    norms = (x.unsqueeze(1) @ f_weight.transpose(1, 2) + f_bias.unsqueeze(1)).norm(dim=-1)
+    weights = HeadWeights(beta, v_weight.transpose(1, 2), v_bias, proj_weight, proj_bias)
+    return cluster(PointSets(x, centers, **masks), query, offset, norms, weights, weighted)
 
 
 def _weights(E=2, D=3, C=5):
@@ -68,20 +59,24 @@ def test_cluster_matches_loops(weighted, alpha, beta):
         for e in range(2):
             f = x[s] @ w['f_weight'][e].T + w['f_bias'][e]
             v = x[s] @ w['v_weight'][e].T + w['v_bias'][e]
-            expected = expected + context_cluster_set(f, v, GROUPS, alpha, beta, weighted) @ w['proj_weight'][e]
+            received = context_cluster_set(f, v, GROUPS, alpha, beta, weighted)
+            expected = expected + received @ w['proj_weight'][e]
+            sets = (PointSets(y[None], torch.stack([y[g].mean(0) for g in GROUPS])[None]) for y in (f, v))
+            plain = cluster_features(*sets, *torch.tensor([[alpha], [beta]], dtype=torch.float64), weighted)
+            torch.testing.assert_close(plain[0], received, rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(out[s], expected, rtol=1e-11, atol=1e-11)
 
 
-def test_masked_points_and_centers_do_not_count():
+def test_masked_points_and_centers_are_ignored():
     x, centers, w = _normal(1, 6, 5), _normal(1, 3, 5, seed=9), _weights()
     expected = _clustered(x[:, :4], centers[:, 1:], alpha=1.0, beta=torch.zeros(1).double(), **w)
-    x[:, 4:], centers[:, 0] = 1e6, x[:, 0]  # a padded point that is loud, a padded center that would win
+    x[:, 4:], centers[:, 0] = 1e6, x[:, 0]  # large padded points, and a padded center that would be the nearest
     masks = dict(point_mask=torch.tensor([[True] * 4 + [False] * 2]), center_mask=torch.tensor([[False, True, True]]))
     out = _clustered(x, centers, alpha=1.0, beta=torch.zeros(1).double(), **w, **masks)
     torch.testing.assert_close(out[:, :4], expected, rtol=1e-11, atol=1e-11)
 
 
-def test_assignment_is_by_the_probes_and_gives_their_value():
+def test_assign_returns_the_highest_score():
     points, query, offset = _normal(2, 9, 4), _normal(2, 3, 5, 4, seed=1), _normal(2, 3, 5, seed=2)
     index, value = assign(points, query, offset)
     for s in range(2):
@@ -117,32 +112,31 @@ def test_equal_centers_give_the_first(dtype):
     largest, index = first_argmax(value.unsqueeze(-1))
     assert largest.tolist() == [[3], [-1]] and index.tolist() == [[1], [0]]
     _, index = first_argmax(value.unsqueeze(-1), torch.tensor([[True, False, True, True, True], [False] * 5]))
-    assert index.tolist() == [[2], [0]]  # and the first where none counts
+    assert index.tolist() == [[2], [0]]  # and the first if all are masked
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (1, 9), (16, 1), (5, 33), (100, 7)])
-def test_first_largest_is_argmax(shape):
-    value = torch.randint(0, 6, (2, 3, *shape)).double()  # many equal ones
+def test_first_argmax_is_argmax(shape):
+    value = torch.randint(0, 6, (2, 3, *shape)).double()  # many equal values
     expected = (value == value.max(-2, keepdim=True)[0]).long().argmax(-2)
     assert torch.equal(first_argmax(value)[1], expected)
 
 
-def test_zero_vectors_have_no_direction():
+def test_zero_vectors():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        assert (normalize(torch.zeros(2, 3, dtype=dtype)) == 0).all() and normalize(
-            torch.ones(2, 4, dtype=dtype)
-        ).unique() == 0.5
-        lengths = feature_norms(torch.zeros(1, 4, 3).to(dtype), torch.ones(4, 3).to(dtype), torch.zeros(4).to(dtype), 2)
-        assert lengths.shape == (1, 2, 4) and (lengths > 0).all() and lengths.dtype.itemsize >= 4
+        assert (normalize(torch.zeros(2, 3, dtype=dtype)) == 0).all()
+        assert normalize(torch.ones(2, 4, dtype=dtype)).unique() == 0.5
+        norms = feature_norms(torch.zeros(1, 4, 3).to(dtype), torch.ones(4, 3).to(dtype), torch.zeros(4).to(dtype), 2)
+        assert norms.shape == (1, 2, 4) and (norms > 0).all() and norms.dtype.itemsize >= 4
 
 
-def test_lengths_are_norms_of_each_head():
+def test_feature_norms_of_each_head():
     points, weight, bias = _normal(2, 4, 3), _normal(6, 3, seed=1), _normal(6, seed=2)
-    lengths, f = feature_norms(points, weight, bias, 2), weight @ points[1, 2] + bias
-    assert lengths[1, :, 2].tolist() == pytest.approx([math.hypot(*f[:3]), math.hypot(*f[3:])], rel=1e-12)
+    norms, f = feature_norms(points, weight, bias, 2), weight @ points[1, 2] + bias
+    assert norms[1, :, 2].tolist() == pytest.approx([math.hypot(*f[:3]), math.hypot(*f[3:])], rel=1e-12)
 
 
-def test_a_probe_is_the_product_with_the_features():
+def test_a_projected_query_gives_the_product_with_the_features():
     centers, weight, bias, x = _normal(2, 3, 4, 5), _normal(4, 5, 6, seed=1), _normal(4, 5, seed=2), _normal(6, seed=3)
     query, offset = project_query(centers, weight, bias)
     assert query.shape == (2, 4, 3, 6) and offset.shape == (2, 4, 3)
@@ -174,7 +168,7 @@ def test_group_mean_matches_loops():
 
 
 @pytest.mark.parametrize('weighted', [True, False])
-def test_gradients_are_those_of_the_formula(weighted):
+def test_gradients(weighted):
     x, w = _normal(1, 6, 5), _weights()
     names = list(w)
 

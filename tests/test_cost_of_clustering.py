@@ -1,4 +1,4 @@
-"""benchmarks/clustering.py: what it compares, what it refuses, and that its figures are measured."""
+"""benchmarks/clustering.py: the compared networks, the check, the measurements, and errors of options."""
 
 import json
 import runpy
@@ -34,7 +34,7 @@ def test_the_floor_is_the_network_without_its_clustering(name):
     assert set(dict(floor.named_parameters())) == {n for n, _ in model.named_parameters() if 'sim_' not in n}
 
 
-def test_a_model_that_differs_from_its_formulas_is_found(monkeypatch):
+def test_difference_from_the_formulas_is_detected(monkeypatch):
     assert BENCHMARK['disagreement']('coc_tiny', 64) < 1e-12
     create = BENCHMARK['disagreement'].__globals__['create']
 
@@ -66,12 +66,12 @@ def test_figures(tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (('--models', 'coc_tinny'), "'coc_tinny' is none of the registered models coc_* and fec_*"),
-        (('--models', 'resnet18'), "'resnet18' is none of the registered models"),
-        (('--device', 'cuda'), 'there is no GPU that torch can use'),
+        (('--models', 'coc_tinny'), "'coc_tinny'"),
+        (('--models', 'resnet18'), "'resnet18'"),
+        (('--device', 'cuda'), '--device cuda'),
     ],
 )
-def test_mistakes_are_named(arguments, message):
+def test_invalid_options(arguments, message):
     if 'cuda' in arguments and torch.cuda.is_available():
         pytest.skip('there is a GPU')
     run = _run(*arguments)

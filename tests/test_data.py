@@ -1,4 +1,4 @@
-"""cluster_zoo.data: the bundled sample, finding splits, refusing what is not in order, unreadable images."""
+"""cluster_zoo.data: the bundled sample, splits, checks of labels, unreadable images."""
 
 import hashlib
 import io
@@ -14,26 +14,26 @@ from timm.data.dataset import AugMixDataset
 from cluster_zoo.data import ImageDataset, check_dataset, class_names, create_dataset, unreadable_images
 from cluster_zoo.errors import DataError
 
-COLOURS = {'blue': (0, 0, 255), 'green': (0, 255, 0), 'red': (255, 0, 0)}
+COLORS = {'blue': (0, 0, 255), 'green': (0, 255, 0), 'red': (255, 0, 0)}
 CIFAR10 = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 
 
-def _png(colour, size=(6, 4)):
+def _png(color, size=(6, 4)):
     data = io.BytesIO()
-    Image.new('RGB', size, colour).save(data, 'PNG')
+    Image.new('RGB', size, color).save(data, 'PNG')
     return data.getvalue()
 
 
-def _folder(root, count=3, classes=COLOURS):
+def _folder(root, count=3, classes=COLORS):
     for name in classes:
         (root / name).mkdir(parents=True)
         for index in range(count):
-            (root / name / f'{index}.png').write_bytes(_png(COLOURS[name]))
+            (root / name / f'{index}.png').write_bytes(_png(COLORS[name]))
     return root
 
 
 def _tar(path, members):
-    """Members are (name, bytes); bytes of None is a folder."""
+    """Members are (name, bytes), or (name, None) for a folder."""
     with tarfile.open(path, 'w') as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
@@ -45,8 +45,8 @@ def _tar(path, members):
     return path
 
 
-def _colour_members(count=2):
-    return [(f'{name}/{index}.png', _png(colour)) for name, colour in COLOURS.items() for index in range(count)]
+def _color_members(count=2):
+    return [(f'{name}/{index}.png', _png(color)) for name, color in COLORS.items() for index in range(count)]
 
 
 def _message(error):
@@ -66,7 +66,7 @@ def test_sample_is_cifar10():
         pixels.update(image.tobytes())
         targets.append(int(target))
     assert sorted(targets) == [index // 100 for index in range(1000)]
-    # Of the pixels of the first 100 images a class of the original test batch, classes in order.
+    # SHA-256 of the first 100 images per class of the original test batch, sorted by class
     assert pixels.hexdigest() == '7c38c61aa8c7f1716d28cda247fd6f77a8db4bc051de264382e94804d47bce91'
 
 
@@ -79,7 +79,7 @@ def test_sample_has_one_split_and_needs_no_root(split):
 
 def test_sample_through_timm_loader():
     dataset = create_dataset('cluster_zoo/cifar10_sample')
-    first = dataset[0][0].getpixel((0, 0))  # opened here first: the workers must not inherit a position in the file
+    first = dataset[0][0].getpixel((0, 0))  # opened in this process first: workers must not share its file position
     loader = timm.data.create_loader(
         dataset, (3, 32, 32), 250, mean=(0,) * 3, std=(1,) * 3, crop_pct=1.0, num_workers=2, device=torch.device('cpu')
     )
@@ -90,11 +90,11 @@ def test_sample_through_timm_loader():
 
 
 def test_unknown_bundled_dataset():
-    with pytest.raises(DataError, match='there is cluster_zoo/cifar10_sample'):
+    with pytest.raises(DataError, match='cluster_zoo/cifar100_sample'):
         create_dataset('cluster_zoo/cifar100_sample')
 
 
-# Finding a split
+# Splits
 
 
 @pytest.mark.parametrize(
@@ -105,18 +105,18 @@ def test_split_folder_and_synonyms(tmp_path, folder, split):
     _folder(tmp_path / 'train' / 'extra', classes=['red']) if folder != 'training' else None
     dataset = create_dataset('', tmp_path, split)
     assert len(dataset) == 9
-    assert class_names(dataset) == dict(enumerate(COLOURS))
+    assert class_names(dataset) == dict(enumerate(COLORS))
 
 
-def test_split_archives_beside_each_other(tmp_path):
-    _tar(tmp_path / 'train.tar', _colour_members(4))
-    _tar(tmp_path / 'val.tar', _colour_members(2))
+def test_split_archives(tmp_path):
+    _tar(tmp_path / 'train.tar', _color_members(4))
+    _tar(tmp_path / 'val.tar', _color_members(2))
     assert len(create_dataset('', tmp_path, 'train')) == 12
     assert len(create_dataset('', tmp_path, 'validation')) == 6
-    assert len(create_dataset('', tmp_path / 'train.tar', 'validation')) == 12  # a file is taken as it is
+    assert len(create_dataset('', tmp_path / 'train.tar', 'validation')) == 12  # no search beside a file
 
 
-def test_folder_without_splits_is_taken_whole(tmp_path):
+def test_folder_without_splits(tmp_path):
     assert len(create_dataset(None, str(_folder(tmp_path)), 'train')) == 9
 
 
@@ -133,7 +133,7 @@ def test_reader_options_reach_timm(tmp_path):
     grey, _ = create_dataset('', tmp_path, 'val', input_img_mode='L')[0]
     assert grey.mode == 'L'
     raw, _ = create_dataset('', tmp_path, 'val', load_bytes=True)[0]
-    assert raw == _png(COLOURS['blue'])
+    assert raw == _png(COLORS['blue'])
 
 
 # Other kinds of datasets
@@ -153,19 +153,19 @@ def test_hugging_face_dataset(tmp_path):
 def test_web_dataset(tmp_path):
     pytest.importorskip('webdataset', reason='the extra "datasets" is not installed')
     _tar(
-        tmp_path / 'x-0000.tar', [('0.png', _png(COLOURS['red'])), ('0.cls', b'2'), ('1.png', b'gone'), ('1.cls', b'1')]
+        tmp_path / 'x-0000.tar', [('0.png', _png(COLORS['red'])), ('0.cls', b'2'), ('1.png', b'gone'), ('1.cls', b'1')]
     )
     split = dict(name='train', num_samples=2, filenames=['x-0000.tar'], shard_lengths=[2])
     (tmp_path / 'info.json').write_text(json.dumps(dict(splits=dict(train=split))))
     dataset = create_dataset('wds/x', tmp_path, 'train')
     check_dataset(dataset, 3, 'train')
     ((image, target),) = dataset
-    assert (image.getpixel((0, 0)), target) == (COLOURS['red'], 2)
+    assert (image.getpixel((0, 0)), target) == (COLORS['red'], 2)
     with pytest.raises(DataError, match='validation not found'):
         create_dataset('wds/x', tmp_path, 'validation')
 
 
-# What is refused on opening
+# Errors of create_dataset
 
 
 def test_missing_directory(tmp_path):
@@ -176,13 +176,13 @@ def test_missing_directory(tmp_path):
 
 @pytest.mark.parametrize('root', [None, ''])
 def test_no_directory(root):
-    with pytest.raises(DataError, match='no data directory'):
+    with pytest.raises(DataError, match='data directory'):
         create_dataset('', root, 'train')
 
 
 def test_missing_split_beside_another(tmp_path):
     _folder(tmp_path / 'train')
-    with pytest.raises(DataError, match='has no validation split, only train'):
+    with pytest.raises(DataError, match='no validation split, only train'):
         create_dataset('', tmp_path, 'validation')
 
 
@@ -193,10 +193,10 @@ def test_folder_without_images(tmp_path):
     _message(error)
 
 
-def test_file_that_is_no_archive(tmp_path):
+def test_file_that_is_not_an_archive(tmp_path):
     path = tmp_path / 'images.zip'
     path.write_bytes(b'PK')
-    with pytest.raises(DataError, match=r'expected a folder or a \.tar'):
+    with pytest.raises(DataError, match=r'images\.zip'):
         create_dataset('', path, 'train')
 
 
@@ -204,18 +204,18 @@ def test_file_that_is_no_archive(tmp_path):
 def test_broken_archive(tmp_path, content):
     path = tmp_path / 'images.tar'
     path.write_bytes(content)
-    with pytest.raises(DataError, match='can not open') as error:
+    with pytest.raises(DataError, match=r'images\.tar') as error:
         create_dataset('', path, 'train')
     assert 'images.tar' in _message(error)
 
 
 def test_archive_without_images(tmp_path):
     path = _tar(tmp_path / 'images.tar', [('cat/readme.txt', b'none')])
-    with pytest.raises(DataError, match='can not open'):
+    with pytest.raises(DataError, match=r'images\.tar'):
         create_dataset('', path, 'train')
 
 
-def test_torchvision_dataset_that_is_not_there(tmp_path):
+def test_missing_torchvision_dataset(tmp_path):
     with pytest.raises(DataError, match='torch/cifar10') as error:
         create_dataset('torch/cifar10', tmp_path, 'train')
     assert 'download' in _message(error)
@@ -235,11 +235,11 @@ def test_strict_streamed_dataset_is_refused():
         create_dataset('wds/any', 'anywhere', 'train', strict=True)
 
 
-# What check_dataset refuses
+# Errors of check_dataset
 
 
-def test_check_passes(tmp_path):
-    for root in (_folder(tmp_path / 'folder'), _tar(tmp_path / 'images.tar', _colour_members())):
+def test_check_of_valid_datasets(tmp_path):
+    for root in (_folder(tmp_path / 'folder'), _tar(tmp_path / 'images.tar', _color_members())):
         check_dataset(create_dataset('', root, 'train'), 3, 'train')
 
 
@@ -248,18 +248,18 @@ def test_check_class_count(tmp_path, num_classes):
     dataset = create_dataset('', _folder(tmp_path), 'train')
     with pytest.raises(DataError, match='3 classes') as error:
         check_dataset(dataset, num_classes, 'train')
-    assert f'the model {num_classes}' in _message(error) and 'num_classes=3' in _message(error)
+    assert str(num_classes) in _message(error) and 'num_classes=3' in _message(error)
 
 
 def test_check_empty_class_folder(tmp_path):
     _folder(tmp_path)
     (tmp_path / 'yellow').mkdir()
     (tmp_path / 'yellow' / 'notes.txt').write_text('soon')
-    with pytest.raises(DataError, match=r'no images .* of yellow'):
+    with pytest.raises(DataError, match=r'no images .* yellow'):
         check_dataset(create_dataset('', tmp_path, 'train'), 3, 'train')
 
 
-def test_check_leaves_hidden_and_unmapped_folders_alone(tmp_path):
+def test_check_ignores_hidden_and_unmapped_folders(tmp_path):
     _folder(tmp_path)
     (tmp_path / '.cache').mkdir()
     dataset = create_dataset('', tmp_path, 'train', class_map={'blue': 0, 'red': 1})
@@ -269,14 +269,14 @@ def test_check_leaves_hidden_and_unmapped_folders_alone(tmp_path):
 
 def test_check_empty_class_in_archive(tmp_path):
     path = _tar(tmp_path / 'images.tar', [('all', None), ('all/yellow', None)] + [
-        (f'all/{name}', data) for name, data in _colour_members()
+        (f'all/{name}', data) for name, data in _color_members()
     ])  # fmt: skip
     with pytest.raises(DataError, match='all/yellow'):
         check_dataset(create_dataset('', path, 'train'), 3, 'train')
 
 
 def test_check_empty_inner_archive(tmp_path):
-    inner = {name: _tar(tmp_path / f'{name}.tar', [('0.png', _png(colour))]) for name, colour in COLOURS.items()}
+    inner = {name: _tar(tmp_path / f'{name}.tar', [('0.png', _png(color))]) for name, color in COLORS.items()}
     inner['yellow'] = _tar(tmp_path / 'yellow.tar', [('readme.txt', b'none')])
     path = _tar(tmp_path / 'images.tar', [(f'{name}.tar', file.read_bytes()) for name, file in inner.items()])
     dataset = create_dataset('', path, 'train')
@@ -289,10 +289,10 @@ def test_check_class_map(tmp_path):
     class_map = {'blue': 0, 'green': 5, 'red': 7, 'yellow': 9}
     dataset = create_dataset('', _folder(tmp_path), 'validation', class_map=class_map)
     assert class_names(dataset)[5] == 'green'
-    check_dataset(dataset, 10, 'validation')  # a few classes of a larger model are a fair test set
+    check_dataset(dataset, 10, 'validation')  # a test set may have a subset of the classes
     with pytest.raises(DataError, match='10 classes'):
         check_dataset(dataset, 9, 'validation')
-    with pytest.raises(DataError, match='of yellow'):
+    with pytest.raises(DataError, match='yellow'):
         check_dataset(dataset, 10, 'train')
 
 
@@ -301,7 +301,7 @@ def test_check_classes_of_both_splits_agree(tmp_path):
     _folder(tmp_path / 'val', classes=['blue', 'red'])
     train, val = (create_dataset('', tmp_path, split) for split in ('train', 'val'))
     check_dataset(val, 2, 'val')
-    with pytest.raises(DataError, match=r'differently .* red'):
+    with pytest.raises(DataError, match='red'):
         check_dataset(val, 2, 'val', like=train)
     check_dataset(train, 2, 'train', like=train)
 
@@ -311,7 +311,7 @@ def test_check_empty_dataset():
         check_dataset(torch.utils.data.TensorDataset(torch.zeros(0, 3)), 10, 'train')
 
 
-def test_check_passes_what_names_no_classes():
+def test_check_without_class_names():
     check_dataset(torch.utils.data.TensorDataset(torch.zeros(4, 3)), 10, 'train')
 
 
@@ -319,7 +319,7 @@ def test_check_passes_what_names_no_classes():
 
 
 def _damage(root):
-    """Three images of 'green' that each fail in another way; six images are left whole."""
+    """Damages the three images of 'green' in different ways; the other six stay readable."""
     whole = (root / 'green' / '1.png').read_bytes()
     (root / 'green' / '0.png').write_bytes(b'')
     (root / 'green' / '1.png').write_bytes(whole[:-30])
@@ -332,7 +332,7 @@ def test_unreadable_images_are_replaced_and_counted_once(tmp_path):
     for _ in range(2):
         for index in range(len(dataset)):
             image, target = dataset[index]
-            assert image.getpixel((0, 0)) == list(COLOURS.values())[target]
+            assert image.getpixel((0, 0)) == list(COLORS.values())[target]
     assert unreadable_images(dataset) == [f'green/{index}.png' for index in range(3)]
 
 
@@ -360,7 +360,7 @@ def test_strict_names_the_file(tmp_path, workers):
     dataset = create_dataset('', _damage(_folder(tmp_path)), 'train', strict=True)
     dataset.transform = _pixel
     loader = torch.utils.data.DataLoader(dataset, batch_size=3, num_workers=workers)
-    with pytest.raises(DataError, match=r'^green/0.png is not a readable image') as error:
+    with pytest.raises(DataError, match=r'^green/0\.png') as error:
         list(loader)
     _message(error)
 
@@ -369,18 +369,18 @@ def test_all_images_unreadable(tmp_path):
     _folder(tmp_path, count=4)
     for path in tmp_path.rglob('*.png'):
         path.write_bytes(b'gone')
-    with pytest.raises(DataError, match='10 images in a row'):
+    with pytest.raises(DataError, match='10 images'):
         create_dataset('', tmp_path, 'train')[0]
 
 
-def test_vanished_file_is_unreadable(tmp_path):
+def test_deleted_file_is_unreadable(tmp_path):
     dataset = create_dataset('', _folder(tmp_path), 'train')
     (tmp_path / 'blue' / '1.png').unlink()
     dataset[1]
     assert unreadable_images(dataset) == ['blue/1.png']
 
 
-def test_errors_of_a_transform_are_not_taken_for_unreadable_images(tmp_path):
+def test_errors_of_the_transform_are_raised(tmp_path):
     dataset = create_dataset('', _folder(tmp_path), 'train')
     assert isinstance(dataset, ImageDataset)
     dataset.transform = lambda image: image.rotate('sideways')

@@ -1,4 +1,4 @@
-"""DNC models as timm models; what their heads compute and learn is in `test_centroids.py`."""
+"""DNC models as timm models. Their heads are tested in `test_centroids.py`."""
 
 import copy
 import io
@@ -24,7 +24,7 @@ from cluster_zoo.models.dnc import (
 )
 from cluster_zoo.weights import load_checkpoint
 
-# A ResNet of 0.2 M parameters whose features are as wide as those of the authors' figures.
+# A ResNet of 0.2 M parameters with the feature width of the reference results
 TINY = dict(channels=(8, 16, 24, 32), num_classes=5)
 SMALLEST = ['dnc_resnet18', 'dnc_mobilenetv2_100', 'dnc_coc_tiny']
 
@@ -89,7 +89,7 @@ def test_forward_and_backward(name):
         torch.testing.assert_close(model(x), pooled)
 
 
-def test_reset_classifier_builds_centroids_again():
+def test_reset_classifier_creates_a_centroid_head():
     model = tiny(sub_centroids=3).eval()
     model.reset_classifier(9)
     head = model.get_classifier()
@@ -104,7 +104,7 @@ def test_reset_classifier_builds_centroids_again():
     assert tiny(num_classes=0).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 32)
 
 
-def test_a_model_without_classes_learns_nothing():
+def test_model_without_classes():
     model = tiny(num_classes=0)
     model(torch.randn(2, 3, 32, 32))
     with pytest.raises(ValueError, match='num_classes=0'):
@@ -113,7 +113,7 @@ def test_a_model_without_classes_learns_nothing():
         model.embed(torch.randn(2, 3, 32, 32))
 
 
-def test_embed_is_what_centroids_are_compared_with():
+def test_embed():
     model = tiny().eval()
     x = torch.randn(2, 3, 32, 32)
     z, head = model.embed(x), model.get_classifier()
@@ -157,7 +157,7 @@ def test_in_chans(in_chans):
     assert tiny(in_chans=in_chans).eval()(torch.randn(1, in_chans, 32, 32)).shape == (1, 5)
 
 
-def test_unknown_arguments_are_refused():
+def test_invalid_arguments():
     with pytest.raises(TypeError):
         tiny(not_an_argument=1)
     with pytest.raises(ValueError, match='sub_centroids'):
@@ -172,7 +172,7 @@ def test_layer_decay_puts_the_head_last():
     assert min(scale.values()) < 0.1
 
 
-# ---- The same model to PyTorch's tools ----
+# ---- PyTorch's tools ----
 
 
 @pytest.fixture(scope='module')
@@ -193,7 +193,7 @@ def test_copy_and_pickle(compact):
         assert isinstance(twin.get_classifier(), NearestCentroidHead)
 
 
-def test_whole_model_opens_in_another_process(compact, tmp_path):
+def test_pickled_model_loads_in_another_process(compact, tmp_path):
     model, x, y = compact
     torch.save((model, x, y), tmp_path / 'model.pt')
     code = (
@@ -229,7 +229,7 @@ def test_fx_export_and_compile(compact):
 # ---- Checkpoints ----
 
 
-def test_own_checkpoint_passes_through(tmp_path):
+def test_own_checkpoint_is_unchanged(tmp_path):
     model, other = tiny(), tiny()
     state_dict = model.state_dict()
     filtered = checkpoint_filter_fn(dict(state_dict), other)
@@ -246,20 +246,25 @@ def test_authors_names(tmp_path, name, prefix):
     model, other = timm.create_model(name, **kwargs), timm.create_model(name, **kwargs)
     nn.init.normal_(model.get_classifier().mask_norm.bias)
     head_name = f'{model.classifier_name}.'
-    published = {prefix + 'convs.0.conv.weight': torch.randn(512, 512, 1, 1)}
+    released = {prefix + 'convs.0.conv.weight': torch.randn(512, 512, 1, 1)}
     for key, value in model.state_dict().items():
         if key.startswith(head_name):
-            published[prefix + key.removeprefix(head_name)] = value
+            released[prefix + key.removeprefix(head_name)] = value
         else:
-            published[('module.' if prefix == 'module.' else '') + key] = value
-    torch.save({'state_dict': published}, tmp_path / 'published.pth')
-    load_checkpoint(other, tmp_path / 'published.pth')
+            released[('module.' if prefix == 'module.' else '') + key] = value
+    torch.save({'state_dict': released}, tmp_path / 'released.pth')
+    load_checkpoint(other, tmp_path / 'released.pth')
     for key, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[key], value), key
+    if prefix == 'head.':  # timm's checkpoint_path calls load_state_dict
+        for another in (copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+            nn.init.zeros_(another.get_classifier().prototypes)
+            another.load_state_dict(released, strict=False)
+            assert torch.equal(another.get_classifier().prototypes, model.get_classifier().prototypes)
 
 
 def pretrained(path, **kwargs) -> nn.Module:
-    """A tiny model from a file of 5 classes."""
+    """A tiny model with the weights of a file of 5 classes."""
     return tiny(pretrained=True, pretrained_cfg_overlay=dict(file=str(path), num_classes=5), **kwargs)
 
 
@@ -279,7 +284,7 @@ def test_pretrained(own):
         assert torch.equal(value, state_dict[key]), key
 
 
-def test_other_classes_keep_their_own_centroids(own):
+def test_other_number_of_classes_gets_new_centroids(own):
     path, state_dict = own
     model = pretrained(path, num_classes=3)
     head = model.get_classifier()
@@ -293,7 +298,7 @@ def test_other_classes_keep_their_own_centroids(own):
 def test_pretrained_features_need_no_head(own):
     path, state_dict = own
     assert torch.equal(pretrained(path, num_classes=0).conv1.weight, state_dict['conv1.weight'])
-    # the configuration says 1000 classes, the file has 5: no matter
+    # the configuration has 1000 classes, the file 5
     overlay, channels = dict(file=str(path)), TINY['channels']
     features = timm.create_model(
         'dnc_resnet18',
@@ -307,7 +312,7 @@ def test_pretrained_features_need_no_head(own):
     torch.testing.assert_close(features.conv1.weight, state_dict['conv1.weight'].sum(1, keepdim=True))
 
 
-def test_what_does_not_fit_is_refused(own, tmp_path):
+def test_checkpoint_that_does_not_fit(own, tmp_path):
     path, _ = own
     with pytest.raises(CheckpointError, match='prototypes'):
         pretrained(path, sub_centroids=2)
@@ -317,7 +322,7 @@ def test_what_does_not_fit_is_refused(own, tmp_path):
         load_checkpoint(tiny(channels=(8, 16, 24, 40)), path)
 
 
-def test_a_linear_classifier_is_refused_unless_asked(tmp_path):
+def test_checkpoint_with_a_linear_classifier(tmp_path):
     linear = timm.create_model('resnet18', **TINY)
     path = tmp_path / 'linear.pth'
     torch.save(linear.state_dict(), path)
@@ -378,15 +383,15 @@ def test_nearest_centroid_arguments(tmp_path):
 @pytest.mark.parametrize(
     'name, kwargs, message',
     [
-        ('deit_tiny_distilled_patch16_224', {}, r'several \(head, head_dist\)'),
-        ('resnetv2_18', {}, r"ResNetV2 ends in Conv2d \('head.fc'\)"),
-        ('test_convnext', dict(global_pool=''), 'Keep the global pooling'),
+        ('deit_tiny_distilled_patch16_224', {}, 'head, head_dist'),
+        ('resnetv2_18', {}, r"ResNetV2 .*'head.fc'"),
+        ('test_convnext', dict(global_pool=''), 'global pooling'),
         ('dnc_resnet18', {}, 'already'),
         ('test_convnext', dict(features_only=True), r"timm\.create_model\('test_convnext', features_only=True\)"),
-        ('test_convnext', dict(sub_centroids=-1), 'sub_centroids of at least 1, got -1'),
+        ('test_convnext', dict(sub_centroids=-1), 'sub_centroids .*-1'),
     ],
 )
-def test_what_cannot_have_centroids_is_refused(name, kwargs, message):
+def test_models_that_cannot_have_a_centroid_head(name, kwargs, message):
     with torch.device('meta'), pytest.raises(ValueError, match=message):
         nearest_centroid(name, num_classes=10, **kwargs)
 

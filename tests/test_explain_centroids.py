@@ -1,4 +1,4 @@
-"""Anchored centroids against plain loops over the images, their record in checkpoints, and explanations."""
+"""Anchored centroids compared with plain loops over the images, their record in checkpoints, and explanations."""
 
 import copy
 import pickle
@@ -28,26 +28,26 @@ SMALL = dict(pretrained_cfg_overlay=dict(input_size=(3, 32, 32)))
 CLASSES = [0, 0, 1, 4, 0, 1, 2, 0, 4, 1, 1, 4, 0, 2, 4, 0, 1, 0, 4, 4]
 
 
-class IndexedImages(Dataset):
-    """IndexedImages of several sizes, each of four colours in its quarters."""
+class ColorImages(Dataset):
+    """Images of several sizes, each with four colors in its quarters."""
 
     transform = None
 
     def __init__(self, classes: list[int] = CLASSES, seed: int = 0):
         generator = torch.Generator().manual_seed(seed)
-        self.pictures = []
+        self.images = []
         for index in range(len(classes)):
-            colours = torch.randint(0, 256, (2, 2, 3), generator=generator, dtype=torch.uint8)
+            colors = torch.randint(0, 256, (2, 2, 3), generator=generator, dtype=torch.uint8)
             size = (32 + 4 * (index % 3), 32 + 8 * (index % 2))
-            self.pictures.append(Image.fromarray(colours.numpy()).resize(size, Image.Resampling.NEAREST))
+            self.images.append(Image.fromarray(colors.numpy()).resize(size, Image.Resampling.NEAREST))
         self.classes_of = classes
 
     def __len__(self):
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index):
-        picture = self.pictures[index]
-        return (self.transform(picture) if self.transform else picture), self.classes_of[index]
+        image = self.images[index]
+        return (self.transform(image) if self.transform else image), self.classes_of[index]
 
 
 def tiny(**kwargs) -> nn.Module:
@@ -60,24 +60,24 @@ def tiny(**kwargs) -> nn.Module:
 @pytest.fixture(scope='module')
 def anchored() -> nn.Module:
     model = tiny()
-    anchor(model, IndexedImages(), thumbnail=16)
+    anchor(model, ColorImages(), thumbnail=16)
     return model.eval()
 
 
 @torch.no_grad()
-def plain_feature(model: nn.Module, picture: Image.Image) -> torch.Tensor:
-    """Normalised feature of one picture, by the model's public steps."""
+def plain_feature(model: nn.Module, image: Image.Image) -> torch.Tensor:
+    """Normalized feature of one image, computed by the model's public methods."""
     transform = create_transform(**resolve_model_data_config(model))
     model = copy.deepcopy(model).eval()
-    image = transform(picture).unsqueeze(0).to(next(model.parameters()))
+    image = transform(image).unsqueeze(0).to(next(model.parameters()))
     feature = model.get_classifier().feat_norm(model.forward_head(model.forward_features(image), pre_logits=True))[0]
     return feature / feature.norm()
 
 
-def plain_anchors(model: nn.Module, dataset: IndexedImages) -> dict[tuple[int, int], int]:
-    """The pairs of sub-centroid and image of a class, most similar first; then what is left takes its nearest."""
+def plain_anchors(model: nn.Module, dataset: ColorImages) -> dict[tuple[int, int], int]:
+    """Pairs of sub-centroid and image of each class, most similar first; remaining sub-centroids get their nearest."""
     prototypes, found = model.get_classifier().prototypes, {}
-    features = [plain_feature(model, picture) for picture in dataset.pictures]
+    features = [plain_feature(model, image) for image in dataset.images]
     for c in range(len(prototypes)):
         own = [i for i, label in enumerate(dataset.classes_of) if label == c]
         pairs = [(float(features[i] @ p / p.norm()), -i, s) for s, p in enumerate(prototypes[c]) for i in own]
@@ -99,8 +99,8 @@ def as_index(found: dict[tuple[int, int], int]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize('batch_size', [1, 3, 64])
-def test_each_centroid_becomes_its_nearest_image_in_plain_loops(batch_size):
-    model, dataset = tiny().double(), IndexedImages()
+def test_anchors_match_plain_loops(batch_size):
+    model, dataset = tiny().double(), ColorImages()
     before, expected = model.get_classifier().prototypes.clone(), as_index(plain_anchors(model, dataset))
     result = anchor(model, dataset, batch_size=batch_size)
     assert result.index.tolist() == expected
@@ -112,7 +112,7 @@ def test_each_centroid_becomes_its_nearest_image_in_plain_loops(batch_size):
             if i < 0:
                 assert torch.equal(centroid, before[c, s]) and result.similarity[c, s].isnan()
                 continue
-            feature = plain_feature(model, dataset.pictures[i])
+            feature = plain_feature(model, dataset.images[i])
             torch.testing.assert_close(centroid, feature, rtol=0, atol=1e-12)
             assert result.similarity[c, s].item() == pytest.approx(float(feature @ before[c, s]), abs=1e-6)
     model.get_classifier().forget_anchors()
@@ -120,23 +120,23 @@ def test_each_centroid_becomes_its_nearest_image_in_plain_loops(batch_size):
 
 
 @pytest.mark.parametrize('batch_size', [2, 64])
-def test_of_equal_images_the_first_is_taken(batch_size):
-    model, dataset = tiny(num_classes=1, sub_centroids=1).double(), IndexedImages([0] * 64)
-    cosines = [float(plain_feature(model, picture) @ model.fc.prototypes[0, 0]) for picture in dataset.pictures[:4]]
-    worst, best = (dataset.pictures[cosines.index(pick(cosines))] for pick in (min, max))
-    dataset.pictures = [worst] * 7 + [best, worst] * 28 + [best]
+def test_first_of_equal_images(batch_size):
+    model, dataset = tiny(num_classes=1, sub_centroids=1).double(), ColorImages([0] * 64)
+    cosines = [float(plain_feature(model, image) @ model.fc.prototypes[0, 0]) for image in dataset.images[:4]]
+    worst, best = (dataset.images[cosines.index(pick(cosines))] for pick in (min, max))
+    dataset.images = [worst] * 7 + [best, worst] * 28 + [best]
     assert anchor(model, dataset, batch_size=batch_size).index.tolist() == [[7]]
 
 
 @pytest.mark.parametrize('validation', [False, True])
 def test_accuracy_before_and_after(validation):
-    model, dataset, other = tiny(), IndexedImages(), IndexedImages([1, 3, 0, 4, 4, 0, 1] * 3, seed=1)
+    model, dataset, other = tiny(), ColorImages(), ColorImages([1, 3, 0, 4, 4, 0, 1] * 3, seed=1)
     measured = other if validation else dataset
 
     @torch.no_grad()
     def accuracy():
         transform, network = create_transform(**resolve_model_data_config(model)), copy.deepcopy(model).eval()
-        guessed = [network(transform(picture).unsqueeze(0)).argmax().item() for picture in measured.pictures]
+        guessed = [network(transform(image).unsqueeze(0)).argmax().item() for image in measured.images]
         return sum(g == c for g, c in zip(guessed, measured.classes_of)) / len(measured)
 
     before = accuracy()
@@ -147,7 +147,7 @@ def test_accuracy_before_and_after(validation):
 
 
 def test_names_and_thumbnails(anchored):
-    dataset = IndexedImages()
+    dataset = ColorImages()
     for c in range(5):
         for s in range(4):
             image = anchored.get_classifier().anchored_image(c, s)
@@ -157,16 +157,16 @@ def test_names_and_thumbnails(anchored):
             assert image.name == str(image.index) and dataset.classes_of[image.index] == c
             assert image.thumbnail.size == (16, 16)
             for corner in ((1, 1), (14, 1), (1, 14), (14, 14)):
-                x, y = ((side - 1) * (at > 8) for side, at in zip(dataset.pictures[image.index].size, corner))
-                found, expected = image.thumbnail.getpixel(corner), dataset.pictures[image.index].getpixel((x, y))
+                x, y = ((side - 1) * (at > 8) for side, at in zip(dataset.images[image.index].size, corner))
+                found, expected = image.thumbnail.getpixel(corner), dataset.images[image.index].getpixel((x, y))
                 assert max(abs(a - b) for a, b in zip(found, expected)) <= 4
 
 
-def test_files_have_names(tmp_path):
-    for index, (picture, c) in enumerate(zip(IndexedImages().pictures, CLASSES)):
+def test_file_names(tmp_path):
+    for index, (image, c) in enumerate(zip(ColorImages().images, CLASSES)):
         (tmp_path / f'class {c}').mkdir(exist_ok=True)
-        picture.save(tmp_path / f'class {c}' / f'Bär {index} {"x" * index}.png')
-    (tmp_path / 'class 2' / 'a damaged one.png').write_bytes(b'no picture')
+        image.save(tmp_path / f'class {c}' / f'Bär {index} {"x" * index}.png')
+    (tmp_path / 'class 2' / 'a damaged one.png').write_bytes(b'not an image')
     dataset = create_dataset('', tmp_path)
     kept = dataset.transform = object()
     model = tiny(num_classes=4)
@@ -181,13 +181,13 @@ def test_files_have_names(tmp_path):
 def test_no_readable_image(tmp_path):
     (tmp_path / 'class 0').mkdir()
     for index in range(3):
-        (tmp_path / 'class 0' / f'{index}.png').write_bytes(b'no picture')
+        (tmp_path / 'class 0' / f'{index}.png').write_bytes(b'not an image')
     with pytest.raises(ValueError, match='no readable images'):
         anchor(tiny(), create_dataset('', tmp_path), batch_size=2)
 
 
-def test_a_name_that_is_too_long_keeps_its_end():
-    dataset = IndexedImages([0] * 4)
+def test_long_name_keeps_its_end():
+    dataset = ColorImages([0] * 4)
     dataset.filename = lambda index: 'ü' * 2000 + f'/{index}.png'
     model = tiny(num_classes=1)
     index = anchor(model, dataset).index
@@ -195,36 +195,36 @@ def test_a_name_that_is_too_long_keeps_its_end():
     assert model.fc.anchored_image(0, 2).name.endswith(f'üüü/{index[0, 2]}.png')
 
 
-def test_workers_subset_and_the_transform_that_is_given():
-    dataset, seen = Subset(IndexedImages(), range(2, 20)), []
+def test_workers_subset_and_custom_transform():
+    dataset, seen = Subset(ColorImages(), range(2, 20)), []
     transform = create_transform(input_size=(3, 48, 48))
 
-    def counted(picture):
-        seen.append(picture.size)
-        return transform(picture)
+    def counted(image):
+        seen.append(image.size)
+        return transform(image)
 
-    by_itself, model = tiny(), tiny()
-    expected = anchor(by_itself, dataset, transform=counted, batch_size=18)
+    reference, model = tiny(), tiny()
+    expected = anchor(reference, dataset, transform=counted, batch_size=18)
     assert len(seen) >= 2 * 18
     result = anchor(model, dataset, transform=transform, num_workers=2, batch_size=5)
     assert torch.equal(result.index, expected.index)
-    torch.testing.assert_close(model.fc.prototypes, by_itself.fc.prototypes, rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.fc.prototypes, reference.fc.prototypes, rtol=0, atol=1e-5)
     assert not torch.equal(result.index, anchor(tiny(), dataset).index)
 
 
-def test_modes_are_kept_and_a_compiled_model_is_anchored():
+def test_training_mode_is_restored_and_compiled_models_work():
     model = tiny().train()
     model.layer1.eval()
     modes = [module.training for module in model.modules()]
     compiled = torch.compile(model, backend='eager')
     other = copy.deepcopy(model)
     with torch.no_grad():
-        compiled.eval()(torch.zeros(len(CLASSES), 3, 32, 32))  # the graph that serves the images too
+        compiled.eval()(torch.zeros(len(CLASSES), 3, 32, 32))  # compiles the graph for the batch size of the images
     for module, training in zip(model.modules(), modes):
         module.training = training
-    result = anchor(compiled, IndexedImages())
+    result = anchor(compiled, ColorImages())
     assert [module.training for module in model.modules()] == modes
-    assert torch.equal(result.index, anchor(other, IndexedImages()).index)
+    assert torch.equal(result.index, anchor(other, ColorImages()).index)
     assert not any(module._forward_pre_hooks for module in model.modules())
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(compiled.eval()(images), other.eval()(images))
@@ -232,10 +232,10 @@ def test_modes_are_kept_and_a_compiled_model_is_anchored():
 
 class Streamed(IterableDataset):
     def __iter__(self):
-        yield from IndexedImages()
+        yield from ColorImages()
 
 
-class Tensors(IndexedImages):
+class Tensors(ColorImages):
     def __getitem__(self, index):
         return torch.zeros(3, 32, 32), 0
 
@@ -243,18 +243,18 @@ class Tensors(IndexedImages):
 @pytest.mark.parametrize(
     ('dataset', 'options', 'message'),
     [
-        (IndexedImages([0, 1, 5]), {}, 'image of class 5, but the classes of the model are 0 to 4'),
-        (IndexedImages([0, -1]), {}, 'image of class -1'),
-        (IndexedImages([]), {}, 'no images'),
-        (Streamed(), {}, 'streamed dataset'),
-        (Tensors(), {}, 'Item 0 of the dataset is a Tensor, expected a PIL image'),
-        (IndexedImages(), dict(thumbnail=0), 'thumbnail has 1 to 256 pixels'),
-        (IndexedImages(), dict(thumbnail=257), 'thumbnail has 1 to 256 pixels'),
-        (IndexedImages(), dict(val_dataset=IndexedImages([7])), 'image of class 7'),
-        (IndexedImages(), dict(val_dataset=IndexedImages([])), 'no images'),
+        (ColorImages([0, 1, 5]), {}, 'class 5, .* 0 to 4'),
+        (ColorImages([0, -1]), {}, 'class -1'),
+        (ColorImages([]), {}, 'no images'),
+        (Streamed(), {}, 'streamed'),
+        (Tensors(), {}, 'Item 0 .* Tensor, expected a PIL image'),
+        (ColorImages(), dict(thumbnail=0), 'thumbnail .* 256'),
+        (ColorImages(), dict(thumbnail=257), 'thumbnail .* 256'),
+        (ColorImages(), dict(val_dataset=ColorImages([7])), 'class 7'),
+        (ColorImages(), dict(val_dataset=ColorImages([])), 'no images'),
     ],
 )
-def test_what_can_not_be_anchored_leaves_the_model_as_it_was(anchored, dataset, options, message):
+def test_errors_leave_the_model_unchanged(anchored, dataset, options, message):
     model = copy.deepcopy(anchored).train()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=message):
@@ -264,24 +264,24 @@ def test_what_can_not_be_anchored_leaves_the_model_as_it_was(anchored, dataset, 
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_features_that_are_not_finite():
+def test_non_finite_features():
     model = tiny()
     model.conv1.weight.data[0, 0, 0, 0] = torch.nan
     before = model.fc.prototypes.clone()
-    with pytest.raises(ValueError, match='NaN or infinite features, among images 0 to 3'):
-        anchor(model, IndexedImages(), batch_size=4)
+    with pytest.raises(ValueError, match=r'NaN or infinite .* 0 to 3'):
+        anchor(model, ColorImages(), batch_size=4)
     assert torch.equal(model.fc.prototypes, before)
 
 
-@pytest.mark.parametrize('use', [lambda m: anchor(m, IndexedImages()), lambda m: explain(m, torch.zeros(3, 32, 32))])
+@pytest.mark.parametrize('use', [lambda m: anchor(m, ColorImages()), lambda m: explain(m, torch.zeros(3, 32, 32))])
 def test_model_without_centroids(use):
-    with pytest.raises(ValueError, match='ResNet has no centroid heads, expected one'):
+    with pytest.raises(ValueError, match='ResNet has no centroid head'):
         use(timm.create_model('resnet18', **TINY))
-    with pytest.raises(ValueError, match='NearestCentroidResNet has no centroid heads'):
+    with pytest.raises(ValueError, match='NearestCentroidResNet has no centroid head'):
         use(timm.create_model('dnc_resnet18', **{**TINY, 'num_classes': 0}))
 
 
-# ---- The record ----
+# ---- The record in checkpoints ----
 
 
 def same_record(a: NearestCentroidHead, b: NearestCentroidHead) -> bool:
@@ -289,56 +289,64 @@ def same_record(a: NearestCentroidHead, b: NearestCentroidHead) -> bool:
     return all(torch.equal(a.get_buffer(name), b.get_buffer(name)) for name in names)
 
 
-def by_state_dict(model, path):
+def via_state_dict(model, path):
     torch.save(model.state_dict(), path / 'a.pth')
     new = tiny()
     new.load_state_dict(torch.load(path / 'a.pth'))
     return new
 
 
-def by_safetensors(model, path):
+def via_safetensors(model, path):
     save_file(model.state_dict(), path / 'a.safetensors')
     new = tiny()
     load_checkpoint(new, path / 'a.safetensors')
     return new
 
 
-def by_timm(model, path):
+def via_timm(model, path):
     torch.save({'state_dict': model.state_dict()}, path / 'a.pth')
     return tiny(checkpoint_path=str(path / 'a.pth'))
 
 
-def by_pretrained_file(model, path):
+def via_pretrained_file(model, path):
     save_file(model.state_dict(), path / 'a.safetensors')
     overlay = SMALL['pretrained_cfg_overlay'] | dict(file=str(path / 'a.safetensors'), num_classes=5)
     return timm.create_model('dnc_resnet18', pretrained=True, **TINY, pretrained_cfg_overlay=overlay)
 
 
-def by_name_of_the_backbone(model, path):
+def via_nearest_centroid(model, path):
     torch.save(model.state_dict(), path / 'a.pth')
     return nearest_centroid('resnet18', checkpoint_path=path / 'a.pth', **TINY, **SMALL)
 
 
-def assigned(model, path):
+def via_assign(model, path):
     with torch.device('meta'):
         new = timm.create_model('dnc_resnet18', **TINY, **SMALL)
     new.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
     return new
 
 
-def pickled(model, path):
+def via_pickle(model, path):
     return pickle.loads(pickle.dumps(model))
 
 
-WAYS = [by_state_dict, by_safetensors, by_timm, by_pretrained_file, by_name_of_the_backbone, assigned, pickled]
+TRANSFERS = [
+    via_state_dict,
+    via_safetensors,
+    via_timm,
+    via_pretrained_file,
+    via_nearest_centroid,
+    via_assign,
+    via_pickle,
+]
 
 
-@pytest.mark.parametrize('way', [*WAYS, lambda model, path: copy.deepcopy(model)])
-def test_the_record_goes_with_the_model(anchored, tmp_path, way):
-    model = way(anchored, tmp_path).eval()
+@pytest.mark.parametrize('transfer', [*TRANSFERS, lambda model, path: copy.deepcopy(model)])
+def test_record_is_saved_and_copied_with_the_model(anchored, tmp_path, transfer):
+    model = transfer(anchored, tmp_path).eval()
     assert same_record(model.get_classifier(), anchored.get_classifier())
-    picture, names = IndexedImages(seed=2).pictures[0], list('abcde')
-    expected, found = explain(anchored, picture, names), explain(model, picture, names)
+    image, names = ColorImages(seed=2).images[0], list('abcde')
+    expected, found = explain(anchored, image, names), explain(model, image, names)
     assert found.neighbours[0].image.name == expected.neighbours[0].image.name
     assert found.probability == pytest.approx(expected.probability)
 
@@ -352,7 +360,7 @@ def test_scripted_and_compiled(anchored):
 
 
 @pytest.mark.parametrize('load', [nn.Module.load_state_dict, load_checkpoint])
-def test_a_file_without_record_clears_it(anchored, tmp_path, load):
+def test_checkpoint_without_record_clears_it(anchored, tmp_path, load):
     model, state = copy.deepcopy(anchored), tiny().state_dict()
     assert not any('anchor' in name for name in state)
     torch.save(state, tmp_path / 'a.pth')
@@ -378,7 +386,7 @@ def test_a_file_without_record_clears_it(anchored, tmp_path, load):
         ('anchor_thumbnail', None, 'anchor_index, anchor_name without anchor_thumbnail'),
     ],
 )
-def test_a_malformed_record_is_refused(anchored, tmp_path, name, value, message):
+def test_malformed_record(anchored, tmp_path, name, value, message):
     state = copy.deepcopy(anchored.state_dict())
     state.pop(f'fc.{name}')
     if value is not None:
@@ -387,31 +395,31 @@ def test_a_malformed_record_is_refused(anchored, tmp_path, name, value, message)
     for model in (tiny(), copy.deepcopy(anchored)):
         nn.init.zeros_(model.conv1.weight)
         before = copy.deepcopy(model.state_dict())
-        # What is not even in the file is refused before anybody asks whether it fits.
-        refusal = f'does not fit this .* NearestCentroidHead can not take .*{message}|a tensor of (shape|more numbers)'
+        # An expanded tensor, whose elements are not all in the file, is refused before the shapes are checked.
+        refusal = f'NearestCentroidHead can ?not .*{message}|a tensor '
         with pytest.raises(CheckpointError, match=refusal):
             load_checkpoint(model, tmp_path / 'a.pth')
         assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-        with pytest.raises(RuntimeError, match=f'NearestCentroidHead can not take .*{message}'):
+        with pytest.raises(RuntimeError, match=f'NearestCentroidHead can ?not .*{message}'):
             model.load_state_dict(state)
         assert before.keys() == model.state_dict().keys()
         assert all(torch.equal(before[key], model.state_dict()[key]) for key in before if key.startswith('fc.anchor'))
 
 
-def test_other_unknown_entries_are_refused_as_ever(anchored, tmp_path):
+def test_other_unknown_entries_are_refused(anchored, tmp_path):
     torch.save({**anchored.state_dict(), 'fc.anchor_date': torch.zeros(1)}, tmp_path / 'a.pth')
-    with pytest.raises(CheckpointError, match=r'1 unknown to the model \(fc.anchor_date\)'):
+    with pytest.raises(CheckpointError, match=r'fc\.anchor_date'):
         load_checkpoint(tiny(), tmp_path / 'a.pth')
 
 
-def test_learning_forgets_the_images_and_keeps_the_entries(anchored):
+def test_learning_clears_the_index_and_keeps_the_entries(anchored):
     model = copy.deepcopy(anchored).train()
     averaged = ModelEmaV3(model, decay=0.5)
     keys = list(model.state_dict())
     model(torch.randn(4, 3, 32, 32))
     model.learn(torch.tensor([0, 1, 2, 4]))
     assert list(model.state_dict()) == keys
-    averaged.update(model)  # goes through the entries of both in step
+    averaged.update(model)  # pairs the entries of both state dicts by position
     for network in (model, averaged.module):
         assert (network.fc.anchor_index == -1).all()
         assert all(n.image is None for n in explain(network, torch.zeros(3, 32, 32)).neighbours)
@@ -423,15 +431,15 @@ def test_learning_forgets_the_images_and_keeps_the_entries(anchored):
 # ---- Explanations ----
 
 
-def test_explanation_in_plain_loops(anchored):
-    dataset, names = IndexedImages(), ['ant', 'bee', 'cat', 'dog', 'eel']
-    for picture in IndexedImages(seed=3).pictures[:6]:
-        feature = plain_feature(anchored, picture)
+def test_explanation_matches_plain_loops(anchored):
+    dataset, names = ColorImages(), ['ant', 'bee', 'cat', 'dog', 'eel']
+    for image in ColorImages(seed=3).images[:6]:
+        feature = plain_feature(anchored, image)
         cosines = [[float(feature @ p / p.norm()) for p in of_class] for of_class in anchored.fc.prototypes]
         logits = anchored.fc.mask_norm(torch.tensor([max(of_class) for of_class in cosines]))
         exponents = (logits - logits.max()).exp().tolist()
         ranking = sorted(range(5), key=lambda c: -exponents[c])
-        e = explain(anchored, picture, names)
+        e = explain(anchored, image, names)
         assert (e.class_index, e.class_name) == (ranking[0], names[ranking[0]])
         assert e.probability == pytest.approx(exponents[ranking[0]] / sum(exponents), rel=1e-4)
         assert e.competitor_probability == pytest.approx(exponents[ranking[1]] / sum(exponents), rel=1e-4)
@@ -445,15 +453,15 @@ def test_explanation_in_plain_loops(anchored):
         assert e.competitor.similarity == pytest.approx(max(cosines[ranking[1]]), abs=1e-5)
 
 
-def test_an_anchored_image_is_most_like_itself(anchored):
-    dataset = IndexedImages()
+def test_anchored_image_is_most_similar_to_itself(anchored):
+    dataset = ColorImages()
     image = anchored.fc.anchored_image(0, 1)
-    e = explain(anchored, dataset.pictures[image.index])
+    e = explain(anchored, dataset.images[image.index])
     same = [n for n in (*e.neighbours, e.competitor) if n.image and n.image.index == image.index]
     assert same and same[0].similarity == pytest.approx(1, abs=1e-5)
 
 
-def test_classes_are_ranked_where_probabilities_round_to_zero(anchored):
+def test_ranking_when_probabilities_round_to_zero(anchored):
     model = copy.deepcopy(anchored)
     model.fc.mask_norm.weight.data.zero_()
     model.fc.mask_norm.bias.data.copy_(torch.tensor([-800.0, -700.0, -600.0, -900.0, 0.0]))
@@ -461,56 +469,55 @@ def test_classes_are_ranked_where_probabilities_round_to_zero(anchored):
     assert (e.class_index, e.competitor.class_index, e.competitor_probability) == (4, 2, 0)
 
 
-def test_tensors_names_and_modes(anchored):
+def test_tensor_inputs_class_names_and_training_mode(anchored):
     model = copy.deepcopy(anchored).train()
-    picture, names = IndexedImages().pictures[0], class_names(create_dataset('cluster_zoo/cifar10_sample'))
-    tensor = create_transform(**resolve_model_data_config(model))(picture)
-    a, b = explain(model, picture.convert('RGBA')), explain(model, tensor, {})
+    image, names = ColorImages().images[0], class_names(create_dataset('cluster_zoo/cifar10_sample'))
+    tensor = create_transform(**resolve_model_data_config(model))(image)
+    a, b = explain(model, image.convert('RGBA')), explain(model, tensor, {})
     assert model.training and model.fc._seen is None
     assert a.probability == b.probability and a.class_name == f'class {a.class_index}'
     assert explain(model, tensor, {i: names[i] for i in range(5)}).class_name == names[a.class_index]
     for wrong in (['a'], names, {i + 1: 'a' for i in range(5)}):
-        with pytest.raises(ValueError, match='class names given, expected one for each class 0 to 4'):
+        with pytest.raises(ValueError, match=r'class names .* 0 to 4'):
             explain(model, tensor, wrong)
     for wrong, what in ((tensor.unsqueeze(0), r'a tensor \[1, 3, 32, 32\]'), ('a.png', 'a str')):
-        with pytest.raises(ValueError, match=f'Expected a PIL image or a normalised tensor .* got {what}'):
+        with pytest.raises(ValueError, match=f'Expected a PIL image .* got {what}'):
             explain(model, wrong)
 
 
 # ---- Figures ----
 
 
-def shows(figure: Image.Image, picture: Image.Image, side: int) -> bool:
-    """Whether a picture, made as large as `side`, lies somewhere in a figure."""
-    picture = picture.resize((side, side), Image.Resampling.BICUBIC)
-    whole, part = (np.asarray(image).astype(int) for image in (figure, picture))
+def shows(figure: Image.Image, image: Image.Image, side: int) -> bool:
+    """Whether a figure contains an image resized to `side` x `side`."""
+    image = image.resize((side, side), Image.Resampling.BICUBIC)
+    whole, part = np.asarray(figure).astype(int), np.asarray(image).astype(int)
     corner = (whole[: 1 - side, : 1 - side] == part[0, 0]).all(-1).nonzero()
     return any(np.array_equal(whole[y : y + side, x : x + side], part) for y, x in zip(*corner))
 
 
-def test_explanation_is_drawn(anchored):
-    picture = IndexedImages().pictures[0]
-    e = explain(anchored, picture, ['a name that is much longer than there is room for in a heading'] * 5)
-    figure = draw_explanation(e, picture)
-    assert figure.mode == 'RGB' and figure.width < 1100 and shows(figure, picture, 228)
+def test_figure_of_an_explanation(anchored):
+    image = ColorImages().images[0]
+    e = explain(anchored, image, ['a class name that is wider than the heading'] * 5)
+    figure = draw_explanation(e, image)
+    assert figure.mode == 'RGB' and figure.width < 1100 and shows(figure, image, 228)
     assert all(shows(figure, n.image.thumbnail, 104) for n in (*e.neighbours, e.competitor) if n.image)
-    empty = draw_explanation(explain(tiny(), picture), picture.convert('L'))
+    empty = draw_explanation(explain(tiny(), image), image.convert('L'))
     assert empty.height == figure.height
     assert not any(shows(empty, n.image.thumbnail, 104) for n in e.neighbours if n.image)
 
 
-def test_one_class_of_one_centroid_is_drawn():
+def test_figures_of_one_class_with_one_centroid():
     model = tiny(num_classes=1, sub_centroids=1)
-    anchor(model, IndexedImages([0, 0]))
-    e = explain(model, IndexedImages().pictures[0])
+    anchor(model, ColorImages([0, 0]))
+    e = explain(model, ColorImages().images[0])
     assert e.competitor is None and e.competitor_probability == 0 and e.probability == 1
-    assert (
-        draw_explanation(e, IndexedImages().pictures[0]).height == draw_explanation(e, Image.new('L', (9, 30))).height
-    )
+    figures = draw_explanation(e, ColorImages().images[0]), draw_explanation(e, Image.new('L', (9, 30)))
+    assert figures[0].height == figures[1].height
     assert draw_centroids(model).height < 200
 
 
-def test_sheet_of_all_centroids(anchored):
+def test_figure_of_all_centroids(anchored):
     sheets = [draw_centroids(anchored, list('abcde'), columns) for columns in (None, 1, 5)]
     assert sheets[1].width < sheets[0].width < sheets[2].width
     assert sheets[1].height > sheets[0].height > sheets[2].height
@@ -519,26 +526,26 @@ def test_sheet_of_all_centroids(anchored):
         assert all(shows(sheet, image.thumbnail, 72) for image in images if image)
     with pytest.raises(ValueError, match='call anchor'):
         draw_centroids(tiny())
-    with pytest.raises(ValueError, match='class names given'):
+    with pytest.raises(ValueError, match='class names'):
         draw_centroids(anchored, ['a'])
 
 
-def test_a_model_without_pooling_is_refused():
+def test_model_without_pooling():
     model = timm.create_model('dnc_swin_tiny', img_size=32, num_classes=5, depths=(1, 1, 1, 1), global_pool='', **SMALL)
     with pytest.raises(ValueError, match='keep the pooling'):
-        anchor(model, IndexedImages())
+        anchor(model, ColorImages())
     with pytest.raises(ValueError, match='keep the pooling'):
-        explain(model, IndexedImages().pictures[0])
+        explain(model, ColorImages().images[0])
 
 
-@pytest.mark.parametrize('averaged', ['before', 'after'])
-def test_training_with_an_average_goes_on_after_anchoring(averaged):
+@pytest.mark.parametrize('ema_setup', ['before', 'after'])
+def test_training_with_ema_continues_after_anchoring(ema_setup):
     model = tiny()
     task = NearestCentroidTask(model, verbose=False)
-    if averaged == 'before':
+    if ema_setup == 'before':
         task.setup_ema(decay=0.5)
-    anchor(model, IndexedImages(), thumbnail=16)
-    if averaged == 'after':
+    anchor(model, ColorImages(), thumbnail=16)
+    if ema_setup == 'after':
         task.setup_ema(decay=0.5)
     task.train()
     for step in range(2):

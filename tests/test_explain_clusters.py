@@ -1,4 +1,4 @@
-"""Cluster maps: the map agrees with what the mixers do, the picture with the map."""
+"""Cluster maps agree with the mixers' outputs, and drawings with the maps."""
 
 import copy
 
@@ -23,7 +23,7 @@ def model():
 @pytest.mark.parametrize('size', [(32, 48), (68, 52)], ids=['divides', 'padded inside'])
 @pytest.mark.parametrize(('stage', 'block', 'head'), [(0, 0, 1), (1, -1, 2), (-1, 0, 0)])
 def test_members_of_a_cluster_get_parallel_outputs(model, size, stage, block, head):
-    """A member receives its center, scaled: outputs before the projection point the same way in one cluster alone."""
+    """Before the projection, a point's output is its center times a scale: parallel in a cluster, and only there."""
     images = torch.randn(2, 3, *size)
     clusters = cluster_map(model, images, stage, block, head)
     stride = 4 * 2 ** (stage % 2)
@@ -43,7 +43,7 @@ def test_members_of_a_cluster_get_parallel_outputs(model, size, stage, block, he
     assert torch.equal(parallel, together)
     assert 1 < clusters.unique().numel() <= (mixer.regions * mixer.proposals) ** 2
 
-    # A center lies in the region of its members.
+    # A center is in the same region as its members.
     per_axis = mixer.regions * mixer.proposals
     for axis, center in ((0, clusters // per_axis), (1, clusters % per_axis)):
         count = clusters.shape[1 + axis]
@@ -51,8 +51,8 @@ def test_members_of_a_cluster_get_parallel_outputs(model, size, stage, block, he
         assert torch.equal(center // mixer.proposals, region.unsqueeze(1 - axis).expand_as(center))
 
 
-def test_numbers_run_row_by_row_over_the_image(model):
-    """Features that tell a region's four cells apart send every point to the center of its own cell."""
+def test_centers_are_numbered_row_by_row(model):
+    """One-hot features per cell of a region assign every point to the center of its own cell."""
     rows, columns = torch.arange(8), torch.arange(12)
     cell = (rows // 2).unsqueeze(1) * 4 + columns // 3  # 2 x 2 regions of 2 x 2 centers
     within = (rows // 2 % 2).unsqueeze(1) * 2 + columns // 3 % 2
@@ -65,7 +65,7 @@ def test_numbers_run_row_by_row_over_the_image(model):
     assert torch.equal(clusters[0], cell)
 
 
-def test_fec_and_training_mode_is_kept():
+def test_fec_and_training_mode_is_restored():
     model = timm.create_model('fec_small', proposals=2, regions=1, **STAGES).train()
     assert cluster_map(model, torch.randn(1, 3, 32, 32), stage=1).shape == (1, 4, 4)
     assert model.training
@@ -76,7 +76,7 @@ def test_fec_and_training_mode_is_kept():
     ('where', 'what'),
     [(dict(stage=2), 'stage 2'), (dict(stage=0, block=-2), 'block -2'), (dict(stage=0, head=2), 'head 2')],
 )
-def test_what_is_not_there(model, where, what):
+def test_index_out_of_range(model, where, what):
     with pytest.raises(ValueError, match=f'no {what}: expected'):
         cluster_map(model, torch.randn(1, 3, 32, 32), **where)
 
@@ -87,18 +87,18 @@ def test_model_without_clusters():
 
 
 @pytest.mark.parametrize(('size', 'stride'), [((50, 33), 4), ((33, 70), 32), ((64, 64), 16)])
-def test_picture_keeps_its_size_and_colours_the_patches(size, stride):
+def test_drawing_has_the_size_of_the_image_and_colors_patches(size, stride):
     width, height = size
     columns, rows = (-(-side // stride) for side in size)
     clusters = torch.arange(rows * columns).reshape(rows, columns)
-    picture = draw_clusters(Image.new('L', size, 200), clusters, opacity=1.0)
-    assert picture.size == size
-    colours = {}
+    image = draw_clusters(Image.new('L', size, 200), clusters, opacity=1.0)
+    assert image.size == size
+    colors = {}
     for y in range(height):
         for x in range(width):
-            colours.setdefault(int(clusters[y // stride, x // stride]), set()).add(picture.getpixel((x, y)))
-    assert all(len(found) == 1 for found in colours.values())
-    assert len(set.union(*colours.values())) == rows * columns
+            colors.setdefault(int(clusters[y // stride, x // stride]), set()).add(image.getpixel((x, y)))
+    assert all(len(found) == 1 for found in colors.values())
+    assert len(set.union(*colors.values())) == rows * columns
 
 
 def test_more_than_256_clusters_and_opacity():

@@ -1,4 +1,4 @@
-"""Cutting grids into sets and back, and mean-grid centers against torch's adaptive pooling."""
+"""Partition and merge, and mean-grid centers against adaptive average pooling."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from cluster_zoo.layers.grids import mean_centers, mean_grid, merge, pad_to_mult
 
 
 @pytest.mark.parametrize('regions', [1, 2, 4])
-def test_partition_keeps_regions_together_and_merge_undoes_it(regions):
+def test_partition_and_merge(regions):
     x = torch.arange(2 * 6 * 8 * 12).reshape(2, 6, 8, 12)
     sets = partition(x, regions)
     h, w = 8 // regions, 12 // regions
@@ -37,12 +37,12 @@ def test_mean_grid_is_adaptive_average_pooling(size, bins):
     assert point_mask is None and center_mask is None
 
 
-def test_mean_grid_of_padded_regions_leaves_padding_out():
-    weights = mean_grid((5, 4), 2, 2, torch.zeros((), dtype=torch.float64))  # regions of 3 x 2, the lower ones short
+def test_mean_grid_ignores_padding():
+    weights = mean_grid((5, 4), 2, 2, torch.zeros((), dtype=torch.float64))  # regions of 3 x 2, the lower ones padded
     assert weights.shape == (4, 4, 6)
     assert torch.equal(weights.sum(2)[0], torch.ones(4).double())
-    assert torch.equal(weights[2].unflatten(1, (3, 2))[:, 2], torch.zeros(4, 2).double())  # row 5 does not exist
-    narrow = mean_grid((4, 9), 8, 1, torch.zeros(()))  # 8 columns of regions, 2 wide: three hold nothing
+    assert torch.equal(weights[2].unflatten(1, (3, 2))[:, 2], torch.zeros(4, 2).double())  # row 5 is padding
+    narrow = mean_grid((4, 9), 8, 1, torch.zeros(()))  # 8 columns of regions of width 2: three are padding
     assert int((narrow.sum((1, 2)) == 0).sum()) == 64 - 4 * 5
 
 
@@ -53,7 +53,7 @@ def test_masks_of_padded_centers():
     assert torch.equal(center_mask.unsqueeze(-1).expand_as(centers), centers > 0)
 
 
-def test_point_mask_marks_the_real_points():
+def test_point_mask():
     mask = point_mask((5, 4), 2, 1, torch.zeros(()))
     assert mask.dtype == torch.bool and mask.shape == (4, 6) and int(mask.sum()) == 20
     assert torch.equal(mask[2], torch.tensor([True, True, True, True, False, False]))

@@ -1,4 +1,4 @@
-"""hubconf.py, in a process of its own that knows nothing of the package."""
+"""hubconf.py, in a new process that has not imported the package."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import timm
-from parity_cases import recipe, save_published
+from parity_cases import recipe, save_released
 
 import cluster_zoo  # noqa: F401
 from cluster_zoo.weights.importing import import_checkpoint
@@ -23,7 +23,7 @@ found = dict(
     names=torch.hub.list(cached, trust_repo=True, verbose=False),
     help=torch.hub.help(cached, 'coc_small', trust_repo=True),
 )
-# As in a process that starts with load: nothing is known to timm yet.
+# As in a process that starts with load: the models are not registered yet.
 for name in [name for name in sys.modules if name.split('.')[0] in ('cluster_zoo', 'timm')]:
     del sys.modules[name]
 model = torch.hub.load(root, 'fec_small', source='local', num_classes=7, in_chans=1, drop_rate=0.25)
@@ -50,14 +50,14 @@ json.dump(found, sys.stdout)
 
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
-    # torch.hub.list and help take a GitHub name; one that is in the cache is not downloaded.
+    # torch.hub.list and help take the name of a GitHub repository, which is not downloaded if it is in the cache.
     home = tmp_path_factory.mktemp('home')
     (home / 'hub').mkdir()
     (home / 'hub' / 'owner_cluster_zoo_main').symlink_to(ROOT, target_is_directory=True)
-    # Where the cache is by default
-    published = save_published('coc_tiny', home / 'model_best.pth.tar')
-    import_checkpoint(published, home / 'hub' / 'cluster_zoo' / 'coc_tiny.in1k')
-    import_checkpoint(published, home / 'own')
+    # The default location of the cache
+    released = save_released('coc_tiny', home / 'model_best.pth.tar')
+    import_checkpoint(released, home / 'hub' / 'cluster_zoo' / 'coc_tiny.in1k')
+    import_checkpoint(released, home / 'own')
     run = subprocess.run(
         [sys.executable, '-c', SCRIPT, str(ROOT), 'owner/cluster_zoo:main'],
         cwd=home,
@@ -73,17 +73,17 @@ def _ours(names):
     return {name for name in names if timm.models.model_entrypoint(name.split('.')[0]).__module__.startswith('cluster')}
 
 
-def test_list_is_all_models_and_all_weights(found):
+def test_list_contains_all_models_and_weights(found):
     assert len(found['names']) == len(set(found['names']))
     assert set(found['names']) == _ours(timm.list_models()) | _ours(timm.list_pretrained())
     assert {'coc_tiny', 'fec_large', 'dnc_resnet50', 'dnc_coc_medium'} <= set(found['names'])
 
 
-def test_help_is_the_docstring_of_the_model(found):
+def test_help_returns_the_docstring(found):
     assert found['help'] == timm.models.model_entrypoint('coc_small').__doc__
 
 
-def test_load_takes_the_keywords_of_create_model(found):
+def test_load_passes_keywords_to_create_model(found):
     assert found['shape'] == [2, 7]
     assert found['drop_rate'] == 0.25
     assert found['features'] == 'FeatureListNet'
@@ -93,7 +93,7 @@ def test_the_package_beside_hubconf_is_used(found):
     assert Path(found['file']).resolve() == ROOT / 'cluster_zoo' / '__init__.py'
 
 
-def test_pretrained_and_tag_reach_timm(found):
+def test_tag_reaches_timm(found):
     assert 'no_such_tag' in found['tag']
 
 

@@ -1,4 +1,4 @@
-"""The CPU's kernels give what the plain functions give."""
+"""The CPU functions against the plain functions."""
 
 import pytest
 import torch
@@ -13,26 +13,26 @@ def _inputs(dtype):
 
 
 @pytest.mark.parametrize('contiguous', [False, True])
-def test_head_lengths_and_their_gradients(contiguous):
+def test_feature_norms_and_their_gradients(contiguous):
     points, weight, bias = inputs = _inputs(torch.float64)
     gradient = torch.randn(2, 2, 42, dtype=torch.float64)
     results = []
     for function in (kernels.feature_norms, clustering.feature_norms):
         given = points if contiguous else points.transpose(1, 2).contiguous().transpose(1, 2)
-        lengths = function(given, weight, bias, 2)
-        results.append([lengths, *torch.autograd.grad(lengths, inputs, gradient)])
+        norms = function(given, weight, bias, 2)
+        results.append([norms, *torch.autograd.grad(norms, inputs, gradient)])
     for value, expected in zip(*results):
         torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
     assert torch.autograd.gradcheck(lambda *args: kernels.feature_norms(*args, 2), inputs)
     with torch.no_grad():
-        torch.testing.assert_close(kernels.feature_norms(*inputs, 2), lengths, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(kernels.feature_norms(*inputs, 2), norms, rtol=1e-12, atol=1e-12)
 
 
-def test_only_the_gradients_that_are_asked_for():
+def test_gradient_of_the_weight_alone():
     x, weight, bias = _inputs(torch.float64)
-    lengths = kernels.feature_norms(x.detach(), weight, bias.detach(), 2)
+    norms = kernels.feature_norms(x.detach(), weight, bias.detach(), 2)
     expected = clustering.feature_norms(x.detach(), weight, bias.detach(), 2)
-    (gradient,) = torch.autograd.grad(lengths.square().sum(), weight)
+    (gradient,) = torch.autograd.grad(norms.square().sum(), weight)
     torch.testing.assert_close(
         gradient, torch.autograd.grad(expected.square().sum(), weight)[0], rtol=1e-12, atol=1e-12
     )
@@ -43,19 +43,19 @@ def test_gradients_of_gradients():
     assert torch.autograd.gradgradcheck(lambda *args: kernels.feature_norms(*args, 2), inputs)
 
 
-def test_head_lengths_under_autocast():
+def test_feature_norms_under_autocast():
     x, weight, bias = _inputs(torch.float32)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        lengths = kernels.feature_norms(x, weight, bias, 2)
-    assert lengths.dtype == torch.float32
-    gradients = torch.autograd.grad(lengths.sum(), (x, weight, bias))
+        norms = kernels.feature_norms(x, weight, bias, 2)
+    assert norms.dtype == torch.float32
+    gradients = torch.autograd.grad(norms.sum(), (x, weight, bias))
     exact = torch.autograd.grad(clustering.feature_norms(x, weight, bias, 2).sum(), (x, weight, bias))
     for value, expected in zip(gradients, exact):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, expected, rtol=0.05, atol=0.05)
 
 
-def test_the_plain_path_can_be_forced(monkeypatch):
+def test_environment_variable_selects_the_plain_functions(monkeypatch):
     inputs = _inputs(torch.float32)
     assert 'FeatureNorms' in str(kernels.feature_norms(*inputs, 2).grad_fn)
     monkeypatch.setenv('CLUSTER_ZOO_KERNELS', 'plain')

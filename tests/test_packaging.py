@@ -1,4 +1,4 @@
-"""What is built and installed: the contents of wheel and sdist, and an import without side effects."""
+"""Contents and metadata of wheel and sdist, and an import without side effects."""
 
 import configparser
 import email
@@ -21,9 +21,9 @@ PACKAGE = {name for name in PACKAGE if '__pycache__' not in name}
 
 @pytest.fixture(scope='module')
 def built(tmp_path_factory):
-    """Folder of a wheel that was built from the sdist, which was built from a copy without leftovers."""
+    """Folder of an sdist, built from a clean copy of the checkout, and of a wheel that was built from the sdist."""
     source, output = tmp_path_factory.mktemp('source') / 'cluster_zoo', tmp_path_factory.mktemp('dist')
-    leftovers = shutil.ignore_patterns('.*', '*.egg-info', 'build', 'dist', '__pycache__', 'output')
+    leftovers = shutil.ignore_patterns('.*', '*.egg-info', 'build', 'dist', '__pycache__', 'output', 'site')
     shutil.copytree(ROOT, source, ignore=leftovers)
     run = subprocess.run(
         [sys.executable, '-m', 'build', '--no-isolation', '--outdir', str(output), str(source)],
@@ -34,7 +34,7 @@ def built(tmp_path_factory):
     return output
 
 
-def test_wheel_holds_the_packages_and_nothing_else(built):
+def test_wheel_contains_only_the_packages(built):
     with zipfile.ZipFile(next(built.glob('*.whl'))) as wheel:
         names = {name for name in wheel.namelist() if '.dist-info/' not in name}
         entry_points = wheel.read(f'cluster_zoo-{cluster_zoo.__version__}.dist-info/entry_points.txt').decode()
@@ -43,11 +43,13 @@ def test_wheel_holds_the_packages_and_nothing_else(built):
     assert 'cluster-zoo = cluster_zoo.cli:main' in entry_points
 
 
-def test_sdist_holds_scripts_and_tests(built):
+def test_sdist_contains_scripts_tests_and_docs(built):
     with tarfile.open(next(built.glob('*.tar.gz'))) as sdist:
         names = {name.partition('/')[2] for name in sdist.getnames()}
     wanted = PACKAGE | {'train.py', 'validate.py', 'hubconf.py', 'LICENSE', 'README.md', 'CHANGELOG.md'}
-    wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / 'tests').rglob('*.py')}
+    wanted |= {'CONTRIBUTING.md', 'CITATION.cff', 'mkdocs.yml'}
+    for folder, pattern in (('tests', '*.py'), ('docs', '*.*'), ('results', '*.csv'), ('benchmarks', '*.py')):
+        wanted |= {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob(pattern)}
     assert wanted <= names
 
 
@@ -58,19 +60,21 @@ def test_metadata(built):
     assert (found['Name'], found['Version']) == ('cluster_zoo', cluster_zoo.__version__)
     assert found['License-Expression'] == 'Apache-2.0' or found['License'] == 'Apache-2.0'
     assert found['Requires-Python'] == '>=3.10'
-    assert {'test', 'scatter', 'dev'} <= set(found.get_all('Provides-Extra'))
+    assert {'test', 'docs', 'scatter', 'dev'} <= set(found.get_all('Provides-Extra'))
+    urls = {url.partition(',')[0] for url in found.get_all('Project-URL')}
+    assert {'Documentation', 'Source', 'Changelog', 'Issues'} <= urls
     required = [line for line in found.get_all('Requires-Dist') if 'extra ==' not in line]
     assert required and all('>=' in line and '<' not in line and '==' not in line for line in required)
 
 
-def test_version_is_stated_once_more_in_the_package():
+def test_version_of_setup_cfg_is_that_of_the_package():
     config = configparser.ConfigParser()
     config.read(ROOT / 'setup.cfg')
     assert config['metadata']['version'] == cluster_zoo.__version__
 
 
-def test_import_is_quiet_and_brings_little():
-    """Nothing is printed, and nothing slow is imported that `import timm` would not import by itself."""
+def test_import_prints_nothing_and_imports_no_further_packages():
+    """`import cluster_zoo` imports only what `import timm` imports already."""
     script = (
         'import sys, timm; before = set(sys.modules); import cluster_zoo; '
         'print({name.split(".")[0] for name in set(sys.modules) - before}, file=sys.stderr)'

@@ -1,7 +1,8 @@
-"""cluster_zoo.predict: what is found, how images are read whatever they are, what a model takes them for."""
+"""cluster_zoo.predict: finding images, reading them, and classification."""
 
 import io
 import os
+import re
 import struct
 import threading
 import zlib
@@ -22,8 +23,8 @@ RED, WHITE, BLACK = (255, 0, 0), (255, 255, 255), (0, 0, 0)
 
 
 @pytest.fixture(scope='module')
-def photograph() -> Image.Image:
-    """24 x 16, with a gradient, so that resizing and turning show."""
+def photo() -> Image.Image:
+    """24 x 16 pixels with a gradient, so that resizing and rotation change the pixels."""
     pixels = np.zeros((16, 24, 3), np.uint8)
     pixels[..., 0], pixels[..., 1] = np.arange(0, 240, 10), np.arange(0, 240, 15)[:, None]
     return Image.fromarray(pixels)
@@ -43,10 +44,10 @@ def read(tmp_path: Path, content: bytes) -> Image.Image:
     return read_image(str(tmp_path / 'image'))
 
 
-# --- what is found ----------------------------------------------------------------------------------------------------
+# --- finding images ---------------------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_its_images_in_order_hidden_ones_left_out(tmp_path):
+def test_folders_are_searched_in_order_without_hidden_files(tmp_path):
     for name in ('b.PNG', 'a/2.jpg', 'a/10.webp', 'a/.hidden.png', '.git/c.png', 'notes.txt', 'drawing.eps', 'a.jpeg'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -55,57 +56,57 @@ def test_a_folder_is_its_images_in_order_hidden_ones_left_out(tmp_path):
     assert found == [
         *(str(tmp_path / name) for name in ('a/10.webp', 'a/2.jpg', 'a.jpeg', 'b.PNG')),
         '-',
-        str(tmp_path / 'notes.txt'),  # whoever names a file wants it tried
+        str(tmp_path / 'notes.txt'),  # a named file is listed whatever its extension
     ]
 
 
-def test_what_stands_for_no_image_is_an_error_in_its_place(tmp_path):
+def test_sources_without_images_give_errors(tmp_path):
     (tmp_path / 'empty').mkdir()
     first, second = find_images([tmp_path / 'missing.png', tmp_path / 'empty'])
-    assert first == Classified(str(tmp_path / 'missing.png'), error='no such file or folder')
-    assert second == Classified(str(tmp_path / 'empty'), error='no image in this folder')
+    assert first.image == str(tmp_path / 'missing.png') and 'no such file' in first.error
+    assert second.image == str(tmp_path / 'empty') and 'no image' in second.error
 
 
 @pytest.mark.parametrize('address', ['http://example.org/cat.png', 'HTTPS://example.org/cat.png', 'file:///cat.png'])
-def test_an_address_is_not_read(address):
+def test_addresses(address):
     [found] = find_images([address])
-    assert found.image == address and 'download the image first' in found.error and 'curl' in found.error
+    assert found.image == address and 'download' in found.error
 
 
-# --- how images are read ----------------------------------------------------------------------------------------------
+# --- reading images ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('format', ['PNG', 'BMP', 'TIFF', 'PPM', 'TGA', 'PCX'])
-def test_formats_without_loss(format, photograph, tmp_path):
-    assert read(tmp_path, saved(photograph, format)).tobytes() == photograph.tobytes()
+def test_formats_without_loss(format, photo, tmp_path):
+    assert read(tmp_path, saved(photo, format)).tobytes() == photo.tobytes()
 
 
 @pytest.mark.parametrize('format', ['JPEG', 'WEBP'])
-def test_formats_with_loss(format, photograph, tmp_path):
-    found = np.asarray(read(tmp_path, saved(photograph, format, quality=95)), float)
-    assert abs(found - np.asarray(photograph, float)).mean() < 6
+def test_formats_with_loss(format, photo, tmp_path):
+    found = np.asarray(read(tmp_path, saved(photo, format, quality=95)), float)
+    assert abs(found - np.asarray(photo, float)).mean() < 6
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
-def test_photographs_are_turned_upright(orientation, photograph, tmp_path):
-    # How a camera's picture lies in the file, by the meaning that the EXIF standard gives to row 0 and column 0
+def test_exif_orientation(orientation, photo, tmp_path):
+    # The pixels as stored in the file, from the EXIF standard's definition of row 0 and column 0
     stored = {
         1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1],
         5: lambda x: x.swapaxes(0, 1), 6: lambda x: np.rot90(x), 7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
         8: lambda x: np.rot90(x, -1),
-    }[orientation](np.asarray(photograph))  # fmt: skip
+    }[orientation](np.asarray(photo))  # fmt: skip
     exif = Image.Exif()
     exif[0x112] = orientation
     content = saved(Image.fromarray(np.ascontiguousarray(stored)), exif=exif.tobytes())
-    assert read(tmp_path, content).tobytes() == photograph.tobytes()
+    assert read(tmp_path, content).tobytes() == photo.tobytes()
 
 
-def test_damaged_metadata_do_not_keep_an_image_from_being_read(photograph, tmp_path):
+def test_damaged_metadata_are_ignored(photo, tmp_path):
     exif = b'Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03'
-    assert read(tmp_path, saved(photograph, 'JPEG', exif=exif)).size == photograph.size
+    assert read(tmp_path, saved(photo, 'JPEG', exif=exif)).size == photo.size
 
 
-def test_transparency_is_laid_over_white(tmp_path):
+def test_transparent_pixels_are_blended_with_white(tmp_path):
     image = Image.new('RGBA', (3, 1), (*RED, 255))
     image.putpixel((1, 0), (0, 0, 0, 0))
     image.putpixel((2, 0), (255, 0, 0, 128))
@@ -115,7 +116,7 @@ def test_transparency_is_laid_over_white(tmp_path):
     assert gray.getpixel((1, 0)) == WHITE and gray.getpixel((0, 0)) == (76, 76, 76)
 
 
-def test_palette_with_a_transparent_colour(tmp_path):
+def test_palette_with_a_transparent_color(tmp_path):
     image = Image.new('P', (2, 1))
     image.putpalette([*RED, *BLACK])
     image.putpixel((1, 0), 1)
@@ -123,30 +124,30 @@ def test_palette_with_a_transparent_colour(tmp_path):
     assert pixels_of(read(tmp_path, saved(image, transparency=1))) == [RED, WHITE]
 
 
-def test_cmyk_is_not_taken_for_colours_inverted(tmp_path):
+def test_cmyk_is_not_inverted(tmp_path):
     image = Image.new('CMYK', (16, 16), (0, 255, 255, 0))
     for format in ('JPEG', 'TIFF'):
         assert np.allclose(read(tmp_path, saved(image, format)).getpixel((8, 8)), RED, atol=12)
 
 
 @pytest.mark.parametrize('mode', ['I;16', 'I'])
-def test_gray_of_16_bits_is_scaled_not_cut_off(mode, tmp_path):
+def test_16_bit_gray_is_scaled(mode, tmp_path):
     values = np.array([[0, 255, 32768, 65535]], np.uint16)
     image = Image.fromarray(values) if mode == 'I;16' else Image.fromarray(values.astype(np.int32))
     found = read(tmp_path, saved(image, 'TIFF'))
     assert [pixel[0] for pixel in pixels_of(found)] == [0, 1, 128, 255]
 
 
-def test_floats_have_to_be_of_a_known_range(tmp_path):
+def test_floats_outside_0_to_1(tmp_path):
     image = Image.fromarray(np.array([[0, 0.5, 1]], np.float32))
     assert [pixel[0] for pixel in pixels_of(read(tmp_path, saved(image, 'TIFF')))] == [0, 128, 255]
     for wrong in (300.0, -1.0, float('nan')):
-        with pytest.raises(ImageError, match='where 0 to 1 was expected'):
+        with pytest.raises(ImageError, match='expected 0 to 1'):
             read(tmp_path, saved(Image.fromarray(np.array([[0, wrong]], np.float32)), 'TIFF'))
 
 
 @pytest.mark.parametrize('format', ['GIF', 'PNG', 'WEBP', 'TIFF'])
-def test_of_several_frames_the_first_counts(format, tmp_path):
+def test_first_frame(format, tmp_path):
     frames = [Image.new('RGB', (8, 8), colour) for colour in (RED, BLACK, WHITE)]
     content = saved(
         frames[0], format, save_all=True, append_images=frames[1:], **dict(lossless=True) if format == 'WEBP' else {}
@@ -155,13 +156,13 @@ def test_of_several_frames_the_first_counts(format, tmp_path):
 
 
 def huge_png(width: int, height: int) -> bytes:
-    """A valid file of a few kilobytes whose pixels, all black, would fill the memory."""
+    """A valid file of a few kilobytes whose black pixels would fill the memory."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack('>I', len(content)) + kind + content + struct.pack('>I', zlib.crc32(kind + content))
 
     pack, rows = zlib.compressobj(9), bytearray()
-    for _ in range(16):  # a decoder that starts at all goes on for long with these
+    for _ in range(16):  # enough rows for a decoder to run for a long time
         rows += pack.compress(bytes(1 + width // 8))
     header = struct.pack('>IIBBBBB', width, height, 1, 0, 0, 0, 0)
     return (
@@ -174,24 +175,24 @@ def test_decompression_bombs_are_refused(tmp_path):
         read(tmp_path, huge_png(100_000, 100_000))
 
 
-def test_programs_are_no_images(tmp_path):
-    """Pillow would run Ghostscript on PostScript."""
+def test_postscript_is_refused(tmp_path):
+    """Pillow would run PostScript with Ghostscript."""
     eps = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n'
     with Image.open(io.BytesIO(eps)) as opened:
         assert opened.format == 'EPS'
-    with pytest.raises(ImageError, match='of a format that is not read'):
+    with pytest.raises(ImageError, match='format'):
         read(tmp_path, eps)
 
 
 @pytest.mark.parametrize('content', [b'', b'hello', b'\x89PNG\r\n\x1a\n', b'GIF89a', b'\xff\xd8\xff\xe0', bytes(500)])
-def test_what_is_no_image(content, tmp_path):
+def test_files_that_are_not_images(content, tmp_path):
     with pytest.raises(ImageError):
         read(tmp_path, content)
 
 
 @pytest.mark.parametrize('format', ['PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'GIF'])
-def test_no_damage_raises_anything_else(format, photograph, tmp_path):
-    content, random = saved(photograph, format), np.random.default_rng(0)
+def test_damaged_files_raise_only_image_errors(format, photo, tmp_path):
+    content, random = saved(photo, format), np.random.default_rng(0)
     with pytest.raises(ImageError):
         read(tmp_path, content[: len(content) // 2])
     for _ in range(60):
@@ -204,12 +205,12 @@ def test_no_damage_raises_anything_else(format, photograph, tmp_path):
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='named pipes')
-def test_a_pipe_can_be_named(photograph, tmp_path):
+def test_named_pipe(photo, tmp_path):
     os.mkfifo(tmp_path / 'pipe')
-    writer = threading.Thread(target=(tmp_path / 'pipe').write_bytes, args=(saved(photograph),))
+    writer = threading.Thread(target=(tmp_path / 'pipe').write_bytes, args=(saved(photo),))
     writer.start()
     assert find_images([tmp_path / 'pipe']) == [str(tmp_path / 'pipe')]
-    assert read_image(str(tmp_path / 'pipe')).tobytes() == photograph.tobytes()
+    assert read_image(str(tmp_path / 'pipe')).tobytes() == photo.tobytes()
     writer.join()
 
 
@@ -221,22 +222,22 @@ class Terminal(io.BytesIO):
         return True
 
 
-def test_standard_input(photograph, monkeypatch):
-    def arrives(stream):
+def test_standard_input(photo, monkeypatch):
+    def read_from(stream):
         monkeypatch.setattr('sys.stdin', io.TextIOWrapper(stream))
         return read_image('-')
 
-    assert arrives(io.BytesIO(saved(photograph))).tobytes() == photograph.tobytes()
-    with pytest.raises(ImageError, match='standard input was empty'):
-        arrives(io.BytesIO())
+    assert read_from(io.BytesIO(saved(photo))).tobytes() == photo.tobytes()
+    with pytest.raises(ImageError, match='standard input is empty'):
+        read_from(io.BytesIO())
     with pytest.raises(ImageError, match='is a terminal'):
-        arrives(Terminal(b'x'))
+        read_from(Terminal(b'x'))
     monkeypatch.setattr(predict, 'MAX_BYTES', 100)
     with pytest.raises(ImageError, match='more than'):
-        arrives(io.BytesIO(bytes(101)))
+        read_from(io.BytesIO(bytes(101)))
 
 
-# --- what a model takes them for --------------------------------------------------------------------------------------
+# --- classification ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')
@@ -248,7 +249,7 @@ def model():
     ).eval()  # fmt: skip
 
 
-def test_every_image_gets_the_classes_that_it_would_get_alone(model, tmp_path):
+def test_batches_match_single_images(model, tmp_path):
     images, random = [], np.random.default_rng(0)
     for index in range(5):
         images.append(str(tmp_path / f'{index}.png'))
@@ -272,44 +273,44 @@ def test_every_image_gets_the_classes_that_it_would_get_alone(model, tmp_path):
         assert np.allclose([ranked.probability for ranked in result.classes], probabilities[order], atol=1e-5)
 
 
-def test_the_size_of_validation_where_a_model_has_another_for_training(photograph, tmp_path, image_folder, validate):
-    """The same pixels that validate.py shows to a model."""
+def test_evaluation_size_differs_from_training_size(photo, tmp_path, image_folder, validate):
+    """The input is the same as that of validate.py."""
     overlay = dict(input_size=(3, 32, 32), crop_pct=0.5, test_input_size=(3, 48, 48), test_crop_pct=1.0)
     model = timm.create_model('resnet18', num_classes=3, pretrained_cfg_overlay=overlay).eval()
     seen = []
     model.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
-    photograph.save(tmp_path / 'image.png')
+    photo.save(tmp_path / 'image.png')
     [result] = classify(model, [str(tmp_path / 'image.png')])
     args = validate.validate_parser().resolve([])
     config = validate.resolve_input_data_config(model, vars(args), use_test_size=not args.use_train_size)
     assert result.error is None and seen[0].shape == (1, 3, 48, 48)
-    assert torch.equal(seen[0][0], timm.data.create_transform(**config)(photograph.convert('RGB')))
+    assert torch.equal(seen[0][0], timm.data.create_transform(**config)(photo.convert('RGB')))
 
 
-def test_images_that_are_open_already(model, photograph, tmp_path):
-    photograph.save(tmp_path / 'image.png')
-    named, opened = classify(model, [str(tmp_path / 'image.png'), photograph.convert('RGB')])
+def test_pil_images(model, photo, tmp_path):
+    photo.save(tmp_path / 'image.png')
+    named, opened = classify(model, [str(tmp_path / 'image.png'), photo.convert('RGB')])
     assert named.classes == opened.classes and isinstance(opened.image, Image.Image)
 
 
-def test_more_classes_than_there_are(model, photograph, tmp_path):
-    photograph.save(tmp_path / 'image.png')
+def test_top_is_larger_than_the_number_of_classes(model, photo, tmp_path):
+    photo.save(tmp_path / 'image.png')
     [result] = classify(model, [str(tmp_path / 'image.png')], top=100)
     assert sorted(ranked.index for ranked in result.classes) == list(range(7))
     assert sum(ranked.probability for ranked in result.classes) == pytest.approx(1)
 
 
-def test_lines_are_not_blown_up(model, tmp_path):
-    """Resized to the model's height, this image would have three thousand million pixels."""
+def test_narrow_images_are_refused(model, tmp_path):
+    """Resized to the model's height, the image of one row would have three billion pixels."""
     Image.new('1', (3_000_000, 1)).save(tmp_path / 'line.png')
     Image.new('1', (100, 1)).save(tmp_path / 'narrow.png')
     line, narrow = classify(model, [str(tmp_path / 'line.png'), str(tmp_path / 'narrow.png')])
-    assert line.error == '3000000 x 1 pixels are too narrow to be classified'
+    assert '3000000 x 1' in line.error
     assert narrow.error is None
 
 
-def test_gray_models_and_models_of_other_channels(photograph, tmp_path):
-    photograph.save(tmp_path / 'image.png')
+def test_models_with_other_input_channels(photo, tmp_path):
+    photo.save(tmp_path / 'image.png')
 
     def resnet(channels):
         overlay = dict(input_size=(channels, 32, 32), mean=(0.5,) * channels, std=(0.5,) * channels)
@@ -321,7 +322,7 @@ def test_gray_models_and_models_of_other_channels(photograph, tmp_path):
         next(classify(resnet(4), [str(tmp_path / 'image.png')]))
 
 
-def test_bundled_model_knows_the_bundled_images(tmp_path):
+def test_bundled_model_on_bundled_images(tmp_path):
     dataset = create_dataset('cluster_zoo/cifar10_sample')
     names = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
     for index in range(0, 1000, 25):
@@ -329,7 +330,9 @@ def test_bundled_model_knows_the_bundled_images(tmp_path):
         image.save(tmp_path / f'{index:03}_{names[target]}.png')
     results = list(classify(load_classifier('coc_tiny_plain.cifar10'), find_images([tmp_path]), top=1))
     right = sum(result.classes[0].label in result.image for result in results)
-    assert len(results) == 40 and right >= 27  # 83.7 % are expected, of which 27 of 40 is five deviations away
+    assert (
+        len(results) == 40 and right >= 27
+    )  # 83.7 % expected; below 27 of 40 is more than 2.7 standard deviations away
 
 
 @pytest.mark.parametrize(
@@ -341,20 +344,20 @@ def test_bundled_model_knows_the_bundled_images(tmp_path):
         ('a/b', 'a/b'),
     ],
 )
-def test_models_that_can_not_be_had(name, message):
+def test_models_that_are_not_available(name, message):
     with pytest.raises(CheckpointError, match=message):
         load_classifier(name)
 
 
 @pytest.mark.parametrize('config', ['{}', 'hello', '{"architecture": "resnet18", "pretrained_cfg": {}}', '[]'])
-def test_folders_with_something_else(config, tmp_path):
+def test_damaged_model_folders(config, tmp_path):
     (tmp_path / 'config.json').write_text(config)
     (tmp_path / 'model.safetensors').write_bytes(b'damaged')
-    with pytest.raises(CheckpointError, match=r'is damaged or not a|was refused|is truncated'):
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))):
         load_classifier(f'local-dir:{tmp_path}')
 
 
-def test_a_model_without_classes(monkeypatch):
+def test_model_without_classes(monkeypatch):
     monkeypatch.setattr(timm, 'create_model', lambda name, pretrained: torch.nn.Identity())
     monkeypatch.setattr(torch.nn.Identity, 'num_classes', 0, raising=False)
     with pytest.raises(OptionError, match='no classes'):

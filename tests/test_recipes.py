@@ -4,7 +4,7 @@ import pytest
 import timm
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.training.options import Parser
+from cluster_zoo.training.parser import Parser
 from cluster_zoo.training.recipes import RECIPES, recipe_for
 from cluster_zoo.training.train_options import train_parser
 

@@ -1,4 +1,4 @@
-"""benchmarks/scatter.py: torch's own operations and, where it is installed, torch-scatter give the same sums."""
+"""benchmarks/scatter.py: the operations of torch and, if installed, of torch-scatter give the same sums."""
 
 import runpy
 from pathlib import Path
@@ -11,18 +11,18 @@ from cluster_zoo.layers.clustering import group_mean
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[1] / 'benchmarks' / 'scatter.py'))
 
 
-def test_all_ways_agree_forward_and_backward():
+def test_all_implementations_agree_forward_and_backward():
     times = BENCHMARK['measure'](channels=5, points=30, centers=7, device=torch.device('cpu'), rounds=1)
     assert list(times) == list(BENCHMARK['WAYS'])
 
 
-def test_torch_scatter_takes_part_where_it_is_installed():
+def test_torch_scatter_is_compared_if_installed():
     pytest.importorskip('torch_scatter', reason='the extra "scatter" is not installed', exc_type=ImportError)
     assert {'torch-scatter sum', 'torch-scatter csr'} <= set(BENCHMARK['WAYS'])
 
 
 @pytest.mark.parametrize('name', BENCHMARK['WAYS'])
-def test_group_mean_is_made_of_these_sums(name):
+def test_group_mean(name):
     torch.manual_seed(0)
     v, center_v = torch.randn(2, 5, 30, dtype=torch.float64), torch.randn(2, 5, 7, dtype=torch.float64)
     index = torch.randint(7, (2, 30))

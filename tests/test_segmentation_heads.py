@@ -1,13 +1,13 @@
-"""Decoders, classifiers and RegionProxy against figures of the authors' code and against plain loops."""
+"""Decoders, classifiers and RegionProxy compared with results of the authors' code and with loops."""
 
 import pytest
 import torch
 import torch.nn as nn
-from parity_cases import figures, recipe, relative_error
+from parity_cases import recipe, reference_results, relative_error
 
 from cluster_zoo.weights import check_fit
 from segmentation.models.classifiers import CentroidClassifier, ConditionalClassifier, PlainClassifier
-from segmentation.models.conversion import segmenter as published
+from segmentation.models.conversion import convert_segmenter
 from segmentation.models.decoders import FCN, DeepLabV3Plus, SemanticFPN, UPerNet
 from segmentation.models.region_proxy import RegionProxy
 from segmentation.models.segmenter import DenseHead
@@ -32,16 +32,16 @@ class Model(nn.Module):
 
 @pytest.mark.parametrize('case', CASES)
 @torch.no_grad()
-def test_figures_of_the_authors(case):
+def test_results_of_the_authors_code(case):
     model = Model(CASES[case]())
-    prefix = '' if case == 'semantic_fpn' else 'decode_head.'  # the others' figures are of the head alone
-    state_dict = published({prefix + name: value for name, value in recipe.state_dict(case).items()}, model)
+    prefix = '' if case == 'semantic_fpn' else 'decode_head.'  # the other cases are heads without prefix
+    state_dict = convert_segmenter({prefix + name: value for name, value in recipe.state_dict(case).items()}, model)
     check_fit(state_dict, model)
     model.load_state_dict(state_dict)
-    outputs, expected = model.eval().head(recipe.inputs(case)), figures(case)
+    outputs, expected = model.eval().head(recipe.inputs(case)), reference_results(case)
     assert set(outputs) == set(expected)
-    for name, figure in expected.items():
-        assert relative_error(outputs[name], figure) < 1e-9
+    for name, value in expected.items():
+        assert relative_error(outputs[name], value) < 1e-9
 
 
 def levels(channels=LEVELS, size=(13, 10), batch=2):
@@ -59,7 +59,7 @@ def levels(channels=LEVELS, size=(13, 10), batch=2):
         (FCN(LEVELS, 24, num_convs=1, concat_input=False, level=2, **F64), (4, 3)),
     ],
 )
-def test_sizes_that_do_not_divide(decoder, size):
+def test_odd_sizes(decoder, size):
     torch.manual_seed(0)
     out = decoder(levels())
     assert out.shape == (2, decoder.channels, *size)
@@ -67,7 +67,7 @@ def test_sizes_that_do_not_divide(decoder, size):
     assert all(parameter.grad is not None for parameter in decoder.parameters())
 
 
-def test_levels_that_a_decoder_names_are_those_it_reads():
+def test_levels_attribute_lists_the_levels_read():
     for decoder in (
         SemanticFPN(LEVELS, **F64),
         UPerNet(LEVELS, **F64),
@@ -80,7 +80,7 @@ def test_levels_that_a_decoder_names_are_those_it_reads():
 
 
 @torch.no_grad()
-def test_conditional_classifier_as_a_loop():
+def test_conditional_classifier_equals_loop():
     torch.manual_seed(0)
     B, C, K, h, w = 2, 6, 4, 5, 3
     classifier = ConditionalClassifier(C, K, **F64)
@@ -105,7 +105,7 @@ def test_conditional_classifier_as_a_loop():
         torch.testing.assert_close(outputs['guidance'][b], guidance)
 
 
-def test_conditional_classifier_makes_one_for_each_image():
+def test_conditional_classifier_is_independent_per_image():
     torch.manual_seed(0)
     classifier = ConditionalClassifier(6, 4, **F64)
     x = torch.randn(3, 6, 5, 3, **F64)
@@ -115,7 +115,7 @@ def test_conditional_classifier_makes_one_for_each_image():
 
 
 @torch.no_grad()
-def test_centroid_classifier_as_a_loop():
+def test_centroid_classifier_equals_loop():
     torch.manual_seed(0)
     classifier = CentroidClassifier(6, 4, sub_centroids=3, **F64)
     x = torch.randn(2, 6, 5, 3, **F64)
@@ -127,23 +127,23 @@ def test_centroid_classifier_as_a_loop():
         torch.testing.assert_close(logits[b, :, i, j], nn.functional.layer_norm(scores, (4,)))
 
 
-def test_centroids_of_pixels_follow_their_features():
+def test_centroids_are_updated_by_their_pixels():
     torch.manual_seed(0)
     classifier = CentroidClassifier(6, 4, **F64)
     with torch.no_grad():
-        # Class 0 is where its centroids are: the model classifies these pixels correctly, and so they count.
+        # Close to a centroid of class 0: only correctly classified pixels update the centroids.
         x = classifier.head.prototypes[0, 0].view(1, 6, 1, 1).expand(1, 6, 5, 3) + 0.01 * torch.randn(1, 6, 5, 3, **F64)
     before = classifier.head.prototypes.clone()
     classifier(x)
     labels = torch.zeros(1, 5, 3, dtype=torch.long)
-    labels[0, 0] = 255  # not a class: these pixels move nothing
+    labels[0, 0] = 255  # ignored
     classifier.head.learn(labels)
     moved = (classifier.head.prototypes - before).abs().amax((1, 2)) > 1e-12
     assert moved.tolist() == [True, False, False, False]
 
 
 @torch.no_grad()
-def test_region_proxy_as_a_loop():
+def test_region_proxy_equals_loop():
     torch.manual_seed(0)
     B, D, K, h, w = 2, 8, 3, 4, 5
     head = RegionProxy((D, D), K, **F64).eval()
@@ -157,15 +157,15 @@ def test_region_proxy_as_a_loop():
         for y in range(4 * h):
             for x in range(4 * w):
                 i, j, cell = y // 4, x // 4, 4 * (y % 4) + x % 4
-                neighbours = [(n, i + n // 3 - 1, j + n % 3 - 1) for n in range(9)]
-                neighbours = [(n, p, q) for n, p, q in neighbours if 0 <= p < h and 0 <= q < w]
-                weights = torch.stack([affinity[b, 16 * n + cell, i, j] for n, _, _ in neighbours]).softmax(0)
-                expected = sum(weight * tokens[b, :, p, q] for weight, (_, p, q) in zip(weights, neighbours))
+                neighbors = [(n, i + n // 3 - 1, j + n % 3 - 1) for n in range(9)]
+                neighbors = [(n, p, q) for n, p, q in neighbors if 0 <= p < h and 0 <= q < w]
+                weights = torch.stack([affinity[b, 16 * n + cell, i, j] for n, _, _ in neighbors]).softmax(0)
+                expected = sum(weight * tokens[b, :, p, q] for weight, (_, p, q) in zip(weights, neighbors))
                 torch.testing.assert_close(logits[b, :, y, x], expected)
 
 
 @pytest.mark.parametrize('classifier', [PlainClassifier, ConditionalClassifier, CentroidClassifier])
-def test_half_precision_stays_close(classifier):
+def test_half_precision(classifier):
     torch.manual_seed(0)
     module = classifier(16, 5)
     x = torch.randn(2, 16, 6, 6)
@@ -175,9 +175,9 @@ def test_half_precision_stays_close(classifier):
     assert relative_error(half.float(), full) < 0.05
 
 
-def test_conditional_classifier_of_a_large_map_in_float16():
+def test_conditional_classifier_does_not_overflow_in_float16():
     module = ConditionalClassifier(2, 1)
-    x = torch.full((1, 2, 96, 96), 16.0)  # whose sum float16 does not hold
+    x = torch.full((1, 2, 96, 96), 16.0)  # the sum overflows float16
     with torch.autocast('cpu', torch.float16):
         half = module(x)['logits']
     assert relative_error(half.float(), module(x)['logits']) < 0.05

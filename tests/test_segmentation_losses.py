@@ -1,4 +1,4 @@
-"""Losses of dense prediction, against loops over pixels in float64."""
+"""Losses of dense prediction, compared with loops over pixels in float64."""
 
 import math
 
@@ -19,7 +19,7 @@ def logits():
 def labels():
     labels = torch.randint(K, (B, H, W), generator=torch.Generator().manual_seed(1))
     labels[0, :2] = 255
-    labels[1][labels[1] == 2] = 0  # an image without one of the classes
+    labels[1][labels[1] == 2] = 0  # class 2 does not occur in this image
     return labels
 
 
@@ -36,7 +36,7 @@ def plain_dice(logits: torch.Tensor, labels: torch.Tensor, smooth: float) -> flo
             for y in range(H):
                 for x in range(W):
                     p = softmax(logits[image, :, y, x].tolist())[k]
-                    t = float(min(labels[image, y, x], K - 1) == k)  # as published, without a label too
+                    t = float(min(labels[image, y, x], K - 1) == k)  # as in the authors' code, for ignored pixels too
                     valid = float(labels[image, y, x] != 255)
                     overlap += p * t * valid
                     predicted += p**2
@@ -46,27 +46,27 @@ def plain_dice(logits: torch.Tensor, labels: torch.Tensor, smooth: float) -> flo
 
 
 @pytest.mark.parametrize('smooth', [1e-5, 1.0])
-def test_dice_is_a_plain_loops(logits, labels, smooth):
+def test_dice_equals_loop(logits, labels, smooth):
     expected = plain_dice(logits, labels, smooth)
     assert dice_loss(logits, labels, smooth=smooth).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_dice_by_hand():
-    """One class of two fills the image, and is found for sure, or missed for sure."""
+    """One of two classes fills the image and is predicted, or not, with certainty."""
     labels = torch.zeros(1, 2, 2, dtype=torch.int64)
     sure = torch.tensor([50.0, -50.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2)
-    # Found: 1 - (2 * 4) / (4 + 4); the other class, neither there nor predicted: 1 - smooth / smooth.
+    # Predicted: 1 - (2 * 4) / (4 + 4), and 1 - smooth / smooth for the other class
     assert dice_loss(sure, labels).item() == pytest.approx(0, abs=1e-6)
-    # Missed: 1 - smooth / 4, for both
+    # Not predicted: 1 - smooth / 4 for both classes
     assert dice_loss(-sure, labels).item() == pytest.approx(1, abs=1e-5)
 
 
-def test_dice_of_another_ignored_label(logits, labels):
+def test_dice_with_another_ignore_index(logits, labels):
     other = torch.where(labels == 255, 7, labels)
     assert torch.equal(dice_loss(logits, other, ignore_index=7), dice_loss(logits, labels))
 
 
-def test_cross_entropy_is_a_plain_loops(logits, labels):
+def test_cross_entropy_equals_loop(logits, labels):
     losses = [
         -math.log(softmax(logits[image, :, y, x].tolist())[labels[image, y, x]])
         for image in range(B)
@@ -78,7 +78,7 @@ def test_cross_entropy_is_a_plain_loops(logits, labels):
 
 
 @pytest.mark.parametrize('loss', [cross_entropy, dice_loss])
-def test_a_batch_without_labels_trains_on(loss, logits):
+def test_batch_without_labels(loss, logits):
     logits.requires_grad_()
     value = loss(logits, torch.full((B, H, W), 255))
     value.backward()
@@ -88,8 +88,8 @@ def test_a_batch_without_labels_trains_on(loss, logits):
 
 
 @pytest.mark.parametrize('loss', [cross_entropy, dice_loss])
-def test_half_precision_is_summed_in_float32(loss, labels):
-    """4096 pixels that cost about 1 each: bfloat16 can not count beyond 256."""
+def test_half_precision_is_accumulated_in_float32(loss, labels):
+    """Sums 4096 pixel losses of about 1; bfloat16 has integers up to 256 only."""
     logits = torch.zeros(1, K, 64, 64, dtype=torch.bfloat16)
     labels = torch.arange(64 * 64).reshape(1, 64, 64) % K
     value = loss(logits, labels)

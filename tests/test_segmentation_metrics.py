@@ -1,4 +1,4 @@
-"""Figures of segmentations against a plain loop, figures worked out by hand, and several processes."""
+"""Segmentation metrics, compared with a loop and with values by hand, and in several processes."""
 
 import math
 import subprocess
@@ -15,8 +15,8 @@ from segmentation.engine.metrics import SegmentationMetrics, table
 ROOT = Path(__file__).parents[1]
 
 
-def plain_figures(prediction, labels, num_classes, ignore):
-    """One pixel after the other."""
+def loop_metrics(prediction, labels, num_classes, ignore):
+    """Counts pixel by pixel."""
     hits, true, predicted = ([0] * num_classes for _ in range(3))
     for p, t in zip(prediction.flatten().tolist(), labels.flatten().tolist()):
         if t == ignore:
@@ -31,7 +31,7 @@ def plain_figures(prediction, labels, num_classes, ignore):
 
 
 @pytest.mark.parametrize('ignore', [255, 2])
-def test_figures_are_those_of_a_plain_loop(ignore):
+def test_metrics_equal_loop(ignore):
     generator = torch.Generator().manual_seed(0)
     prediction = torch.randint(0, 5, (6, 9, 11), generator=generator)
     labels = torch.where(torch.rand(6, 9, 11, generator=generator) < 0.6, prediction, prediction.roll(3, 2))
@@ -40,7 +40,7 @@ def test_figures_are_those_of_a_plain_loop(ignore):
     for part in (slice(0, 1), slice(1, 4), slice(4, 6)):
         metrics.update(prediction[part], labels[part])
     found = metrics.compute()
-    iou, acc, miou, aacc, macc = plain_figures(prediction, labels, 5, ignore)
+    iou, acc, miou, aacc, macc = loop_metrics(prediction, labels, 5, ignore)
     assert (found['mIoU'], found['aAcc'], found['mAcc']) == pytest.approx((miou, aacc, macc))
     for number, name in enumerate('abcde'):
         assert found['IoU'][name] == pytest.approx(iou.get(number, math.nan), nan_ok=True)
@@ -48,7 +48,7 @@ def test_figures_are_those_of_a_plain_loop(ignore):
 
 
 def by_hand():
-    #      sky  sky  road road   sky  car*      * predicted, never true; tree neither
+    #      sky  sky  road road   sky  car*      * predicted, not true; no tree
     true = [0, 0, 1, 1, 0, 1, 255]
     predicted = [0, 0, 1, 1, 1, 2, 2]
     metrics = SegmentationMetrics(4, ['sky', 'road', 'car', 'tree'])
@@ -56,17 +56,17 @@ def by_hand():
     return metrics.compute()
 
 
-def test_figures_by_hand():
+def test_metrics_by_hand():
     found = by_hand()
     assert found['IoU'] == pytest.approx(dict(sky=200 / 3, road=50, car=0, tree=math.nan), nan_ok=True)
     assert found['Acc'] == pytest.approx(dict(sky=200 / 3, road=200 / 3, car=math.nan, tree=math.nan), nan_ok=True)
-    # The car is a mistake of three classes' mean; it has no accuracy, and the tree has nothing.
+    # car is predicted only: it has an IoU of 0 and no accuracy; tree has neither
     assert found['mIoU'] == pytest.approx((200 / 3 + 50 + 0) / 3)
     assert found['mAcc'] == pytest.approx(200 / 3)
     assert found['aAcc'] == pytest.approx(400 / 6)
 
 
-def test_table_shows_what_there_is():
+def test_table():
     lines = table(by_hand()).splitlines()
     assert [line.split() for line in lines[:5]] == [
         ['class', 'IoU', 'Acc'],
@@ -96,8 +96,8 @@ def test_only_ignored_pixels():
     assert all(math.isnan(found[name]) for name in ('mIoU', 'aAcc', 'mAcc'))
 
 
-def test_many_pixels_are_counted_exactly():
-    """Float32 would lose single pixels above 2^24."""
+def test_counts_are_exact():
+    """Float32 is not exact above 2^24."""
     metrics = SegmentationMetrics(2)
     labels = torch.zeros(1, 4096, 4097, dtype=torch.long)
     prediction = labels.clone()
@@ -107,8 +107,8 @@ def test_many_pixels_are_counted_exactly():
 
 
 @pytest.mark.parametrize('names', [['a'], ['a', 'b', 'b'], ['a', 'b', 'c', 'd']])
-def test_names_have_to_be_those_of_the_classes(names):
-    with pytest.raises(ValueError, match='3 classes have'):
+def test_invalid_class_names(names):
+    with pytest.raises(ValueError, match='3 classes'):
         SegmentationMetrics(3, names)
 
 
@@ -122,7 +122,7 @@ def _share(rank, world, folder):
     dist.destroy_process_group()
 
 
-def test_processes_count_together(tmp_path):
+def test_metrics_of_all_processes(tmp_path):
     run_processes(_share, 2, str(tmp_path))
     prediction, labels = torch.randint(0, 3, (2, 5, 8, 8), generator=torch.Generator().manual_seed(0))
     metrics = SegmentationMetrics(3)
@@ -136,7 +136,7 @@ def test_one_class():
     assert metrics.compute() == dict(mIoU=100.0, aAcc=100.0, mAcc=100.0, IoU={'0': 100.0}, Acc={'0': 100.0})
 
 
-def test_without_torchmetrics_the_extra_is_named():
+def test_error_without_torchmetrics():
     script = "import sys; sys.modules['torchmetrics.classification'] = None; import segmentation.engine.metrics"
     run = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1 and "pip install 'cluster_zoo[segmentation]'" in run.stderr

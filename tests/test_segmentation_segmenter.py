@@ -1,4 +1,4 @@
-"""Segmenters by name: sizes, options, checkpoints, timm's contract."""
+"""Creation of segmenters: image sizes, options, checkpoints, and timm's conventions."""
 
 import copy
 
@@ -30,7 +30,7 @@ PAIRINGS = [
 
 
 @pytest.mark.parametrize('head, backbone, options', PAIRINGS)
-def test_any_size_and_every_parameter_used(head, backbone, options):
+def test_any_size_and_all_parameters_are_used(head, backbone, options):
     torch.manual_seed(0)
     model = create_segmenter(head, backbone, 5, **options)
     outputs = model(torch.randn(2, 3, 75, 50), all_outputs=True)
@@ -47,18 +47,18 @@ def test_any_size_and_every_parameter_used(head, backbone, options):
 
 
 @torch.no_grad()
-def test_a_filled_up_image_is_the_filled_up_image():
+def test_padding():
     torch.manual_seed(0)
     model = create_segmenter('region_proxy', 'vit_tiny_patch16_224', 5, img_size=64).eval()
     images = torch.randn(1, 3, 60, 41)
-    filled = torch.nn.functional.pad(images, (0, 7, 0, 4))
-    torch.testing.assert_close(model(images), model(filled)[..., :60, :41])
+    padded = torch.nn.functional.pad(images, (0, 7, 0, 4))
+    torch.testing.assert_close(model(images), model(padded)[..., :60, :41])
 
 
-def test_labels_for_outputs_of_another_size():
+def test_labels_at():
     model = create_segmenter('region_proxy', 'vit_tiny_patch16_224', 5)
     labels = torch.randint(5, (2, 20, 33))
-    resized = model.labels_at(labels, (8, 12))  # as of 32 x 48 pixels
+    resized = model.labels_at(labels, (8, 12))  # of the image padded to 32 x 48 pixels
     for i in range(8):
         for j in range(12):
             y, x = 4 * i, 4 * j
@@ -67,7 +67,7 @@ def test_labels_for_outputs_of_another_size():
     assert resized.dtype == labels.dtype
 
 
-def test_layer_decay_goes_from_the_stem_to_the_heads():
+def test_layer_decay():
     model = create_segmenter('deeplabv3plus', 'coc_tiny', 5, auxiliary=True, **TINY)
     layers = group_with_matcher(model.named_parameters(), model.group_matcher(), reverse=True)
     assert layers['backbone.model.stem.proj.weight'] == 0
@@ -80,7 +80,7 @@ def test_layer_decay_goes_from_the_stem_to_the_heads():
     assert layers['backbone.model.pos_embed'] == layers['backbone.model.patch_embed.proj.weight'] == 0
 
 
-def test_positions_do_not_decay():
+def test_position_embeddings_do_not_decay():
     model = create_segmenter('region_proxy', 'vit_tiny_patch16_224', 5)
     assert model.no_weight_decay() >= {'backbone.model.pos_embed', 'backbone.model.cls_token'}
     optimizer = create_optimizer_v2(model, 'adamw', lr=1e-3, weight_decay=0.1)
@@ -89,7 +89,7 @@ def test_positions_do_not_decay():
 
 
 @torch.no_grad()
-def test_checkpoint_of_ones_own(tmp_path):
+def test_own_checkpoint(tmp_path):
     model = create_segmenter('fcn', 'resnet10t', 5, **TINY).eval()
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'own.pth.tar')
     again = create_segmenter('fcn', 'resnet10t', 5, checkpoint_path=tmp_path / 'own.pth.tar', **TINY).eval()
@@ -98,18 +98,18 @@ def test_checkpoint_of_ones_own(tmp_path):
 
 
 @torch.no_grad()
-def test_checkpoint_with_an_auxiliary_head_that_is_not_wanted(tmp_path):
+def test_unused_auxiliary_head_is_dropped(tmp_path):
     options = dict(TINY, head='deeplabv3plus', backbone='coc_tiny', num_classes=5)
-    model = create_segmenter(**options, auxiliary=True).eval()  # with the norm of a level that it alone reads
+    model = create_segmenter(**options, auxiliary=True).eval()  # and the norm of its level
     torch.save(model.state_dict(), tmp_path / 'own.pth')
     again = create_segmenter(**options, checkpoint_path=tmp_path / 'own.pth').eval()
     images = torch.randn(1, 3, 40, 40)
     assert torch.equal(model(images), again(images))
 
 
-def in_published_names(model):
-    """State of a Semantic FPN on Context Cluster as the authors' framework would save it."""
-    published = {}
+def mmsegmentation_names(model):
+    """Renames the state dict of a Semantic FPN on Context Cluster to the names of mmsegmentation."""
+    renamed = {}
     for name, value in model.state_dict().items():
         for ours, theirs in (
             ('backbone.model.stem.proj.', 'backbone.patch_embed.proj.'),
@@ -133,30 +133,30 @@ def in_published_names(model):
         elif parts[1] == 'scale_heads':
             parts[3] = str(2 * int(parts[3]))
         name = '.'.join(parts).replace('.ls1.gamma', '.layer_scale_1').replace('.ls2.gamma', '.layer_scale_2')
-        published[name] = value[:, :, 0, 0] if '.mlp.fc' in name and value.ndim == 4 else value
-    coordinates = published.pop('backbone.model.stem.coord.weight')
+        renamed[name] = value[:, :, 0, 0] if '.mlp.fc' in name and value.ndim == 4 else value
+    coordinates = renamed.pop('backbone.model.stem.coord.weight')
     stem = 'backbone.patch_embed.proj.weight'
-    published[stem] = torch.cat([published[stem], coordinates], dim=1)
-    return published
+    renamed[stem] = torch.cat([renamed[stem], coordinates], dim=1)
+    return renamed
 
 
 @torch.no_grad()
-def test_whole_published_checkpoint(tmp_path):
+def test_authors_checkpoint(tmp_path):
     torch.manual_seed(0)
     options = dict(TINY, pyramid_channels=16, proposals=5)
     model = create_segmenter('semantic_fpn', 'coc_tiny', 5, **options).eval()
     for parameter in model.parameters():
         parameter.normal_(std=0.1)
-    state_dict = in_published_names(model)
+    state_dict = mmsegmentation_names(model)
     assert 'backbone.network.6.1.token_mixer.sim_alpha' in state_dict and 'backbone.norm6.weight' in state_dict
-    state_dict['auxiliary_head.conv_seg.weight'] = torch.zeros(5, 256, 1, 1)  # for training alone
+    state_dict['auxiliary_head.conv_seg.weight'] = torch.zeros(5, 256, 1, 1)  # dropped
     torch.save(dict(state_dict=state_dict, meta=dict(CLASSES=['a'], iter=80000), optimizer={}), tmp_path / 'iter.pth')
     again = create_segmenter('semantic_fpn', 'coc_tiny', 5, checkpoint_path=tmp_path / 'iter.pth', **options).eval()
     images = torch.randn(1, 3, 64, 96)
     assert torch.equal(model(images), again(images))
 
 
-def test_checkpoint_of_other_classes(tmp_path):
+def test_checkpoint_with_other_classes(tmp_path):
     torch.save(create_segmenter('fcn', 'resnet10t', 7, **TINY).state_dict(), tmp_path / 'seven.pth')
     with pytest.raises(CheckpointError, match=r'head\.classifier\.conv\.weight: \[7, 16, 1, 1\] in the file, \[5, 16'):
         create_segmenter('fcn', 'resnet10t', 5, checkpoint_path=tmp_path / 'seven.pth', **TINY)
@@ -166,17 +166,17 @@ def test_checkpoint_of_other_classes(tmp_path):
     'arguments, options, message',
     [
         (('semantic_fnp', 'coc_tiny', 5), {}, r'no head .semantic_fnp. \(did you mean semantic_fpn'),
-        (('fcn', 'coc_tiny'), {}, 'The head fcn needs a backbone and num_classes'),
-        (('fcn', 'coc_tiny', 0), {}, 'num_classes of at least 1, got 0'),
+        (('fcn', 'coc_tiny'), {}, 'fcn needs a backbone and num_classes'),
+        (('fcn', 'coc_tiny', 0), {}, 'num_classes .* got 0'),
         (('fcn', 'coc_tiny', 5), dict(classifier='cnd'), 'no classifier .cnd. .did you mean cond'),
-        (('fcn', 'coc_tiny', 5), dict(channels=0), 'channels of at least 1, got 0'),
-        (('fcn', 'coc_tiny', 5), dict(sub_centroids=2), 'sub_centroids: only the classifier .dnc. has centroids'),
+        (('fcn', 'coc_tiny', 5), dict(channels=0), 'channels .* got 0'),
+        (('fcn', 'coc_tiny', 5), dict(sub_centroids=2), 'sub_centroids.*dnc'),
         (('fcn', 'coc_tiny', 5), dict(pyramid_channels=2), 'coc_tiny does not take these options, pyramid_channels'),
-        (('region_proxy', 'vit_tiny_patch16_224', 5), dict(classifier='cond'), 'a classifier of its own'),
-        (('region_proxy', 'vit_tiny_patch16_224', 5), dict(auxiliary=True), 'no auxiliary head'),
+        (('region_proxy', 'vit_tiny_patch16_224', 5), dict(classifier='cond'), 'region_proxy .* classifier'),
+        (('region_proxy', 'vit_tiny_patch16_224', 5), dict(auxiliary=True), 'region_proxy .* auxiliary'),
     ],
 )
-def test_mistakes(arguments, options, message):
+def test_invalid_options(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         create_segmenter(*arguments, **options)
 
@@ -193,7 +193,7 @@ def test_meta_device_and_copies():
 @pytest.mark.parametrize(
     'head, name', [('fcn', 'coc_tiny'), ('fcn', 'resnet10t'), ('region_proxy', 'vit_tiny_patch16_224')]
 )
-def test_checkpointed_gradients_are_the_gradients_of_fewer_activations(head, name):
+def test_gradient_checkpointing(head, name):
     torch.manual_seed(0)
     model = create_segmenter(head, name, 5, **({} if head == 'region_proxy' else TINY)).eval()
     images = torch.randn(1, 3, 32, 32)
@@ -221,7 +221,7 @@ def test_checkpointed_gradients_are_the_gradients_of_fewer_activations(head, nam
     ],
 )
 @torch.no_grad()
-def test_export_with_dynamic_sizes_and_compilation(head, backbone, options):
+def test_compile_and_export_with_dynamic_sizes(head, backbone, options):
     torch.manual_seed(0)
     model = create_segmenter(head, backbone, 5, **options).eval()
     images = torch.randn(2, 3, 64, 96)

@@ -19,7 +19,7 @@ def build(decoder, encoder, **kwargs):
 
 @pytest.mark.parametrize('encoder', ENCODERS)
 @pytest.mark.parametrize('decoder', DECODERS)
-def test_one_logit_a_pixel_and_class(decoder, encoder):
+def test_output_shape(decoder, encoder):
     model = build(decoder, encoder).eval()
     with torch.inference_mode():
         for size in ((32, 32), (64, 96)):
@@ -30,11 +30,11 @@ def test_one_logit_a_pixel_and_class(decoder, encoder):
 
 @pytest.mark.parametrize('encoder', ENCODERS)
 @pytest.mark.parametrize('decoder', DECODERS)
-def test_the_loss_reaches_the_whole_encoder(decoder, encoder):
+def test_gradients_of_the_encoder(decoder, encoder):
     model = build(decoder, encoder)
     images, labels = torch.randn(2, 3, 64, 96), torch.randint(5, (2, 64, 96))
     torch.nn.functional.cross_entropy(model(images), labels).backward()
-    # The assignment of FEC's pooling is hard, so that what it compares has no gradient but zero.
+    # FEC's pooling assigns points by argmax, so that its similarities have zero gradients.
     hard = {name for name, _ in model.encoder.named_parameters() if '.downsample.f.' in name}
     assert len(hard) == (6 if encoder.startswith('fec') else 0)
     for name, parameter in model.encoder.named_parameters():
@@ -43,8 +43,8 @@ def test_the_loss_reaches_the_whole_encoder(decoder, encoder):
 
 
 @pytest.mark.parametrize('encoder', ENCODERS)
-def test_features_are_those_of_timm(encoder):
-    """After the image and the stride that these models do not have, the same maps at strides 4, 8, 16, 32."""
+def test_same_features_as_timm(encoder):
+    """The first two features are the image and an empty map for stride 2."""
     ours = build(smp.Unet, encoder).encoder.eval()
     timms = timm.create_model(encoder, features_only=True).eval()
     timms.load_state_dict(ours.model.state_dict())
@@ -73,12 +73,12 @@ def test_options_of_the_encoder():
     shallow = dict(encoder_depth=4, decoder_channels=(64, 32, 16, 8))
     model = build(smp.Unet, 'coc_small', in_channels=4, **shallow, proposals=5, drop_path_rate=0.1).eval()
     blocks = [block for stage in model.encoder.model.children() for block in getattr(stage, 'blocks', [])]
-    assert len(blocks) == 2 + 2 + 6  # of three stages
+    assert len(blocks) == 2 + 2 + 6  # three stages
     assert {block.token_mixer.proposals for block in blocks} == {5}
     assert model(torch.randn(1, 4, 64, 64)).shape == (1, 5, 64, 64)
 
 
-def test_saved_and_loaded(tmp_path):
+def test_save_and_load(tmp_path):
     model = build(smp.Unet, 'fec_small').eval()
     model.save_pretrained(tmp_path)
     loaded = smp.from_pretrained(tmp_path).eval()
@@ -96,6 +96,6 @@ def test_deeplab(stride):
         assert model(images).shape == (1, 5, 64, 96)
 
 
-def test_deeplab_needs_a_stride_that_fec_has_not():
+def test_deeplab_does_not_support_fec():
     with pytest.raises(ValueError, match=r'output_stride of FEC is one of \[32\], got 16'):
         build(smp.DeepLabV3Plus, 'fec_small')

@@ -1,4 +1,4 @@
-"""What a segmenter's outputs cost in training, and what its centroids learn from."""
+"""Losses of segmenters and updates of their centroids."""
 
 import copy
 import math
@@ -13,7 +13,8 @@ from processes import run_processes
 from torch import nn
 
 from cluster_zoo.features import record_inputs
-from cluster_zoo.layers.nearest_centroid import CentroidLearning, centroid_head
+from cluster_zoo.layers.centroid_learning import CentroidLearning
+from cluster_zoo.layers.nearest_centroid import centroid_head
 from segmentation import create_segmenter
 from segmentation.engine.losses import cross_entropy, dice_loss
 from segmentation.engine.tasks import SegmentationTask
@@ -34,7 +35,7 @@ def tiny(classifier='plain', head='fcn', backbone='resnet10t', **options) -> nn.
 
 
 def batch(size=2, height=40, width=52) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images with labels in stripes, some of them ignored."""
+    """Random images with striped labels, partly ignored."""
     labels = (torch.arange(height).view(1, -1, 1) // 5 + torch.arange(width) // 9) % (K + 1)
     labels = torch.where(labels == K, 255, labels).expand(size, -1, -1).clone()
     labels[0, :9] = 255
@@ -42,7 +43,7 @@ def batch(size=2, height=40, width=52) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def nearest_labels(labels: torch.Tensor, size: tuple[int, int], divisor: int) -> torch.Tensor:
-    """Label of the pixel at the same share of the padded image's height and width, pixel by pixel."""
+    """Resizes labels of a padded image by nearest neighbor, pixel by pixel."""
     height, width = (math.ceil(side / divisor) * divisor for side in labels.shape[1:])
     found = torch.full((len(labels), *size), 255)
     for y in range(size[0]):
@@ -56,7 +57,7 @@ def nearest_labels(labels: torch.Tensor, size: tuple[int, int], divisor: int) ->
 # ---- Losses ----
 
 
-def test_plain_loss_is_cross_entropy():
+def test_loss_of_a_plain_classifier():
     model = tiny()
     images, labels = batch()
     result = SegmentationTask(model)(images, labels)
@@ -67,7 +68,7 @@ def test_plain_loss_is_cross_entropy():
 
 @pytest.mark.parametrize('backbone', ['resnet10t', 'coc_tiny'])
 def test_loss_of_a_conditional_classifier(backbone):
-    """The sum of section 4, with labels found pixel by pixel; Context Cluster pads these images."""
+    """Compares with the weighted sum; Context Cluster pads these images."""
     model = tiny('cond', 'semantic_fpn', backbone, auxiliary=True)
     twin = copy.deepcopy(model)
     images, labels = batch()
@@ -82,7 +83,7 @@ def test_loss_of_a_conditional_classifier(backbone):
     torch.testing.assert_close(other['loss'], result['cross_entropy'] + dice)
 
 
-def test_autocast_leaves_the_loss_in_float32():
+def test_loss_is_float32_under_autocast():
     task = SegmentationTask(tiny('cond', auxiliary=True))
     with torch.autocast('cpu', torch.bfloat16):
         result = task(*batch())
@@ -94,8 +95,8 @@ def test_autocast_leaves_the_loss_in_float32():
 
 
 @pytest.mark.parametrize('backbone', ['resnet10t', 'coc_tiny'])
-def test_centroids_learn_from_labelled_pixels(backbone):
-    """One step, against the loops of the paper over every pixel of the feature map that has a label."""
+def test_centroids_are_updated_with_labeled_pixels(backbone):
+    """Compares one step with a loop over the labeled pixels of the feature map."""
     model = tiny('dnc', 'semantic_fpn', backbone)
     task, head = SegmentationTask(model), centroid_head(model)
     images, labels = batch()
@@ -109,13 +110,13 @@ def test_centroids_learn_from_labelled_pixels(backbone):
         expected = plain_centroids.update(head, plain_centroids.unit_features(head, features[known]), at[known])
     before = head.prototypes.clone()
     result['loss'].backward()
-    assert torch.equal(head.prototypes, before)  # the gradients are those of the forward pass
+    assert torch.equal(head.prototypes, before)  # not updated before the gradients are computed
     task.update_ema()
     torch.testing.assert_close(head.prototypes, expected, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(head.prototypes, F.normalize(before, dim=-1), atol=1e-3)
 
 
-def test_contrast_loss_has_the_same_labels():
+def test_contrast_loss_uses_resized_labels():
     model = tiny('dnc')
     head = centroid_head(model)
     head.learning = CentroidLearning(contrast=0.3)
@@ -127,7 +128,7 @@ def test_contrast_loss_has_the_same_labels():
 
 
 @pytest.mark.parametrize('compiled', [False, True])
-def test_averaged_model_has_the_centroids_themselves(compiled):
+def test_ema_model_has_the_same_centroids(compiled):
     torch.compiler.reset()
     model = tiny('dnc')
     task = SegmentationTask(model)
@@ -152,14 +153,14 @@ def _in_a_process(rank: int, world: int, folder: str) -> None:
     model = tiny('dnc')
     _freeze_statistics(model)
     task = SegmentationTask(model).prepare_distributed()
-    images, labels = batch(4, 96, 96)  # whose features fill the memory
+    images, labels = batch(4, 96, 96)  # enough features to fill the memory
     own = slice(2 * rank, 2 * rank + 2)
     for _ in range(2):
         task(images[own], labels[own])['loss'].backward()
         task.update_ema()
     torch.save((centroid_head(model).prototypes, next(model.parameters()).grad), f'{folder}/{rank}.pt')
     if rank == 0:
-        task.get_eval_model()(images)  # alone: it must not wait for the others
+        task.get_eval_model()(images)  # must not wait for the other process
     dist.destroy_process_group()
 
 
@@ -169,14 +170,14 @@ def _freeze_statistics(model: nn.Module) -> None:
             module.eval()
 
 
-def test_two_processes_have_one_processs_centroids(tmp_path: Path):
+def test_two_processes_equal_one(tmp_path: Path):
     run_processes(_in_a_process, 2, str(tmp_path))
     (first, gradient), (second, other) = (torch.load(tmp_path / f'{rank}.pt') for rank in range(2))
     assert torch.equal(first, second) and torch.equal(gradient, other)
     model = tiny('dnc')
     _freeze_statistics(model)
     task = SegmentationTask(model)
-    images, labels = batch(4, 96, 96)  # whose features fill the memory
+    images, labels = batch(4, 96, 96)  # enough features to fill the memory
     for _ in range(2):
         task(images, labels)['loss'].backward()
         task.update_ema()

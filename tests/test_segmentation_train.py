@@ -21,6 +21,7 @@ from checkpoints import assert_same
 from PIL import Image
 from processes import run_processes
 
+from cluster_zoo.training.signals import StopRequest
 from cluster_zoo.weights import load_checkpoint
 from segmentation import create_segmenter, segmenter_config, train
 from segmentation.data.datasets import create_dataset
@@ -173,15 +174,15 @@ FULL = ['--iterations', 5, '--val-interval', 3, '--classifier', 'dnc', '--model-
 
 def _stop_before(monkeypatch, iteration):
     """Sends the process a SIGTERM when it is about to start the iteration with that number, from 0."""
-    original, asked = train.interrupt.Stop.requested, iter(range(10**6))
+    original, asked = StopRequest.requested, iter(range(10**6))
 
     def requested(self):
         if next(asked) == iteration:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self)
 
-    monkeypatch.setattr(train.interrupt.Stop, 'requested', requested)
-    return lambda: monkeypatch.setattr(train.interrupt.Stop, 'requested', original)
+    monkeypatch.setattr(StopRequest, 'requested', requested)
+    return lambda: monkeypatch.setattr(StopRequest, 'requested', original)
 
 
 def _assert_same_run(a, b):
@@ -346,7 +347,7 @@ def test_options_file_is_a_run_again(run, tmp_path):
         (['--classifier', 'condd'], 'cond'),
         (['--segmenter', 'condnet_r50_ade'], 'condnet_r50_ade20k'),
         (['--opt', 'adamv'], 'did you mean adam'),
-        (['--schedule', 'cosine_restarts', '--periods', 3, 4], '--schedule cosine_restarts: Cosine cycles'),
+        (['--schedule', 'cosine_restarts', '--periods', 3, 4], '--schedule cosine_restarts: Periods'),
         (['--periods', 3, 4], '--periods and --restart-weights are of --schedule cosine_restarts'),
         (['--warmup', 5], '--warmup 5 must be less than the 5 iterations'),
         (['--iterations', 0], '--iterations must be at least 1'),

@@ -1,4 +1,4 @@
-"""segmentation.data.transforms: each step against plain loops, and image and mask that stay together."""
+"""segmentation.data.transforms: each step compared with loops, and consistency of image and mask."""
 
 import colorsys
 
@@ -26,7 +26,7 @@ PLAIN = dict(mean=(0, 0, 0), std=(1, 1, 1))
 
 
 def _pair(height, width, classes=5, seed=0):
-    """A mask of noise, and an image whose first channel is the mask, its others row and column."""
+    """Returns an image with channels (mask, row, column), and a random mask."""
     mask = torch.randint(classes, (height, width), generator=torch.Generator().manual_seed(seed))
     rows, columns = torch.arange(height)[:, None].expand(height, width), torch.arange(width).expand(height, width)
     image = torch.stack([mask, rows, columns]).to(torch.uint8)
@@ -43,12 +43,12 @@ def _image(height=8, width=8, seed=0):
 @pytest.mark.parametrize(
     ('size', 'scale', 'expected'),
     [
-        ((480, 640), (2048, 512), (512, 683)),  # the short side decides
+        ((480, 640), (2048, 512), (512, 683)),  # limited by the short side
         ((640, 480), (2048, 512), (683, 512)),
-        ((200, 2000), (2048, 512), (205, 2048)),  # the long side decides: 1.024
+        ((200, 2000), (2048, 512), (205, 2048)),  # limited by the long side
         ((1024, 2048), (2048, 1024), (1024, 2048)),
         ((360, 480), (240.0, 180.0), (180, 240)),
-        ((1, 4000), (400, 100), (1, 400)),  # no side vanishes
+        ((1, 4000), (400, 100), (1, 400)),  # at least 1
     ],
 )
 def test_keep_ratio_size(size, scale, expected):
@@ -56,20 +56,20 @@ def test_keep_ratio_size(size, scale, expected):
     assert keep_ratio_size(size, scale[::-1]) == expected
 
 
-def test_random_scale_draws_from_all_of_its_range():
+def test_random_scale_is_uniform():
     torch.manual_seed(0)
     scale = RandomScale((200, 50), (0.5, 2.0))
     heights = []
     for _ in range(300):
         image, mask = scale(*_pair(20, 30))
         assert image.shape[1:] == mask.shape
-        assert abs(mask.shape[1] - 1.5 * mask.shape[0]) <= 1.25  # half a pixel from each side's rounding
+        assert abs(mask.shape[1] - 1.5 * mask.shape[0]) <= 1.25  # rounding of both sides
         heights.append(mask.shape[0])
     assert (min(heights), max(heights)) == pytest.approx((25, 100), abs=1)
     assert sum(heights) / 300 == pytest.approx(62.5, abs=4 * 75 / 12**0.5 / 300**0.5)  # uniform
 
 
-def test_random_scale_of_the_own_size():
+def test_random_scale_of_the_image_size():
     torch.manual_seed(0)
     image, mask = RandomScale(None, (1, 1))(*_pair(21, 34))
     assert torch.equal(image[0], mask)
@@ -77,7 +77,7 @@ def test_random_scale_of_the_own_size():
     assert RandomScale(None, (3, 3))(*_pair(5, 4))[1].shape == (15, 12)
 
 
-def test_masks_are_resized_to_the_nearest_label():
+def test_masks_are_resized_by_nearest_neighbor():
     torch.manual_seed(0)
     mask = tv_tensors.Mask(torch.tensor([[0, 254], [255, 7]]))
     image = tv_tensors.Image(torch.zeros(3, 2, 2, dtype=torch.uint8))
@@ -87,18 +87,18 @@ def test_masks_are_resized_to_the_nearest_label():
 
 
 def _bilinear(image, height, width):
-    """Bilinear resizing as plain loops: pixel centers at halves, two neighbours an axis, none beyond the edge."""
+    """Resizes bilinearly in loops, with half-pixel centers and clamped borders."""
 
-    def neighbours(place, size, length):
-        source = max((place + 0.5) * length / size - 0.5, 0)
+    def neighbors(position, size, length):
+        source = max((position + 0.5) * length / size - 0.5, 0)
         low = min(int(source), length - 1)
         return low, min(low + 1, length - 1), source - low
 
     resized = np.zeros((3, height, width))
     for row in range(height):
-        top, bottom, down = neighbours(row, height, image.shape[1])
+        top, bottom, down = neighbors(row, height, image.shape[1])
         for column in range(width):
-            left, right, along = neighbours(column, width, image.shape[2])
+            left, right, along = neighbors(column, width, image.shape[2])
             upper = image[:, top, left] * (1 - along) + image[:, top, right] * along
             lower = image[:, bottom, left] * (1 - along) + image[:, bottom, right] * along
             resized[:, row, column] = upper * (1 - down) + lower * down
@@ -111,21 +111,21 @@ def test_images_are_resized_bilinearly_without_antialiasing(scale, size):
     resized = EvaluationResize(scale)(tv_tensors.Image(pixels))
     assert resized.shape[1:] == size
     error = np.abs(resized.double().numpy() - _bilinear(pixels.double().numpy(), *size))
-    assert error.max() <= 1 and error.mean() < 0.4  # whole values, rounded once an axis
+    assert error.max() <= 1 and error.mean() < 0.4  # rounded to integers once per axis
 
 
 # Cropping
 
 
-def test_crop_takes_image_and_mask_at_one_place():
+def test_crop_is_the_same_for_image_and_mask():
     torch.manual_seed(0)
-    places = set()
+    positions = set()
     for _ in range(200):
         image, mask = CategoryLimitedCrop((4, 6))(*_pair(7, 8))
         assert mask.shape == (4, 6)
         assert torch.equal(image[0], mask)
-        places.add((int(image[1, 0, 0]), int(image[2, 0, 0])))
-    assert places == {(top, left) for top in range(4) for left in range(3)}  # all of them
+        positions.add((int(image[1, 0, 0]), int(image[2, 0, 0])))
+    assert positions == {(top, left) for top in range(4) for left in range(3)}
 
 
 @pytest.mark.parametrize('size', [(4, 20), (20, 6), (9, 9)])
@@ -143,8 +143,8 @@ def _share(mask):
     return max(counts.values()) / sum(counts.values()) if counts else None
 
 
-def test_crop_avoids_what_is_nearly_all_of_one_class():
-    """The left half has one class, the right half four: a crop has to reach into the right one."""
+def test_crop_limits_the_most_frequent_class():
+    """The left half has one class, the right half four."""
     torch.manual_seed(0)
     image, mask = _pair(16, 32, classes=4)
     mask[:, :16] = 0
@@ -158,16 +158,16 @@ def test_crop_avoids_what_is_nearly_all_of_one_class():
     assert sum(share > 0.75 for share in limited) / 300 < 0.04
 
 
-def test_crop_of_one_class_is_taken_after_ten_tries(monkeypatch):
+def test_tenth_crop_is_always_used():
     image, mask = _pair(16, 16, classes=1)
     torch.manual_seed(5)
     cropped, _ = CategoryLimitedCrop((4, 4))(image, mask)
     torch.manual_seed(5)
-    places = [(int(torch.randint(13, ())), int(torch.randint(13, ()))) for _ in range(10)]
-    assert (int(cropped[1, 0, 0]), int(cropped[2, 0, 0])) == places[-1]
+    positions = [(int(torch.randint(13, ())), int(torch.randint(13, ()))) for _ in range(10)]
+    assert (int(cropped[1, 0, 0]), int(cropped[2, 0, 0])) == positions[-1]
 
 
-def test_share_is_of_the_labelled_pixels():
+def test_limit_ignores_unlabeled_pixels():
     crop = CategoryLimitedCrop((2, 4), 0.75)
     assert crop._is_mixed(torch.tensor([[1, 1, 1, 2], [255] * 4]))  # exactly 3 of 4
     assert not crop._is_mixed(torch.tensor([[1, 1, 1, 1], [2, 255, 255, 255]]))  # 4 of 5
@@ -177,7 +177,7 @@ def test_share_is_of_the_labelled_pixels():
 # Distortion
 
 
-def test_brightness_and_contrast_against_plain_loops():
+def test_brightness_and_contrast_equal_loops():
     image = _image()
     for amount in (-0.3, 0.125, 0.9):
         expected = [min(max(value + amount, 0), 1) for value in image.flatten().tolist()]
@@ -188,17 +188,17 @@ def test_brightness_and_contrast_against_plain_loops():
 
 
 @pytest.mark.parametrize('factor', [0.5, 0.9, 1.0, 1.5])
-def test_saturation_is_that_of_hsv(factor):
+def test_saturation_of_hsv(factor):
     image = _image(12, 12)
-    image[:, 0, :6] = torch.tensor([0.0, 1.0, 0.5, 0.2, 0.2, 0.9])  # grey, black, white
-    image[:, 1, 0] = torch.tensor([1.0, 0.0, 0.0])  # nothing left to saturate
+    image[:, 0, :6] = torch.tensor([0.0, 1.0, 0.5, 0.2, 0.2, 0.9])  # includes gray, black and white
+    image[:, 1, 0] = torch.tensor([1.0, 0.0, 0.0])  # fully saturated
     result = adjust_saturation(image, factor)
     for pixel, changed in zip(image.flatten(1).T.tolist(), result.flatten(1).T.tolist()):
         hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
         assert changed == pytest.approx(colorsys.hsv_to_rgb(hue, min(saturation * factor, 1), value), abs=1e-5)
 
 
-def test_hue_turns_the_colour_circle():
+def test_hue_of_hsv():
     image = _image(4, 4)
     distortion = PhotometricDistortion()
     result = distortion.transform(image, dict(steps=[(F.adjust_hue, 0.1)]))
@@ -207,7 +207,7 @@ def test_hue_turns_the_colour_circle():
         assert changed == pytest.approx(colorsys.hsv_to_rgb((hue + 0.1) % 1, saturation, value), abs=1e-5)
 
 
-def test_distortion_draws_what_the_papers_draw():
+def test_distortion_probabilities_and_ranges():
     torch.manual_seed(0)
     drawn = [PhotometricDistortion().make_params([])['steps'] for _ in range(1000)]
     bounds = {
@@ -227,7 +227,7 @@ def test_distortion_draws_what_the_papers_draw():
     assert {tuple(order) for order in orders} == {tuple(early), tuple(late)}
 
 
-def test_distortion_leaves_masks_alone_and_keeps_the_range():
+def test_distortion_keeps_masks_and_range():
     torch.manual_seed(0)
     changed = 0
     for seed in range(20):
@@ -240,10 +240,10 @@ def test_distortion_leaves_masks_alone_and_keeps_the_range():
     assert changed > 10
 
 
-# All of it
+# Complete transforms
 
 
-def test_padding_at_the_right_and_at_the_bottom():
+def test_pad_to():
     image, mask = PadTo((5, 7))(_image(3, 4), tv_tensors.Mask(torch.ones(3, 4, dtype=torch.int64)))
     assert image.shape == (3, 5, 7)
     assert image[:, 3:].abs().max() == image[:, :, 4:].abs().max() == 0
@@ -254,7 +254,7 @@ def test_padding_at_the_right_and_at_the_bottom():
     assert PadTo((5, 7))(image, mask)[1].shape == (9, 8)
 
 
-def test_train_transform_keeps_image_and_mask_together():
+def test_train_transform_is_the_same_for_image_and_mask():
     torch.manual_seed(0)
     transform = train_transform((6, 8), scale=None, ratio=(1, 1), distort=False, **PLAIN)
     mirrored = 0
@@ -278,7 +278,7 @@ def test_padding_is_the_mean():
     assert result[:, 4:].abs().max() == 0
 
 
-def test_train_transform_is_a_function_of_the_generator():
+def test_train_transform_is_deterministic():
     transform = train_transform(16, scale=(40, 20))
     results = []
     for seed in (1, 1, 2):
@@ -299,7 +299,7 @@ def test_train_transform_is_a_function_of_the_generator():
         ((600, 500), 32, (416, 608)),  # 400 x 600, rounded up
     ],
 )
-def test_eval_transform_resizes_the_image_alone(scale, multiple, expected):
+def test_eval_transform_resizes_only_the_image(scale, multiple, expected):
     image, mask = _pair(30, 45)
     result, same = eval_transform(scale, multiple)(image, mask)
     assert (tuple(result.shape[1:]), result.dtype) == (expected, torch.float32)
@@ -323,10 +323,10 @@ def test_every_ratio_is_resized_from_the_original():
     assert all(torch.equal(one, view) for one, view in zip(alone, views, strict=True))
     own = eval_transform(ratios=(1, 1.5))(image)
     assert [tuple(view.shape[1:]) for view in own] == [(30, 45), (45, 68)]
-    assert eval_transform(ratios=[0.5])(image).shape[1:] == (15, 23)  # one image, no tuple
+    assert eval_transform(ratios=[0.5])(image).shape[1:] == (15, 23)  # not a tuple
 
 
-def test_eval_transform_normalises():
+def test_eval_transform_normalizes():
     image = tv_tensors.Image(torch.tensor([0, 51, 255], dtype=torch.uint8).view(3, 1, 1).expand(3, 2, 2))
     result = eval_transform(mean=(0.5, 0.1, 0.2), std=(0.5, 0.2, 0.4))(image)
     assert result[:, 0, 0].tolist() == pytest.approx([-1, 0.5, 2])
@@ -337,24 +337,24 @@ def test_eval_transform_normalises():
     [
         (dict(crop=0), 'crop'),
         (dict(crop=(4, 4, 4)), 'crop'),
-        (dict(crop=4, ratio=(2, 1)), 'no range of sizes'),
-        (dict(crop=4, ratio=(0, 1)), 'no range of sizes'),
-        (dict(crop=4, scale=(0, 5)), 'no range of sizes'),
+        (dict(crop=4, ratio=(2, 1)), 'ratio'),
+        (dict(crop=4, ratio=(0, 1)), 'ratio'),
+        (dict(crop=4, scale=(0, 5)), 'scale'),
         (dict(crop=4, max_category=0), 'max_category'),
         (dict(crop=4, max_category=75), 'max_category'),
     ],
 )
-def test_refused(options, message):
+def test_invalid_train_options(options, message):
     with pytest.raises(ValueError, match=message):
         train_transform(**options)
 
 
-def test_refused_for_evaluation():
-    with pytest.raises(ValueError, match='no size'):
+def test_invalid_eval_options():
+    with pytest.raises(ValueError, match='scale'):
         eval_transform(scale=(0, 4))
-    with pytest.raises(ValueError, match='no size'):
+    with pytest.raises(ValueError, match='-32'):
         eval_transform(multiple=-32)
-    with pytest.raises(ValueError, match='one or more'):
+    with pytest.raises(ValueError, match='ratios'):
         eval_transform(ratios=())
-    with pytest.raises(ValueError, match='above 0'):
+    with pytest.raises(ValueError, match='ratios'):
         eval_transform(ratios=(1, 0))

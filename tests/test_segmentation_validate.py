@@ -290,7 +290,7 @@ def test_two_processes_give_the_figures_of_one(run, data, checkpoint, tmp_path):
         (('--mode', 'slide', '--crop', 1, 2, 3), {}, 'crop [1, 2, 3] of the test: expected one number'),
         (('--mode', 'slide', '--crop', 16, '--stride', 17), {}, 'stride'),
         (('--scales', 0), {}, 'above 0'),
-        (('--scale', 0, 4), {}, 'is no size'),
+        (('--scale', 0, 4), {}, 'scale'),
         (('-b', 0), {}, '--batch-size must be at least 1'),
         (('--device', 'abacus'), {}, '--device abacus'),
     ],

@@ -1,7 +1,7 @@
-"""What a timm user takes for granted of every registered model.
+"""timm's interface of registered models.
 
-The structural checks run on every name under the meta device, which costs nothing; those that need numbers on the
-smallest model of each family. DNC over timm's own backbones has its own file.
+The structural checks run for every name on the meta device, which is cheap. The numerical checks run for the smallest
+model of each family. DNC models with timm's backbones are tested in `test_dnc.py`.
 """
 
 import copy
@@ -21,8 +21,8 @@ SMALLEST = ['coc_tiny', 'coc_tiny2', 'fec_small', 'dnc_coc_tiny', 'dnc_fec_small
 FEATURE_CLASSES = ['list', 'dict', 'hook', 'fx', 'getter']
 
 
-def _lively(model):
-    """Residual branches that count: at their initial scale of 1e-5 an error in them would go unseen."""
+def _set_layer_scales(model):
+    """At the initial scale of 1e-5 an error in a branch would not be visible."""
     for name, parameter in model.named_parameters():
         if name.endswith('.gamma'):
             torch.nn.init.constant_(parameter, 0.5)
@@ -31,14 +31,14 @@ def _lively(model):
 
 def _create(name, **kwargs):
     torch.manual_seed(0)
-    return _lively(timm.create_model(name, **kwargs)).eval()
+    return _set_layer_scales(timm.create_model(name, **kwargs)).eval()
 
 
 def _images(*size, batch=2, chans=3):
     return torch.randn(batch, chans, *size, generator=torch.Generator().manual_seed(1))
 
 
-def test_the_names_are_registered():
+def test_registered_names():
     coc = ['tiny', 'tiny2', 'tiny_plain', 'small', 'medium', 'base_dim64', 'base_dim96']
     assert set(list_models('coc_*')) == {f'coc_{size}' for size in coc}
     assert set(list_models('fec_*')) == {'fec_small', 'fec_base', 'fec_large'}
@@ -74,7 +74,7 @@ def test_configuration_and_head_agree(name):
 
 
 @pytest.mark.parametrize('name', OWN)
-def test_parameters_fall_into_groups_by_depth(name):
+def test_parameter_groups_by_depth(name):
     with torch.device('meta'):
         model = timm.create_model(name)
     fine, coarse = (group_parameters(model, model.group_matcher(coarse=coarse)) for coarse in (False, True))
@@ -85,7 +85,7 @@ def test_parameters_fall_into_groups_by_depth(name):
 
 
 @pytest.mark.parametrize('name', OWN)
-def test_published_tags(name):
+def test_default_configuration(name):
     cfg = get_pretrained_cfg(name)
     assert (cfg.crop_pct, cfg.interpolation, cfg.input_size) == (0.9, 'bicubic', (3, 224, 224))
     with torch.device('meta'), pytest.raises(RuntimeError, match=f'No pretrained weights for {name}'):
@@ -181,7 +181,7 @@ def _trace(model):
     return lambda x: extractor(x)['output']
 
 
-SHALLOW = dict(depths=(1, 1, 1, 1), num_classes=5)  # what a compiler does not need to see again and again
+SHALLOW = dict(depths=(1, 1, 1, 1), num_classes=5)  # compiles faster
 
 
 @pytest.mark.parametrize('name', ['coc_tiny', 'fec_small'])
@@ -199,7 +199,7 @@ def test_compile_without_graph_breaks_or_a_graph_for_every_batch_size(name):
         for batch in (2, 3, 5, 8):
             x = _images(64, 64, batch=batch)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-    assert len(graphs) <= 2  # one for the first batch size, one for any other
+    assert len(graphs) <= 2  # one for the first batch size, one for all others
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -215,7 +215,7 @@ def test_autocast_and_half_precision_stay_near(name, dtype):
         half = model.to(dtype)(x.to(dtype))
     assert half.dtype == dtype
     for output in (under_autocast, half):
-        # A point that lies between two centers may join the other one: near is all that can be asked for.
+        # Rounding may change the center that a point joins, so the outputs are only similar.
         assert torch.isfinite(output).all()
         assert torch.nn.functional.cosine_similarity(output.float(), expected).min() > 0.9
 

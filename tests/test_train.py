@@ -22,6 +22,7 @@ import yaml
 from checkpoints import assert_same
 from PIL import Image
 
+from cluster_zoo.training.signals import StopRequest
 from cluster_zoo.weights import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -198,15 +199,15 @@ FULL = [
 def _stop_after(train, monkeypatch, asked):
     """Ctrl-C when the run asks for the so many-th time whether to stop."""
     count = iter(range(1, 10**6))
-    original = train.interrupt.Stop.requested
+    original = StopRequest.requested
 
     def requested(self):
         if next(count) == asked:
             os.kill(os.getpid(), signal.SIGINT)
         return original(self)
 
-    monkeypatch.setattr(train.interrupt.Stop, 'requested', requested)
-    return lambda: monkeypatch.setattr(train.interrupt.Stop, 'requested', original)
+    monkeypatch.setattr(StopRequest, 'requested', requested)
+    return lambda: monkeypatch.setattr(StopRequest, 'requested', original)
 
 
 def _assert_same_run(a, b):

@@ -11,9 +11,12 @@ import pytest
 import timm
 import torch
 from checkpoints import assert_same
-from processes import run_processes, script
+from processes import run_processes
 
 import cluster_zoo  # noqa: F401  registers the models
+from cluster_zoo.training import train
+from cluster_zoo.training.signals import StopRequest
+from cluster_zoo.training.tasks import split_learning_state
 from cluster_zoo.weights import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -109,15 +112,15 @@ FULL = ['--recipe', 'timm', '--epochs', 3, *MEMORY, '--mixup', 0.5]
 
 def stop_after(train, monkeypatch, asked: int):
     """Ctrl-C when the run asks for the so many-th time whether to stop."""
-    count, original = iter(range(1, 10**6)), train.interrupt.Stop.requested
+    count, original = iter(range(1, 10**6)), StopRequest.requested
 
     def requested(self):
         if next(count) == asked:
             os.kill(os.getpid(), signal.SIGINT)
         return original(self)
 
-    monkeypatch.setattr(train.interrupt.Stop, 'requested', requested)
-    return lambda: monkeypatch.setattr(train.interrupt.Stop, 'requested', original)
+    monkeypatch.setattr(StopRequest, 'requested', requested)
+    return lambda: monkeypatch.setattr(StopRequest, 'requested', original)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +171,7 @@ def test_a_checkpoint_without_a_memory_starts_one(run, tmp_path):
 def train_in_process(rank: int, world: int, port: int, line: list[str]) -> None:
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    assert script('train').main(line) == 0
+    assert train.main(line) == 0
 
 
 def two_processes(image_folder, output, name, *flags):
@@ -203,11 +206,11 @@ def test_two_processes_go_on_to_the_same_bits(image_folder, run, tmp_path):
 def test_more_processes_than_before_use_the_memory_in_the_same_batches(train):
     """A process that finds no memory of its own to go on with counts on with the others."""
     learned = [[dict(batches=7, memory='first', exact=None)], [dict(batches=7, memory='second', exact=None)]]
-    shares = [train.split_learning_state(learned, rank, 3) for rank in range(3)]
+    shares = [split_learning_state(learned, rank, 3) for rank in range(3)]
     assert [[head['memory'] for [head] in share] for share in shares] == [['first'], ['second'], [None]]
     assert [head['batches'] for share in shares for [head] in share] == [7, 7, 7]
-    assert [[head['memory'] for [head] in train.split_learning_state(learned, 0, 1)]] == [['first', 'second']]
-    assert train.split_learning_state([], 0, 1) == []
+    assert [[head['memory'] for [head] in split_learning_state(learned, 0, 1)]] == [['first', 'second']]
+    assert split_learning_state([], 0, 1) == []
 
 
 # ---- Mistakes ----

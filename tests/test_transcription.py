@@ -1,4 +1,4 @@
-"""Whole models against their formulas written down as they read, and what must not change a result."""
+"""Whole models against the transcription of their formulas; determinism; memory."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ def _model(name, **kwargs):
     model = timm.create_model(name, num_classes=7, **kwargs)
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith(('gamma', 'sim_alpha', 'sim_beta')):
-            torch.nn.init.uniform_(parameter, 0.2, 2.0)  # residual branches and similarities that count
+            torch.nn.init.uniform_(parameter, 0.2, 2.0)  # branches large enough for errors to be visible
     return model
 
 
@@ -39,7 +39,7 @@ def test_logits_and_every_gradient(name):
 
 
 @pytest.mark.parametrize('name', ['coc_tiny', 'fec_small'])
-def test_two_training_steps_agree_bit_for_bit(name):
+def test_training_steps_are_deterministic(name):
     torch.use_deterministic_algorithms(True)
     try:
         runs = []
@@ -75,7 +75,7 @@ print(megabytes('VmHWM') - before)
 
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='peak memory is read from /proc')
 @pytest.mark.parametrize('name', ['coc_tiny_plain', 'fec_small'])
-def test_a_large_image_needs_memory_in_proportion_to_its_points(name):
+def test_memory_is_proportional_to_the_number_of_points(name):
     """1024 x 1024 pixels, 65,536 points: one matrix of FEC's similarities would be 4 GB."""
     command = [sys.executable, '-c', GROWTH, name, '1024']
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])

@@ -1,4 +1,4 @@
-"""transformers: its wrapper for timm's models opens this package's model folders, after `import cluster_zoo`."""
+"""TimmWrapper of transformers loads model folders of this package after `import cluster_zoo`."""
 
 import json
 
@@ -52,7 +52,7 @@ def test_classifier(name, tmp_path):
             hidden = wrapped(images, output_hidden_states=True).hidden_states
             expected = model.forward_intermediates(images, intermediates_only=True)
             torch.testing.assert_close(list(hidden), expected)
-    with torch.inference_mode():  # the folder is still timm's
+    with torch.inference_mode():  # timm loads the folder, too
         torch.testing.assert_close(
             timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(images), model(images)
         )
@@ -89,7 +89,7 @@ def test_imagenet_labels_are_names(tmp_path):
     assert len(config.id2label) == 1000 and config.id2label[0].startswith('tench')
 
 
-def test_a_step_of_training_and_saving_again(tmp_path):
+def test_training_step_and_saving(tmp_path):
     wrapped = transformers.TimmWrapperForImageClassification.from_pretrained(
         _folder(_model('fec_small'), tmp_path / 'a', label_names=LABELS)
     ).train()
@@ -101,7 +101,7 @@ def test_a_step_of_training_and_saving_again(tmp_path):
     for name, value in wrapped.state_dict().items():
         torch.testing.assert_close(again.state_dict()[name], value)
     assert again.config.id2label == dict(enumerate(LABELS))
-    model = timm.create_model(f'local-dir:{tmp_path / "b"}', pretrained=True)  # whose SHA-256 was that of the first
+    model = timm.create_model(f'local-dir:{tmp_path / "b"}', pretrained=True)
     torch.testing.assert_close(model.state_dict(), wrapped.timm_model.state_dict())
 
 
@@ -112,8 +112,8 @@ def test_without_the_package_the_architecture_is_unknown(tmp_path, monkeypatch):
         transformers.AutoModelForImageClassification.from_pretrained(folder)
 
 
-def test_num_classes_among_the_arguments_is_what_the_wrapper_fails_on(tmp_path):
-    """Why model folders leave it out: timm records it for every model."""
+def test_wrapper_fails_with_num_classes_in_model_args(tmp_path):
+    """The reason that model folders omit it, although timm records it for every model."""
     folder = _folder(_model('coc_tiny'), tmp_path)
     config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
     config['model_args']['num_classes'] = len(LABELS)

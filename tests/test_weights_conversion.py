@@ -1,4 +1,4 @@
-"""The authors' checkpoint names."""
+"""Conversion of checkpoints with the authors' names."""
 
 import pytest
 import timm
@@ -17,7 +17,7 @@ BACKBONES = ['dnc_resnet18', 'dnc_resnet50', 'dnc_resnet18_cifar', 'dnc_mobilene
 
 
 def _before_june_2023(state_dict):
-    """The same weights under the names and shapes of the authors' first checkpoints."""
+    """Weights with the names and shapes of the authors' first checkpoints."""
     names = {'token_mixer.f.': 'token_mixer.fc1.', 'token_mixer.v.': 'token_mixer.fc_v.'}
     names |= {'token_mixer.proj.': 'token_mixer.fc2.'}
     old = {}
@@ -28,7 +28,7 @@ def _before_june_2023(state_dict):
     return old
 
 
-def test_names_and_shapes_are_those_of_the_models():
+def test_converted_names_and_shapes_are_those_of_the_models():
     for case in ('coc_tiny', 'coc_small', 'fec_small', 'fec_base'):
         with torch.device('meta'):
             expected = {name: value.shape for name, value in timm.create_model(case).state_dict().items()}
@@ -36,7 +36,7 @@ def test_names_and_shapes_are_those_of_the_models():
         assert {name: value.shape for name, value in renamed.items()} == expected
 
 
-def test_old_checkpoints_are_the_new_ones_under_other_names():
+def test_old_and_new_checkpoints_are_converted_to_equal_weights():
     state_dict = recipe.state_dict('coc_tiny')
     old = _before_june_2023(state_dict)
     assert set(old) != set(state_dict)
@@ -45,7 +45,7 @@ def test_old_checkpoints_are_the_new_ones_under_other_names():
     assert all(torch.equal(renamed[name], expected[name]) for name in expected)
 
 
-def test_own_names_are_left_alone():
+def test_own_names_stay_unchanged():
     state_dict = timm.create_model('fec_small').state_dict()
     renamed = conversion.context_cluster(state_dict)
     assert list(renamed) == list(state_dict) and all(renamed[name] is state_dict[name] for name in renamed)
@@ -74,11 +74,11 @@ def test_nearest_centroid_head(prefix):
     assert not conversion.is_nearest_centroid_head('backbone.head.prototypes')
 
 
-# ---- DNC checkpoints in the names of mmclassification ----
+# ---- DNC checkpoints with the names of mmclassification ----
 
 
 def mobilenet_modules():
-    """timm's modules and mmclassification's, block after block."""
+    """Names of timm's modules and of mmclassification's."""
     modules = dict(conv_stem='conv1.conv', bn1='conv1.bn', conv_head='conv2.conv', bn2='conv2.bn')
     for layer, blocks in enumerate((1, 2, 3, 4, 3, 3, 1), start=1):
         for j in range(blocks):
@@ -89,7 +89,7 @@ def mobilenet_modules():
 
 
 def swin_modules(depths):
-    """timm's modules and mmclassification's, stage after stage."""
+    """Names of timm's modules and of mmclassification's."""
     modules = {'patch_embed.proj': 'patch_embed.projection', 'patch_embed.norm': 'patch_embed.norm', 'norm': 'norm3'}
     parts = {'attn': 'attn.w_msa', 'attn.qkv': 'attn.w_msa.qkv', 'attn.proj': 'attn.w_msa.proj', 'norm1': 'norm1'}
     parts |= {'norm2': 'norm2', 'mlp.fc1': 'ffn.layers.0.0', 'mlp.fc2': 'ffn.layers.1'}
@@ -102,7 +102,7 @@ def swin_modules(depths):
 
 
 def unfolded(value):
-    """What timm's patch merging reads, in the order of unfolding: both join the same numbered points."""
+    """Reorders an input of timm's patch merging to the order of unfolding, by merging numbered points with both."""
     channels = value.shape[-1] // 4
     numbers = torch.arange(4 * channels).reshape(1, channels, 2, 2)
     merging = PatchMerging(channels, norm_layer=lambda *_, **__: nn.Identity())
@@ -112,7 +112,7 @@ def unfolded(value):
 
 
 def in_their_names(model):
-    """A model's weights as the authors' framework names them, with what else it saves."""
+    """A model's weights with the names of the authors' framework, and further entries that it saves."""
     modules, theirs = {}, {'head.convs.0.conv.weight': torch.randn(4, 4, 1, 1), 'head.convs.0.conv.bias': torch.ones(4)}
     is_swin, head = hasattr(model, 'patch_embed'), f'{model.classifier_name}.'
     if hasattr(model, 'conv_stem'):
@@ -133,7 +133,7 @@ def in_their_names(model):
 
 
 def random_model(name):
-    """A model all of whose tensors differ, those of norms too."""
+    """A model with random values in all tensors, including norms."""
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5).eval()
     for value in model.state_dict().values():
@@ -165,7 +165,7 @@ def test_dnc_checkpoint(name, tmp_path):
 
 
 @pytest.mark.parametrize('name', [*BACKBONES, 'dnc_coc_tiny', 'dnc_fec_small'])
-def test_own_names_of_dnc_are_left_alone(name):
+def test_own_names_of_dnc_stay_unchanged(name):
     model = timm.create_model(name, num_classes=5, device='meta')
     state_dict = model.state_dict()
     backbone, head = conversion.nearest_centroid(state_dict, model.classifier_name)

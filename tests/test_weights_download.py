@@ -1,4 +1,4 @@
-"""The authors' files: the real gdown, a Google Drive on this machine that can fail, the cache, several processes."""
+"""Downloads from a simulated Google Drive with gdown, failures, the cache and several processes."""
 
 import fcntl
 import json
@@ -21,7 +21,6 @@ import torch
 from drive_server import PERMISSION_DENIED, QUOTA_EXCEEDED, DriveServer
 from hardship import full_disk, in_a_process_that_is_killed, read_only
 from parity_cases import recipe
-from timm.models import get_pretrained_cfg
 
 import cluster_zoo
 from cluster_zoo.errors import CheckpointError
@@ -31,22 +30,10 @@ from cluster_zoo.weights.loading import load_model
 from segmentation.models import segmenter
 
 NAME = 'coc_tiny.in1k'
-FOLDERS = dict(
-    coc_tiny='155Lfofxr7vpdcUxL8ZvzlrNX4cUlhn3J',
-    coc_tiny_plain='1HSZlO_XMkw6mM90Cqo3tVFxEUX8PvWCg',
-    coc_small='19zbCOS33We7HOjL575Di5wyuLbnDebdE',
-    coc_medium='1H3Fs3SVE0LFHuP6iP9nTg2_ZMrkfk9S8',
-    **dict.fromkeys(('fec_small', 'fec_base', 'fec_large'), '1X7MhOpg50d1aAmWOP9M7psBhW_fJzg2A'),
-    **dict.fromkeys(
-        ('dnc_resnet18', 'dnc_resnet50', 'dnc_resnet101', 'dnc_mobilenetv2_100')
-        + ('dnc_swin_tiny', 'dnc_swin_small', 'dnc_swin_base'),
-        '1zCT10t09mXw-8iLqDvkmxR46lOD5dsv4',
-    ),
-)
-FOLDER, DNC = FOLDERS['coc_tiny'], FOLDERS['dnc_resnet18']
+FOLDER, DNC = '155Lfofxr7vpdcUxL8ZvzlrNX4cUlhn3J', '1zCT10t09mXw-8iLqDvkmxR46lOD5dsv4'  # of coc_tiny and of all dnc_*
 URL = 'https://drive.google.com/drive/folders/'
 FILE, NOTES = 'F' * 33, 'N' * 33
-PIECE = 512 * 1024  # gdown keeps what it receives in such pieces
+PIECE = 512 * 1024  # gdown writes a download in chunks of this size
 
 
 @pytest.fixture
@@ -59,7 +46,7 @@ def server(tmp_path):
 
 @pytest.fixture(autouse=True)
 def settings(server, home, tmp_path, monkeypatch):
-    """The environment of a user whose way to Google leads to the server."""
+    """Environment variables with which gdown connects to the server instead of Google."""
     for name, value in (server.environment | dict(HOME=str(tmp_path), OMP_NUM_THREADS='1')).items():
         monkeypatch.setenv(name, value)
     for name in ('CLUSTER_ZOO_AUTHORS', 'HF_HUB_OFFLINE'):
@@ -76,7 +63,7 @@ def checkpoint(published_file) -> bytes:
 
 @pytest.fixture(scope='module')
 def content() -> bytes:
-    """Stands for a checkpoint where only its way here is tested."""
+    """Random bytes in place of a checkpoint, for tests of the download."""
     return random.Random(0).randbytes(3 * PIECE)
 
 
@@ -91,7 +78,7 @@ def _fetch(name=NAME, folder=FOLDER, **options) -> bytes:
 
 
 def _refused(*args, **options) -> str:
-    """The one line with which a download fails. The cache has no entry then, not even a part of one."""
+    """Returns the error of a download, which must have one line and leave nothing in the cache."""
     with pytest.raises(CheckpointError) as error:
         _fetch(*args, **options)
     text = str(error.value)
@@ -112,19 +99,11 @@ def _downloads() -> list[str]:
     return sorted(path.name for path in (cache.home() / 'downloads').iterdir())
 
 
-# When something is downloaded, and what is said
+# When weights are downloaded, and what is printed
 
 
-def test_the_releases():
-    for name, folder in FOLDERS.items():
-        assert get_pretrained_cfg(f'{name}.in1k').url == URL + folder
-        assert metadata.full_name(name) == f'{name}.in1k'
-    published = {name for name in metadata.package_tags() if get_pretrained_cfg(name).url}
-    assert published == {*(f'{name}.in1k' for name in FOLDERS), 'dnc_resnet18_cifar.cifar10'}
-
-
-def test_the_first_call_downloads_and_the_second_is_silent_and_offline(server, checkpoint, tmp_path):
-    """Nothing is patched here: a fresh process, environment variables, a checkpoint like the published ones."""
+def test_the_first_call_downloads_and_the_second_uses_the_cache(server, checkpoint, tmp_path):
+    """In a new process, configured by environment variables only."""
     code = (
         'import os, timm, torch, cluster_zoo\n'
         'for _ in range(2):\n'
@@ -146,7 +125,7 @@ def test_the_first_call_downloads_and_the_second_is_silent_and_offline(server, c
 
 
 @pytest.mark.parametrize('name, value', [('CLUSTER_ZOO_AUTHORS', '0'), ('HF_HUB_OFFLINE', '1')])
-def test_what_forbids_downloads(server, settings, content, name, value):
+def test_settings_that_forbid_downloads(server, settings, content, name, value):
     server.add_file(FILE, 'model_best.pth.tar', content, FOLDER)
     settings.setenv(name, value)
     with pytest.raises(CheckpointError, match=f'{name}.* forbids.*cluster-zoo import FILE --as coc_tiny.in1k') as error:
@@ -155,7 +134,7 @@ def test_what_forbids_downloads(server, settings, content, name, value):
 
 
 @pytest.mark.parametrize('network', ['unroutable', 'refused', 'no such name', 'mute'])
-def test_without_a_network_one_line_says_so_within_ten_seconds(settings, network):
+def test_a_missing_network_raises_one_line_within_ten_seconds(settings, network):
     with socket.create_server(('127.0.0.1', 0)) as mute:
         port = mute.getsockname()[1]
         if network == 'refused':
@@ -172,15 +151,15 @@ def test_without_a_network_one_line_says_so_within_ten_seconds(settings, network
 def test_names_without_a_release():
     with torch.device('meta'), pytest.raises(CheckpointError, match='authors have published none'):
         timm.create_model('coc_base_dim64', pretrained=True)
-    with pytest.raises(CheckpointError, match='have published no weights'):
+    with pytest.raises(CheckpointError, match='condnet_swin_base_ade20k'):
         segmenter.create_segmenter('condnet_swin_base_ade20k', pretrained=True)
 
 
-# Which file it is
+# Which file is downloaded
 
 
 def _tree(server, root, paths) -> dict[str, str]:
-    """Puts files with these paths, and their paths as content, into a folder. Returns their ids."""
+    """Adds files with these paths, which are their content too, to a folder. Returns their ids."""
     folders, ids = {'': server.add_folder(root, 'release')}, {}
     for i, path in enumerate(paths):
         above = ''
@@ -229,7 +208,7 @@ CENTROIDS = [
     ('dnc_resnet50.in1k', ['cifar10/resnet50.pth', 'mobilenetv2.pth', 'resnet101.pth'], None),
     ('dnc_swin_tiny.in1k', ['Swin-T.pth', 'Swin-S.pth', 'Swin-B.pth'], None),
 ])  # fmt: skip
-def test_the_file_of_another_model_is_never_taken(server, name, paths, chosen):
+def test_the_file_of_another_model_is_never_downloaded(server, name, paths, chosen):
     ids = _tree(server, FOLDER, paths)
     if chosen is None:
         message = _refused(name)
@@ -239,14 +218,14 @@ def test_the_file_of_another_model_is_never_taken(server, name, paths, chosen):
         assert _fetch(name) == chosen.encode()
 
 
-def test_a_file_may_be_named(server):
+def test_a_file_can_be_selected(server):
     _tree(server, FOLDER, ['a/b.pth', 'c.pth'])
     assert 'a/b.pth' in _refused(member='b.pth')
     assert _fetch(member='a/b.pth') == b'a/b.pth' and _source()['file'] == 'a/b.pth'
     assert _fetch(member='c.pth', force=True) == b'c.pth'
 
 
-def test_names_on_the_server_name_no_paths_here(server, content, tmp_path):
+def test_names_on_the_server_do_not_influence_local_paths(server, content, tmp_path):
     server.add_file(FILE, '../../../escaped.pth', content, FOLDER)
     assert _fetch() == content
     assert not [path for path in (tmp_path, *tmp_path.parents) for path in path.glob('*escaped*')]
@@ -255,7 +234,7 @@ def test_names_on_the_server_name_no_paths_here(server, content, tmp_path):
             cache.entry(name)
 
 
-# Downloads that go wrong
+# Failures
 
 _HTML = {'Content-Type': 'text/html'}
 FAILED = dict(
@@ -271,7 +250,7 @@ FAILED = dict(
 
 @pytest.mark.parametrize('of', [FILE, FOLDER])
 @pytest.mark.parametrize('fault', FAILED)
-def test_what_ends_a_download_is_one_line_and_the_next_try_succeeds(server, content, fault, of):
+def test_a_failed_download_raises_one_line_and_the_next_call_succeeds(server, content, fault, of):
     server.add_file(FILE, 'model_best.pth.tar', content, FOLDER)
     server.fail(of, **FAILED[fault])
     message = _refused()
@@ -282,10 +261,10 @@ def test_what_ends_a_download_is_one_line_and_the_next_try_succeeds(server, cont
     assert _fetch() == content
 
 
-def test_a_download_goes_on_where_the_last_one_ended(server, content):
+def test_an_interrupted_download_is_resumed(server, content):
     server.add_file(FILE, 'model_best.pth.tar', content, FOLDER)
     server.fail(FILE, drop_after=PIECE + 100)
-    server.fail(FILE, status=503, headers=_HTML, times=None)  # and nobody answers when it tries again
+    server.fail(FILE, status=503, headers=_HTML, times=None)  # for the retries
     _refused()
     assert len(_downloads()) == 1
     server.heal()
@@ -304,7 +283,7 @@ def test_a_damaged_or_malicious_checkpoint_is_refused(server, checkpoint, settin
     content = bytearray(checkpoint)
     if damage == 'garbage':
         content = bytes(byte ^ 0x55 for byte in checkpoint[: 1 << 20])
-    elif damage == 'one byte':  # of a weight, which any number could be: the CRC tells
+    elif damage == 'one byte':  # in a weight; only the CRC detects it
         content[len(content) // 2] ^= 0x10
     elif damage == 'cut':
         content = checkpoint[:-1000]
@@ -322,10 +301,10 @@ def test_a_damaged_or_malicious_checkpoint_is_refused(server, checkpoint, settin
     assert not (tmp_path / 'pwned').exists()
 
 
-# Which content it has
+# SHA-256
 
 
-def test_a_file_that_has_changed_is_refused_until_it_is_accepted(server, content, capfd):
+def test_a_changed_file_is_refused_unless_forced(server, content, capfd):
     server.add_file(FILE, 'model_best.pth.tar', content, FOLDER)
     _fetch()
     first = _records()[f'drive:{FILE}']
@@ -341,7 +320,7 @@ def test_a_file_that_has_changed_is_refused_until_it_is_accepted(server, content
 
 def test_pinned_files(server, content, settings, tmp_path, capfd):
     (tmp_path / 'f').write_bytes(content)
-    server.add_file('P' * 33, 'anything', content)  # in no folder that is listed
+    server.add_file('P' * 33, 'anything', content)  # in no folder
     settings.setitem(metadata.PINS, NAME, ('P' * 33, 'f' * 64))
     message = _refused()
     assert 'f' * 64 in message and cache.sha256(tmp_path / 'f') in message and '--force' in message
@@ -352,7 +331,7 @@ def test_pinned_files(server, content, settings, tmp_path, capfd):
 
 
 @pytest.mark.parametrize('text', ['', '{', '[1]', '\x00'])
-def test_damaged_records_are_neither_trusted_nor_overwritten(home, text):
+def test_damaged_records_are_refused_and_kept(home, text):
     home.mkdir()
     (home / 'sha256.json').write_text(text)
     with pytest.raises(CheckpointError, match=r'sha256\.json. is damaged'):
@@ -379,7 +358,7 @@ def test_full_disk(server, content):
     assert _fetch() == content
 
 
-def test_a_cache_that_can_only_be_read(server, content, home):
+def test_a_read_only_cache(server, content, home):
     server.add_file(FILE, 'model_best.pth.tar', content, FOLDER)
     home.mkdir()
     with read_only(home):
@@ -388,11 +367,11 @@ def test_a_cache_that_can_only_be_read(server, content, home):
             cache.check_digest('x', 'a')
     _fetch()
     with read_only(home):
-        assert _fetch() == content  # it is there
+        assert _fetch() == content  # from the cache
 
 
 @pytest.mark.parametrize('renames, weights', [(0, b'old'), (1, b'old'), (2, b'new')])
-def test_a_process_that_is_killed_while_it_replaces_a_folder_loses_none(home, settings, renames, weights):
+def test_killing_a_process_that_replaces_a_folder_loses_no_weights(home, settings, renames, weights):
     def write(content):
         with cache.new_folder(home / NAME) as folder:
             (folder / 'x').write_bytes(content)
@@ -419,7 +398,7 @@ def test_a_process_that_is_killed_while_it_replaces_a_folder_loses_none(home, se
     assert [path.name for path in home.iterdir() if path.name != '.locks'] == [NAME]
 
 
-def test_a_damaged_entry_is_never_loaded_and_breaks_nothing_else(imported, home):
+def test_a_damaged_entry_is_refused_and_others_still_load(imported, home):
     for name in (NAME, 'coc_tiny.other'):
         (home / name).mkdir(parents=True)
         for path in (imported / NAME).iterdir():
@@ -441,8 +420,7 @@ def test_a_damaged_entry_is_never_loaded_and_breaks_nothing_else(imported, home)
         assert torch.equal(timm.create_model('coc_tiny', pretrained=True, **kwargs).norm.weight, weight)
 
 
-def test_the_import_does_not_look_at_the_cache(home, tmp_path):
-    """10,000 folders cost nothing, and a broken one does no harm, because nobody asks."""
+def test_the_import_does_not_read_the_cache(home, tmp_path):
     (home / NAME).mkdir(parents=True)
     (home / NAME / 'config.json').write_text('{')
     code = (
@@ -463,7 +441,7 @@ def test_the_import_does_not_look_at_the_cache(home, tmp_path):
 
 
 class _Process:
-    """A copy of this process that fetches, with what it has said."""
+    """A fork of this process that downloads, and its standard error."""
 
     def __init__(self, log: Path):
         self.log, self.pid, code = log, os.fork(), 1
@@ -494,7 +472,7 @@ def _until(condition, seconds=20):
 
 
 def _eight_at_once(server, content, tmp_path, **fault) -> list[_Process]:
-    """The answer with the file comes when seven of them wait."""
+    """Starts eight processes; the server responds when seven of them wait."""
     server.add_file(FILE, 'model_best.pth.tar', content, FOLDER)
     event = threading.Event()
     server.fail(FILE, until=event, **fault)
@@ -507,7 +485,7 @@ def _eight_at_once(server, content, tmp_path, **fault) -> list[_Process]:
 
 
 def test_one_of_eight_processes_downloads(server, content, settings, tmp_path):
-    """Without any lock of the file system."""
+    """On a file system without locks."""
 
     def flock(*_):
         raise OSError('this file system has no locks')
@@ -521,7 +499,7 @@ def test_one_of_eight_processes_downloads(server, content, settings, tmp_path):
     assert [process.said.count('\n') for process in processes] == [1] * 8
 
 
-def test_a_failure_is_shared_with_those_that_wait_and_a_later_call_tries_again(server, content, tmp_path):
+def test_waiting_processes_raise_the_error_of_the_first_one(server, content, tmp_path):
     processes = _eight_at_once(server, content, tmp_path, status=404, headers=_HTML)
     began = time.monotonic()
     assert [process.end() for process in processes] == [3] * 8
@@ -532,7 +510,7 @@ def test_a_failure_is_shared_with_those_that_wait_and_a_later_call_tries_again(s
 
 
 @pytest.mark.parametrize('how', [signal.SIGSTOP, signal.SIGKILL])
-def test_a_process_that_was_stopped_or_killed_does_not_block_others(server, content, settings, tmp_path, how):
+def test_a_stopped_or_killed_process_does_not_block_others(server, content, settings, tmp_path, how):
     settings.setattr(filelock, 'SoftFileLease', partial(filelock.SoftFileLease, lease_duration=1.5))  # not 30
     server.add_file(FILE, 'model_best.pth.tar', content, FOLDER)
     server.fail(FILE, until=threading.Event())
@@ -550,11 +528,11 @@ def test_a_process_that_was_stopped_or_killed_does_not_block_others(server, cont
     assert _fetch() == content
 
 
-# From end to end
+# Complete downloads
 
 
 def test_a_release_of_nearest_centroids(server, tmp_path):
-    """In the names of mmclassification."""
+    """With the names of mmclassification."""
     torch.manual_seed(0)
     model = timm.create_model('dnc_resnet18').half()
     names = {name: f'head.{name[3:]}' if name.startswith('fc.') else f'backbone.{name}' for name in model.state_dict()}

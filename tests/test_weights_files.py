@@ -1,4 +1,4 @@
-"""Checkpoints and archives of any content: which are read, and that all others end in one line and cost little.
+"""Valid checkpoints and archives are read; all others raise an error of one line with little time and memory.
 
 The hostile files are read in a process of its own, with limits of memory and time: what crashes or hangs there fails.
 """
@@ -47,7 +47,7 @@ FOUR = np.arange(4, dtype='<f4').tobytes()
 ZEROS = bytes(64 << 20)
 TINY = dict(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), num_heads=(2, 2, 2, 2), head_dim=4, num_classes=5)
 
-# --- files that lie or harm -------------------------------------------------------------------------------------------
+# --- invalid and hostile files ----------------------------------------------------------------------------------------
 
 
 def zipped(value, **entries):
@@ -61,7 +61,7 @@ def program(body):
 
 
 def keys(pack, count=50_000):
-    """A dictionary of keys that the file chooses."""
+    """A dictionary with many keys."""
     return program(b'}(' + b''.join(pack(i) + b'N' for i in range(1, count)) + b'u')
 
 
@@ -74,10 +74,10 @@ def content(data):
 
 
 def changed(change, **kwargs):
-    """A checkpoint of torch.save, changed."""
+    """A modified checkpoint of torch.save."""
 
     def write(path):
-        with path.open('wb') as file:  # so that the folder inside is called archive
+        with path.open('wb') as file:  # names the folder in the zip file `archive`
             torch.save({'a': torch.arange(100.0), 'b': torch.ones(3)}, file, **kwargs)
         result = change(path)
         if isinstance(result, bytes):
@@ -103,7 +103,7 @@ def compressed(path):
 
 
 def overlapping(path):
-    """The same four megabytes as a hundred storages."""
+    """A hundred storages that share the same four megabytes."""
     tensors = {f'a{i}': tensor(1 << 20, (1 << 20,), (1,), key=str(i)) for i in range(100)}
     names = {f'_{i}': b'' if i else os.urandom(4 << 20) for i in range(100)}
     write_checkpoint(path, pickled(tensors), **names)
@@ -114,7 +114,7 @@ def overlapping(path):
 
 
 def two_views(path):
-    """A zip in front of a zip: readers may differ in which one they find."""
+    """Two concatenated zip files, of which readers may find different ones."""
     evil, good = io.BytesIO(), io.BytesIO()
     torch.save({'a': torch.ones(1)}, good)
     with zipfile.ZipFile(evil, 'w') as archive:
@@ -124,7 +124,7 @@ def two_views(path):
 
 
 def flags(state):
-    """A number of NumPy whose type gets a state."""
+    """A NumPy scalar with a state of its type."""
     kind = b'cnumpy\ndtype\n' + pickled(('f8', False, True))[2:-1] + b'R' + pickled(state)[2:-1] + b'b'
     return program(b'cnumpy._core.multiarray\nscalar\n' + kind + pickled(bytes(8))[2:-1] + b'\x86R')
 
@@ -134,13 +134,13 @@ def scalar(code, data=bytes(8)):
 
 
 def called(function, arguments):
-    """A call with arguments that are no tuple."""
+    """A call whose arguments are not a tuple."""
     module, name = function.split()
     return program(f'c{module}\n{name}\n'.encode() + arguments + b'R')
 
 
 MARKER = os.environ.get('MARKER', 'marker')
-HASH = 2**61 - 1  # of Python: numbers that differ by it have the same hash
+HASH = 2**61 - 1  # modulus of Python's hashes of numbers
 THOUSAND = tensor(4, (10**10,), (0,))
 
 
@@ -235,7 +235,7 @@ HOSTILE = {
     ),
     'a compressed entry': (compressed, 'its entries are compressed or overlap'),
     'entries that overlap': (overlapping, 'its entries are compressed or overlap'),
-    # Tensors that are not what they say
+    # Inconsistent tensors
     'beyond its storage': (zipped({'a': tensor(4, (1 << 33,), (1,))}), 'more numbers than the file'),
     'one number 10**10 times': (zipped({'a': THOUSAND}), 'more numbers than the file'),
     'one number a hundred times': (zipped({'a': tensor(4, (100,), (0,))}), 'larger than its storage'),
@@ -268,7 +268,7 @@ HOSTILE = {
     'before 1.6, a view beyond': (legacy({'a': legacy_tensor(4, (4,), view=('v', 0, 1 << 40))}), 'does not fit'),
     'before 1.6, no keys': (legacy({'a': legacy_tensor(4, (4,))}, names=()), 'does not fit'),
     'before 1.6, tuples in tuples': (legacy(b'\x80\x02})' + b'\x85' * 1_000_000 + b'Ns.'), 'nested more than'),
-    # Numbers of NumPy
+    # NumPy scalars
     'an object of NumPy': (scalar('O8'), 'invalid'),
     'a structure of NumPy': (zipped(Call(np._core.multiarray.scalar, Call(np.dtype, [('a', 'O')]), b'a')),
         'not a checkpoint'),
@@ -276,7 +276,7 @@ HOSTILE = {
     'a number without bytes': (scalar('f8', b'0'), 'not a checkpoint'),
     'flags of objects': (flags((3, '|', None, None, None, -1, -1, 63)), 'found a float64'),
     'a type of no state': (flags(()), 'not a checkpoint'),
-    # Damage
+    # Damaged files
     'nothing': (content(b''), 'not a checkpoint'),
     'random bytes': (content(np.random.default_rng(0).bytes(5000)), 'not a checkpoint'),
     'random bytes of a zip': (content(b'PK\3\4' + np.random.default_rng(1).bytes(5000)), 'not a checkpoint'),
@@ -315,15 +315,15 @@ HOSTILE = {
     'bzip2': (content(b'BZh91AY&SY'), 'bunzip2'),
     'a web page': (content(b'<!DOCTYPE html><html></html>'), 'a web page'),
     'a pointer of Git LFS': (content(b'version https://git-lfs.github.com/spec/v1\n'), 'git lfs pull'),
-    'HDF5': (content(b'\x89HDF\r\n\x1a\n' + bytes(100)), 'HDF5'),
-    'an array': (lambda path: np.save(path.open('wb'), np.zeros(3)), 'an array of NumPy'),
-    'an index.json': (content(b'{"weight_map": {"a": "model-1.safetensors"}}'), 'not a checkpoint'),
+    'HDF5': (content(b'\x89HDF\r\n\x1a\n' + bytes(100)), 'not a checkpoint'),
+    'an array': (lambda path: np.save(path.open('wb'), np.zeros(3)), 'not a checkpoint'),
+    'an index.json': (content(b'{"weight_map": {"a": "model-1.safetensors"}}'), 'several files'),
     'text': (content(b'not a checkpoint'), 'not a checkpoint'),
     'a pipe': (os.mkfifo, 'not a file'),
     'a folder': (Path.mkdir, 'a folder'),
     'a zip before a zip': (two_views, 'could run posix.mkdir'),
-    'protocol 4': (changed(lambda path: None, pickle_protocol=4), 'a pickle protocol'),
-    'protocol 5': (changed(lambda path: None, pickle_protocol=5), 'a pickle protocol'),
+    'protocol 4': (changed(lambda path: None, pickle_protocol=4), 'protocol'),
+    'protocol 5': (changed(lambda path: None, pickle_protocol=5), 'protocol'),
 }  # fmt: skip
 
 _READ = """
@@ -348,14 +348,14 @@ for path in sorted(Path(sys.argv[1]).iterdir(), key=lambda path: int(path.name))
         outcome = 'no memory' if any(isinstance(cause, MemoryError) for cause in causes) else str(error)
     except BaseException as error:
         outcome = f'{type(error).__name__}: {error}'
-    # Not ru_maxrss, which begins with that of the parent
+    # Not ru_maxrss, which includes the parent process
     print(json.dumps([int(path.name), outcome, kibibytes('VmHWM') >> 10]), flush=True)
 """
 
 
 @pytest.fixture(scope='module')
 def outcomes(tmp_path_factory):
-    """What reading each hostile file ends in, and the memory in MiB that the process has taken until then."""
+    """The error for each hostile file, and the peak memory of the process in MiB so far."""
     folder = tmp_path_factory.mktemp('hostile')
     for i, (write, _) in enumerate(HOSTILE.values()):
         write(folder / str(i))
@@ -375,14 +375,14 @@ def outcomes(tmp_path_factory):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='memory is limited and read as Linux does')
 @pytest.mark.parametrize('case', HOSTILE)
-def test_hostile_files_end_in_one_line_and_take_little(case, outcomes):
+def test_hostile_files_raise_one_line_and_use_little_memory(case, outcomes):
     message, memory = outcomes[case]
     assert HOSTILE[case][1] in message
     assert message.isprintable() and len(message) < 1000
     assert "can't allocate" not in message and memory < 1500
 
 
-def test_a_description_of_millions_of_instructions_is_refused(tmp_path, monkeypatch):
+def test_the_numbers_of_instructions_and_values_are_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(scan, '_MAX_INSTRUCTIONS', 1000)
     program(b'N' * 1001)(tmp_path / 'c.pth')
     assert 'it has more than 1000 instructions' in refusal(read_checkpoint, tmp_path / 'c.pth')
@@ -393,11 +393,11 @@ def test_a_description_of_millions_of_instructions_is_refused(tmp_path, monkeypa
 
 def test_the_index_of_several_files(tmp_path):
     (tmp_path / 'model.safetensors.index.json').write_text('{"weight_map": {"a": "model-1.safetensors"}}')
-    assert 'Join them first' in refusal(read_checkpoint, tmp_path / 'model.safetensors.index.json')
-    assert 'the path is not a file' in refusal(read_checkpoint, tmp_path / 'missing')
+    assert 'Join these files' in refusal(read_checkpoint, tmp_path / 'model.safetensors.index.json')
+    assert 'it is not a file' in refusal(read_checkpoint, tmp_path / 'missing')
 
 
-def test_a_file_that_runs_code_runs_none_through_any_door(tmp_path):
+def test_no_function_runs_code_from_a_file(tmp_path):
     model = timm.create_model('coc_tiny', **TINY)
     torch.save(dict(model.state_dict(), args=Call(os.mkdir, str(tmp_path / 'pwned'))), tmp_path / 'evil.pth')
     overlay = dict(file=str(tmp_path / 'evil.pth'))
@@ -407,7 +407,7 @@ def test_a_file_that_runs_code_runs_none_through_any_door(tmp_path):
     assert not (tmp_path / 'pwned').exists()
 
 
-# --- files that are read ----------------------------------------------------------------------------------------------
+# --- valid files ----------------------------------------------------------------------------------------------------
 
 BASE = torch.arange(24.0)
 STATE = OrderedDict(weight=torch.ones(2))
@@ -466,14 +466,14 @@ def _nested(depth):
 
 
 def _stored(path):
-    """Packed again by another program."""
+    """Repacks the zip file with Python."""
     with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as old, zipfile.ZipFile(path, 'w') as new:
         for entry in old.infolist():
             new.writestr(entry.filename, old.read(entry))
 
 
 def _large(path):
-    """The same with sizes of 64 bits, as of entries beyond 4 GiB."""
+    """Repacks it with sizes of 64 bits, as for entries of more than 4 GiB."""
     with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as old, zipfile.ZipFile(path, 'w') as new:
         for entry in old.infolist():
             with new.open(entry.filename, 'w', force_zip64=True) as file:
@@ -481,7 +481,7 @@ def _large(path):
 
 
 def _short(path):
-    """The directory of 32 bits alone: torch.save writes both."""
+    """Removes the directory of 64 bits."""
     data = path.read_bytes()
     assert data[-42:-38] == b'PK\6\7'
     path.write_bytes(data[:-98] + data[-22:])
@@ -519,7 +519,7 @@ def _written(function, expected, *args):
     return lambda path: (function(path, *args), expected)[1]
 
 
-LEGITIMATE = {
+VALID = {
     **{name: _saved(value=value) for name, value in PLAIN.items()},
     **{f'{name}, before 1.6': _old(PLAIN[name]) for name in ('matrix', 'every_second', 'ordered', 'options', 'numpy')},
     **{f'{name}, before 1.6': _old(PLAIN[name]) for name in ('views', 'bfloat16', 'sparse', 'quantized', 'empty')},
@@ -542,9 +542,9 @@ LEGITIMATE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('case', LEGITIMATE)
-def test_legitimate_files_are_read_as_they_were_written(case, tmp_path):
-    expected = LEGITIMATE[case](tmp_path / 'c.pth')
+@pytest.mark.parametrize('case', VALID)
+def test_valid_files_are_read(case, tmp_path):
+    expected = VALID[case](tmp_path / 'c.pth')
     found = read_checkpoint(tmp_path / 'c.pth')
     assert repr(found) == repr(expected)
     assert getattr(found, '_metadata', None) == getattr(expected, '_metadata', None)
@@ -577,14 +577,14 @@ MORE = {key: value + 1 for key, value in TWO.items()}
     dict(TWO, total_ops=torch.zeros(1), **{'layer.total_params': torch.zeros(1)}),
     dict(state_dict={f'model.{key}': value for key, value in TWO.items()}, **{'pytorch-lightning_version': '2.1'}),
 ], ids=lambda content: '-'.join(map(str, content))[:40])  # fmt: skip
-def test_weights_are_found_wherever_scripts_keep_them(content, tmp_path):
+def test_weights_are_found_under_the_usual_keys(content, tmp_path):
     torch.save(content, tmp_path / 'c.pth')
     found = load_state_dict(tmp_path / 'c.pth')
     assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in TWO.items()}
     assert found['a'].sum() == 0
 
 
-def test_averaged_weights_where_asked(tmp_path):
+def test_averaged_weights_are_preferred_on_request(tmp_path):
     for content in (dict(state_dict=TWO, state_dict_ema=MORE), dict(model=dict(net=TWO, ema=MORE)), dict(ema=MORE)):
         torch.save(content, tmp_path / 'c.pth')
         assert load_state_dict(tmp_path / 'c.pth', use_ema=True)['a'].sum() == 2
@@ -601,7 +601,7 @@ def test_averaged_weights_where_asked(tmp_path):
     ({'x' * 10_000: 3}, 'are no plain tensors'),
     ({2**2000: 3}, 'are no plain tensors'),
 ])  # fmt: skip
-def test_what_holds_no_weights(content, words, tmp_path):
+def test_files_without_weights(content, words, tmp_path):
     torch.save(content, tmp_path / 'c.pth')
     assert words in refusal(load_state_dict, tmp_path / 'c.pth')
 
@@ -625,7 +625,7 @@ def test_a_head_that_fits_the_file_is_kept(weights, tmp_path):
     model = timm.create_model('coc_tiny', True, pretrained_cfg_overlay=overlay, **TINY)
     assert torch.equal(model.head.fc.weight, weights['head.fc.weight'])
     model = timm.create_model('coc_tiny', True, pretrained_cfg_overlay=overlay | dict(num_classes=-1), **TINY)
-    assert not torch.equal(model.head.fc.weight, weights['head.fc.weight'])  # a head of its own was asked for
+    assert not torch.equal(model.head.fc.weight, weights['head.fc.weight'])  # -1 requests a new head
     assert torch.equal(model.norm.weight, weights['norm.weight'])
 
 
@@ -658,7 +658,7 @@ BIAS = torch.zeros(16)
     ({'norm.bias': torch.ones([1] * 60)}, 'another shape'),
     ({f'name{i}' * 100: torch.ones(1) for i in range(100)}, '100 unknown'),
 ])  # fmt: skip
-def test_what_does_not_fit_is_refused_and_changes_nothing(changes, words, tiny, weights, tmp_path):
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(changes, words, tiny, weights, tmp_path):
     before = {name: value.clone() for name, value in tiny.state_dict().items()}
     weights['head.fc.bias'] += 1
     weights = {name: value for name, value in {**weights, **changes}.items() if value is not None}
@@ -670,18 +670,18 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(changes, words, tiny, 
 
 
 @pytest.mark.parametrize('name', ['coc_tiny', 'dnc_swin_tiny', 'vit_tiny_patch16_224'])
-def test_known_names_with_shapes_that_nobody_has_are_refused(name, tmp_path):
+def test_known_names_with_impossible_shapes_are_refused(name, tmp_path):
     torch.save({'patch_embed.proj.weight': torch.tensor(1.0)}, tmp_path / 'c.pth')
     assert 'cannot be converted' in refusal(load_checkpoint, timm.create_model(name), tmp_path / 'c.pth')
 
 
-def test_shapes_without_numbers_cost_nothing(tiny, tmp_path):
-    """A header may name any shape that has a zero in it; and a message should not repeat it all."""
+def test_empty_tensors_of_huge_shapes_are_refused(tiny, tmp_path):
+    """A safetensors header can contain any shape with a zero; the message must stay short."""
     header = {'norm.bias': dict(dtype='F32', shape=[0, *[1 << 40] + [1] * 50_000], data_offsets=[0, 0])}
     refusal(load_checkpoint, tiny, write_safetensors(tmp_path / 'c.safetensors', header))
 
 
-# --- archives that hold a checkpoint ----------------------------------------------------------------------------------
+# --- archives of a checkpoint -----------------------------------------------------------------------------------------
 
 WEIGHTS = b'weights' * 1000
 PACKERS = [write_zip, write_tar, lambda path, entries: write_tar(path, entries, 'w:gz')]
@@ -696,7 +696,7 @@ DRIVE = {
 
 @pytest.mark.parametrize('pack', PACKERS)
 @pytest.mark.parametrize('entries', [DRIVE, {'/etc/../../model.PTH': WEIGHTS}, {'a\\b.ckpt': WEIGHTS}])
-def test_the_one_checkpoint_is_copied_and_nothing_else(pack, entries, tmp_path):
+def test_only_the_checkpoint_is_unpacked(pack, entries, tmp_path):
     path = pack(tmp_path / 'archive', entries)
     (tmp_path / 'new').mkdir()
     assert is_archive(path)
@@ -705,12 +705,12 @@ def test_the_one_checkpoint_is_copied_and_nothing_else(pack, entries, tmp_path):
     assert {file.name for file in (tmp_path / 'new').iterdir()} <= {'checkpoint', 'unzipped'}
 
 
-def test_what_is_an_archive(tmp_path):
+def test_is_archive(tmp_path):
     torch.save(TWO, tmp_path / 'c.pth')
     torch.save(TWO, tmp_path / 'legacy.pth', _use_new_zipfile_serialization=False)
     save_file(TWO, tmp_path / 'c.safetensors')
     (tmp_path / 'empty').touch()
-    (tmp_path / 'cut.pth').write_bytes((tmp_path / 'c.pth').read_bytes()[:-30])  # told when it is read
+    (tmp_path / 'cut.pth').write_bytes((tmp_path / 'c.pth').read_bytes()[:-30])  # `read_checkpoint` reports it
     assert not any(is_archive(path) for path in tmp_path.iterdir())
     (tmp_path / 'c.pth.gz').write_bytes(gzip.compress((tmp_path / 'c.pth').read_bytes()))
     assert is_archive(tmp_path / 'c.pth.gz')
@@ -728,7 +728,7 @@ def _link(kind):
 
 
 def _header(size):
-    """A tar file of which only a header is there, with a size."""
+    """A tar file that consists of a header with a size."""
 
     def write(path):
         header = bytearray(tarfile.TarInfo('model.pth').tobuf())
@@ -741,7 +741,7 @@ def _header(size):
 
 
 def _extended(path):
-    """Headers that announce a further header, without end."""
+    """An endless sequence of extended headers."""
     member = tarfile.TarInfo('x')
     member.type = tarfile.GNUTYPE_LONGNAME
     path.write_bytes(member.tobuf() * 5000)
@@ -778,7 +778,7 @@ ARCHIVES = {
        for i, pack in enumerate(PACKERS) for keep in (3, 100, 700, 2000, -600) if (i, keep) != (1, -600)},
     **{f'a bit {i}': (_packed(PACKERS[i], {'model.pth': RANDOM}, flip=2000), 'damaged') for i in (0, 2)},
     'nothing': (_packed(write_tar, {}), 'no checkpoint, but nothing'),
-    'text': (content(b'not an archive' * 100), 'not an archive'),
+    'text': (content(b'not an archive' * 100), 'not a supported archive'),
     'encrypted': (_packed(write_zip, {'model.pth': WEIGHTS}, flags=1), 'encrypted'),
     'a size that is too small': (_packed(write_zip, {'model.pth': WEIGHTS}, size=100), 'damaged'),
     'a zip bomb': (_packed(write_zip, {'model.pth': ZEROS}), 'more than 100 times'),
@@ -799,11 +799,11 @@ ARCHIVES = {
 
 
 @pytest.mark.parametrize('case', ARCHIVES)
-def test_archives_that_are_not_unpacked(case, tmp_path):
+def test_invalid_archives_are_refused(case, tmp_path):
     write, words = ARCHIVES[case]
     write(tmp_path / 'archive')
     (tmp_path / 'new').mkdir()
-    if words is None:  # it is unpacked, and refused as a checkpoint
+    if words is None:  # unpacked, but refused as a checkpoint
         assert 'gunzip' in refusal(read_checkpoint, unpack_checkpoint(tmp_path / 'archive', tmp_path / 'new'))
     else:
         assert words in refusal(unpack_checkpoint, tmp_path / 'archive', tmp_path / 'new')

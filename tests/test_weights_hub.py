@@ -1,4 +1,4 @@
-"""Models from the Hugging Face Hub: the real client, and a server on this machine that can fail."""
+"""Models from a simulated Hugging Face Hub with the real client, and failures."""
 
 import json
 import time
@@ -25,7 +25,7 @@ LOADERS = [timm.create_model, load_model]
 
 
 def _point(patch, url: str) -> None:
-    """The Hub's client of this process, as if it had been started with this address."""
+    """Sets the address of the Hub in its client."""
     patch.setattr(constants, 'ENDPOINT', url)
     patch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', url + '/{repo_id}/resolve/{revision}/{filename}')
 
@@ -86,7 +86,7 @@ def _download(repo_id: str = 'lab/x', **kwargs) -> bytes:
 
 
 def _refused(repo_id: str = 'lab/x', **kwargs) -> str:
-    """The one line with which a download fails."""
+    """Returns the error of a download, which must have one line."""
     with pytest.raises(CheckpointError) as error:
         _download(repo_id, **kwargs)
     assert '\n' not in str(error.value)
@@ -94,21 +94,21 @@ def _refused(repo_id: str = 'lab/x', **kwargs) -> str:
 
 
 def _files(home: Path) -> list[Path]:
-    """Large files in the client's cache, whatever their state."""
+    """Complete and incomplete large files in the client's cache."""
     found = [path for path in (home / 'hf').rglob('blobs/*') if path.is_file()]
     return [path for path in found if len(path.name) != 40]
 
 
-# Where models come from
+# Sources of models
 
 
 @pytest.mark.parametrize('load', LOADERS)
-def test_a_repository_loads_by_its_address_and_then_from_the_cache(server, settings, model, folder, load):
+def test_a_repository_is_downloaded_once(server, settings, model, folder, load):
     server.add('lab/x', folder)
     settings.setenv('HF_TOKEN', GUEST)
     assert _same(load('hf-hub:lab/x', pretrained=True), model)
     (stored,) = server.asked('GET', WEIGHTS)
-    assert stored.host.startswith('127.0.0.1') and 'authorization' not in stored.headers  # the token is the Hub's alone
+    assert stored.host.startswith('127.0.0.1') and 'authorization' not in stored.headers  # only the Hub gets the token
     asked = [request for request in server.requests if request.path.startswith('/lab/')]
     assert asked and all(request.headers['authorization'] == f'Bearer {GUEST}' for request in asked)
     assert _same(load('hf-hub:lab/x', pretrained=True), model)
@@ -121,7 +121,7 @@ def test_a_repository_loads_by_its_address_and_then_from_the_cache(server, setti
     assert len(server.requests) == asked
 
 
-def test_no_organization_is_asked_that_the_user_did_not_name(server, settings, folder):
+def test_only_the_organization_of_the_user_is_asked(server, settings, folder):
     server.add('cluster_zoo/coc_tiny.in1k', folder)
     server.add('timm/coc_tiny.in1k', folder)
     assert organization() is None
@@ -136,7 +136,7 @@ def test_no_organization_is_asked_that_the_user_did_not_name(server, settings, f
             timm.create_model(FULL, pretrained=True)
 
 
-def test_the_organization_that_the_user_named(server, settings, imported):
+def test_weights_from_the_organization_of_the_user(server, settings, imported):
     settings.setenv('CLUSTER_ZOO_HUB', 'lab')
     with pytest.raises(CheckpointError, match=r'lab/coc_tiny\.in1k on the Hugging Face Hub.*CLUSTER_ZOO_AUTHORS=0'):
         timm.create_model('coc_tiny', pretrained=True)
@@ -148,9 +148,9 @@ def test_the_organization_that_the_user_named(server, settings, imported):
     assert len(server.asked('GET', WEIGHTS)) == 1
 
 
-def test_the_weights_of_a_name_may_not_change(server, settings, folder, tmp_path, capfd):
+def test_changed_weights_are_refused_unless_forced(server, settings, folder, tmp_path, capfd):
     settings.setenv('CLUSTER_ZOO_HUB', 'lab')
-    settings.delenv('CLUSTER_ZOO_AUTHORS')  # who are not asked instead
+    settings.delenv('CLUSTER_ZOO_AUTHORS')  # the authors must not be asked instead
     server.add(f'lab/{FULL}', folder)
     assert find_weights(FULL, None) == find_weights(FULL, None)
     server.add(f'lab/{FULL}', _save(timm.create_model('coc_tiny', **TINY), tmp_path / 'other'))
@@ -165,14 +165,14 @@ def test_the_weights_of_a_name_may_not_change(server, settings, folder, tmp_path
     assert f'hub:lab/{FULL} has changed' in capfd.readouterr().err
 
 
-def test_a_repository_of_another_architecture_is_no_source(server, settings, folder):
+def test_a_repository_of_another_architecture_is_refused(server, settings, folder):
     settings.setenv('CLUSTER_ZOO_HUB', 'lab')
-    server.add('lab/coc_tiny_plain.in1k', folder)  # whose weights would fit
+    server.add('lab/coc_tiny_plain.in1k', folder)  # with weights of fitting shapes
     with pytest.raises(CheckpointError, match='its architecture is coc_tiny, not coc_tiny_plain'):
         timm.create_model('coc_tiny_plain.in1k', pretrained=True, **TINY)
 
 
-def test_a_new_commit_is_taken(server, folder, model, tmp_path):
+def test_a_new_commit_is_downloaded(server, folder, model, tmp_path):
     first = server.add('lab/x', folder)
     assert _same(timm.create_model('hf-hub:lab/x', pretrained=True), model)
     newer = timm.create_model('coc_tiny', **TINY)
@@ -182,7 +182,7 @@ def test_a_new_commit_is_taken(server, folder, model, tmp_path):
         assert _same(load(f'hf-hub:lab/x@{first}', pretrained=True), model)
 
 
-# Downloads that go wrong
+# Failures
 
 FAILED = dict(
     dropped=dict(drop_after=100, times=None),
@@ -195,7 +195,7 @@ FAILED = dict(
 
 
 @pytest.mark.parametrize('fault', FAILED)
-def test_what_ends_a_download_is_one_line_and_the_next_try_succeeds(server, folder, weights, tmp_path, fault):
+def test_a_failed_download_raises_one_line_and_the_next_call_succeeds(server, folder, weights, tmp_path, fault):
     server.add('lab/x', folder)
     server.fail(WEIGHTS, method='GET', **FAILED[fault])
     message, left = _refused(), _files(tmp_path)
@@ -209,18 +209,18 @@ def test_what_ends_a_download_is_one_line_and_the_next_try_succeeds(server, fold
 
 @pytest.mark.parametrize('status', [429, 500, 503])
 @pytest.mark.parametrize('name', [CONFIG, WEIGHTS])
-def test_a_hub_that_is_down(server, folder, weights, status, name):
+def test_an_unavailable_hub(server, folder, weights, status, name):
     server.add('lab/x', folder)
     server.fail(name, method='HEAD', status=status, headers={'Retry-After': '1'}, times=None)
     assert 'lab/x on the Hugging Face Hub' in _refused()
-    assert not server.asked('HEAD', 'pytorch_model.bin')  # other weights are no answer to trouble with these
+    assert not server.asked('HEAD', 'pytorch_model.bin')  # which is only for repositories without safetensors
     server.heal()
     assert _download() == weights
     server.fail('', status=status, times=None)
-    assert _download() == weights  # of the cache
+    assert _download() == weights  # from the cache
 
 
-def test_nobody_answers(server, settings, folder, weights):
+def test_no_connection_to_the_hub(server, settings, folder, weights):
     server.add('lab/x', folder)
     assert _download() == weights
     with HubServer() as gone:
@@ -232,15 +232,15 @@ def test_nobody_answers(server, settings, folder, weights):
     assert time.monotonic() - began < 10
 
 
-# What is not there, or not for everybody
+# Missing and private repositories
 
 
-def test_what_is_not_there(server, settings, folder, weights):
+def test_missing_repositories_and_files(server, settings, folder, weights):
     server.add('lab/x', folder)
     server.add('lab/empty', {'README.md': b''})
     server.add('lab/weightless', {CONFIG: (folder / CONFIG).read_bytes()})
     server.add('lab/unconfigured', {WEIGHTS: weights})
-    assert 'main2' in _refused(revision='main2') or 'Revision' in _refused(revision='main2')
+    assert 'main2' in _refused('lab/x@main2') or 'Revision' in _refused('lab/x@main2')
     assert CONFIG in _refused('lab/empty') and CONFIG in _refused('lab/unconfigured')
     assert 'pytorch_model.bin' in _refused('lab/weightless')
     for token in ('', OWNER):
@@ -267,7 +267,7 @@ def test_offline(server, settings, folder, weights):
     server.add('lab/x', folder)
     server.add(f'lab/{FULL}', folder)
     settings.setenv('CLUSTER_ZOO_HUB', 'lab')
-    settings.setenv('HF_HUB_OFFLINE', '1')  # whenever it is set
+    settings.setenv('HF_HUB_OFFLINE', '1')  # read at each call
     assert 'lab/x' in _refused()
     with pytest.raises(CheckpointError, match='HF_HUB_OFFLINE') as error:
         timm.create_model(FULL, pretrained=True)
@@ -279,11 +279,11 @@ def test_offline(server, settings, folder, weights):
     assert _download() == weights and len(server.requests) == asked
 
 
-# Files that are not what they should be
+# Invalid files
 
 
 @pytest.mark.parametrize('load', LOADERS)
-def test_weights_that_are_not_those_of_the_configuration(server, folder, weights, load):
+def test_weights_with_another_sha256_are_refused(server, folder, weights, load):
     server.add('lab/x', {CONFIG: (folder / CONFIG).read_bytes(), WEIGHTS: weights[:-1] + b'!'})
     with pytest.raises(
         CheckpointError, match=f'its SHA-256 is .*, and {cache.sha256(folder / WEIGHTS)} in config.json'
@@ -300,7 +300,7 @@ def test_weights_that_are_not_those_of_the_configuration(server, folder, weights
     ('model_args', 'checkpoint_path', '/etc/passwd'),
     ('model_args', 'dims', 'os.system'),
 ])  # fmt: skip
-def test_a_configuration_that_leads_elsewhere_is_refused(server, folder, weights, load, where, key, value):
+def test_a_configuration_with_a_location_is_refused(server, folder, weights, load, where, key, value):
     config = json.loads((folder / CONFIG).read_text())
     config[where][key] = value
     server.add('lab/x', {CONFIG: json.dumps(config).encode(), WEIGHTS: weights})
@@ -309,7 +309,7 @@ def test_a_configuration_that_leads_elsewhere_is_refused(server, folder, weights
 
 
 @pytest.mark.parametrize('text', [b'', b'{', b'[]', b'"x"', b'{"architecture": "os"}'])
-def test_a_configuration_that_is_none(server, settings, weights, text):
+def test_invalid_configurations_are_refused(server, settings, weights, text):
     settings.setenv('CLUSTER_ZOO_HUB', 'lab')
     server.add(f'lab/{FULL}', {CONFIG: text, WEIGHTS: weights})
     for load, name in ((load_model, f'hf-hub:lab/{FULL}'), (timm.create_model, FULL)):

@@ -1,4 +1,4 @@
-"""cluster_zoo.weights: from a checkpoint file to a model folder, its card, and from there or the cache to a model."""
+"""Import of checkpoint files to model folders, model cards, and models from folders and from the cache."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import torch
 import yaml
 from hardship import full_disk, read_only
 from huggingface_hub import ModelCard
-from parity_cases import recipe, save_published
+from parity_cases import recipe, save_released
 from safetensors.torch import load_file, save_file
 
 from cluster_zoo.errors import CheckpointError
@@ -54,17 +54,17 @@ def _config(folder):
 
 
 def _snapshot(root):
-    """Everything below a folder, and its content."""
+    """All files and folders in a folder, with their content."""
     return {str(path): path.read_bytes() if path.is_file() else None for path in root.rglob('*')}
 
 
-# --- what becomes of a checkpoint -------------------------------------------------------------------------------------
+# --- conversion of a checkpoint ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('case', ['coc_tiny', 'fec_small'])
-def test_a_published_file(case, tmp_path):
-    path = save_published(case, tmp_path / 'model_best.pth.tar')
-    import_checkpoint(path, folder := tmp_path / 'a' / 'coc_small.in1k')  # a name that means nothing here
+def test_an_authors_file(case, tmp_path):
+    path = save_released(case, tmp_path / 'model_best.pth.tar')
+    import_checkpoint(path, folder := tmp_path / 'a' / 'coc_small.in1k')  # the name of the folder has no effect
     assert {x.name for x in folder.iterdir()} == {'README.md', 'config.json', 'model.safetensors'}
     assert [x.name for x in folder.parent.iterdir()] == [folder.name]
     config = _config(folder)
@@ -77,10 +77,10 @@ def test_a_published_file(case, tmp_path):
     assert torch.equal(head, recipe.state_dict(case)['head.weight'].float())
     assert _same(_loaded(folder), timm.create_model(case, checkpoint_path=path).eval())
     card = (folder / 'README.md').read_text(encoding='utf-8')
-    assert 'No figure is known' in card and config['source']['sha256'] in card and config['sha256'] in card
+    assert 'No results are known' in card and config['source']['sha256'] in card and config['sha256'] in card
 
 
-def test_weights_of_the_first_release_keep_their_formula(tmp_path, home, caplog):
+def test_weights_from_before_june_2023_keep_their_arguments(tmp_path, home, caplog):
     old = {}
     for name, value in recipe.state_dict('coc_tiny').items():
         for new, former in (('f', 'fc1'), ('v', 'fc_v'), ('proj', 'fc2')):
@@ -92,12 +92,12 @@ def test_weights_of_the_first_release_keep_their_formula(tmp_path, home, caplog)
     (home / 'coc_tiny.in1k').mkdir(parents=True)
     install('coc_tiny.in1k', path, home / 'coc_tiny.in1k', {})
     expected = [timm.create_model('coc_tiny', weighted_mean=x, checkpoint_path=path).eval() for x in (False, True)]
-    assert caplog.text.count('trained with weighted_mean=False') == 1  # for the second, where it is too late to choose
+    assert caplog.text.count('trained with weighted_mean=False') == 1  # for the second model
     for model in (_loaded(tmp_path / 'old'), timm.create_model('coc_tiny.in1k', pretrained=True).eval()):
         assert [_same(model, other) for other in expected] == [True, False]
 
 
-def test_a_checkpoint_of_a_training_script_says_how_its_model_is_built(tmp_path):
+def test_the_options_of_a_training_script_build_the_model(tmp_path):
     model, averaged = _tiny(), _tiny(1)
     options = dict(
         model='coc_tiny', model_kwargs=TINY, num_classes=5, gp=None, in_chans=None, img_size=48, mean=(0.1, 0.2, 0.3),
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_a_training_script_says_how_its_model_is_built(tmp_path)
         assert (data['input_size'], tuple(data['mean']), data['crop_pct']) == ((3, 48, 48), (0.1, 0.2, 0.3), 1.0)
 
 
-def test_a_run_of_this_package_needs_no_options(train, tmp_path):
+def test_a_checkpoint_of_train_py_needs_no_options(train, tmp_path):
     arguments = ['--dataset', 'cluster_zoo/cifar10_sample', '--model', 'coc_tiny', '--num-classes', '10', '-b', '500']
     arguments += ['--img-size', '32', '--crop-pct', '1', '--epochs', '1', '--cooldown-epochs', '0', '--workers', '0']
     arguments += ['--output', str(tmp_path), '--experiment', 'run', '--val-num-samples', '10']
@@ -140,7 +140,7 @@ def test_a_run_of_this_package_needs_no_options(train, tmp_path):
     ('dnc_resnet18_cifar', dict(num_classes=3, sub_centroids=2)),
     ('resnet18', dict(num_classes=3, in_chans=1)),  # of timm
 ])  # fmt: skip
-def test_a_bare_state_dict_with_what_is_given(name, kwargs, tmp_path):
+def test_a_state_dict_with_options(name, kwargs, tmp_path):
     model = timm.create_model(name, **kwargs).eval()
     path = _saved(tmp_path / 'bare.pth', model.state_dict())
     labels = ['a', 'b', 'c: "d"']
@@ -155,7 +155,7 @@ def test_a_bare_state_dict_with_what_is_given(name, kwargs, tmp_path):
 
 
 @pytest.mark.parametrize('kind, suffix', [('zip', 'zip'), ('tar', 'tar'), ('gztar', 'tar.gz')])
-def test_an_archive_as_a_browser_downloads_it(kind, suffix, tmp_path):
+def test_an_archive_from_a_browser(kind, suffix, tmp_path):
     (tmp_path / 'a' / 'coc_tiny').mkdir(parents=True)
     _saved(tmp_path / 'a' / 'coc_tiny' / 'model_best.pth.tar')
     (tmp_path / 'a' / 'coc_tiny' / 'args.yaml').write_text('lr: 0.1')
@@ -167,7 +167,7 @@ def test_an_archive_as_a_browser_downloads_it(kind, suffix, tmp_path):
     assert _config(tmp_path / 'x')['source'] == source
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- refused files ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('saved, message', [
@@ -179,7 +179,7 @@ def test_an_archive_as_a_browser_downloads_it(kind, suffix, tmp_path):
     (dict(args=dict(num_classes=torch.ones(3))), 'num_classes'),
     (
             dict(args=dict(num_classes=5, model_kwargs=TINY), data_config=dict(input_size=(1, 64, 64))),
-            'does not take such images',
+            'does not accept such images',
         ),
     (dict(args=dict(num_classes=5, model_kwargs=TINY, mean=(0.1, 0.2))), 'mean'),
     (dict(args=dict(img_size=10**6)), 'input_size|have a side'),
@@ -187,10 +187,10 @@ def test_an_archive_as_a_browser_downloads_it(kind, suffix, tmp_path):
     (dict(data_config=dict(input_size='x', mean='abc')), 'input_size|have a side'),
     (dict(label_names=['a\x1b[31m', 'b']), 'label_names'),
     (dict(label_names=7), 'label_names'),
-    (dict(arch='coc_tiny_plain'), 'it says that it is of coc_tiny_plain, which is not coc_tiny'),
-    (dict(args=Namespace(model='fec_small.in1k')), 'it says that it is of fec_small'),
+    (dict(arch='coc_tiny_plain'), 'its weights are of coc_tiny_plain, which is not coc_tiny'),
+    (dict(args=Namespace(model='fec_small.in1k')), 'its weights are of fec_small'),
 ])  # fmt: skip
-def test_what_a_file_says_of_its_model_is_not_to_be_trusted(saved, message, tmp_path):
+def test_invalid_options_in_a_file_are_refused(saved, message, tmp_path):
     before = _snapshot(_saved(tmp_path / 'evil.pth', **saved).parent)
     with pytest.raises(CheckpointError, match=message) as error:
         import_checkpoint(tmp_path / 'evil.pth', tmp_path / 'a' / 'folder', 'coc_tiny')
@@ -203,12 +203,12 @@ def test_what_a_file_says_of_its_model_is_not_to_be_trusted(saved, message, tmp_
     dict(arch=['coc_tiny_plain'], args=dict(model=None, mean=torch.ones(3)), label_names=['one of another number']),
     dict(arch='coc_tiny.in1k', args=Namespace(model='coc_tiny')),
 ])  # fmt: skip
-def test_what_other_libraries_say_is_no_reason_to_refuse(tmp_path, saved):
+def test_options_of_other_libraries_are_ignored(tmp_path, saved):
     import_checkpoint(_saved(tmp_path / 'c.pth', **saved), tmp_path / 'x', 'coc_tiny', model_args=ARGUMENTS)
     assert _same(_loaded(tmp_path / 'x'), _tiny()) and 'label_names' not in _config(tmp_path / 'x')
 
 
-def test_what_is_refused_changes_nothing(tmp_path):
+def test_refused_files_change_nothing(tmp_path):
     good = _saved(tmp_path / 'good.pth')
     (tmp_path / 'cut.pth').write_bytes(good.read_bytes()[:-100])
     weights = _tiny().state_dict()
@@ -246,7 +246,7 @@ def test_what_is_refused_changes_nothing(tmp_path):
     assert _snapshot(tmp_path) == before
 
 
-def test_results_that_change_in_conversion_are_refused(tmp_path, monkeypatch):
+def test_changed_results_after_conversion_are_refused(tmp_path, monkeypatch):
     write = importing.write_folder
 
     def writes_something_else(model, *args, **kwargs):
@@ -259,7 +259,7 @@ def test_results_that_change_in_conversion_are_refused(tmp_path, monkeypatch):
     assert not (tmp_path / 'x').exists()
 
 
-def test_a_release_in_the_cache_is_found_by_its_name(published_file, home, monkeypatch):
+def test_installed_weights_are_found_by_name(published_file, home, monkeypatch):
     built = []
     cls = type(timm.create_model('coc_tiny', **TINY))
     init = cls.__init__
@@ -280,20 +280,20 @@ def test_a_release_in_the_cache_is_found_by_its_name(published_file, home, monke
         assert _same(loaded, timm.create_model('coc_tiny', checkpoint_path=published_file).eval())
     card = (home / 'coc_tiny.in1k' / 'README.md').read_text(encoding='utf-8')
     assert '73.2 % top-1 on ImageNet-1k, as published' in card and "create_model('coc_tiny.in1k'" in card
-    with pytest.raises(CheckpointError, match='it says that it is of coc_tiny, which is not coc_small'):
+    with pytest.raises(CheckpointError, match='its weights are of coc_tiny, which is not coc_small'):
         install('coc_small.in1k', published_file, home, {})
 
 
-# --- from weights to models -------------------------------------------------------------------------------------------
+# --- models from weights ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('how', ['file', 'state_dict', 'other classes', 'no classes'])
-def test_centroids_come_with_the_weights(how, tmp_path):
+def test_centroids_are_part_of_the_weights(how, tmp_path):
     kwargs = dict(num_classes=10, sub_centroids=2)
     weights = timm.create_model('dnc_resnet18_cifar', **kwargs).state_dict()
     path = _saved(tmp_path / 'c.pth', weights)
     source = dict(state_dict=dict(weights)) if how == 'state_dict' else dict(file=str(path))
-    overlay = dict(source, num_classes=1000)  # as the configurations of ImageNet's models say
+    overlay = dict(source, num_classes=1000)  # as in the configurations for ImageNet
     if how in ('other classes', 'no classes'):
         kwargs['num_classes'] = 7 if how == 'other classes' else 0
         overlay['num_classes'] = 10
@@ -303,7 +303,7 @@ def test_centroids_come_with_the_weights(how, tmp_path):
         assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
 
 
-def test_weights_are_kept_once(published_file):
+def test_the_configuration_does_not_keep_the_weights(published_file):
     overlay = dict(file=str(published_file))
     model = timm.create_model(
         'coc_tiny', True, pretrained_cfg_overlay=overlay, features_only=True, feature_cls='getter'
@@ -312,7 +312,7 @@ def test_weights_are_kept_once(published_file):
 
 
 @pytest.mark.parametrize('name', ['coc_tiny', 'dnc_resnet18_cifar'])
-def test_loading_tensors_by_hand_is_as_in_any_module(name):
+def test_load_state_dict_keeps_extra_state(name):
     class Extra(torch.nn.Linear):
         get_extra_state = lambda self: dict(note='text')  # noqa: E731
         set_extra_state = lambda self, state: vars(self).update(state)  # noqa: E731
@@ -325,7 +325,7 @@ def test_loading_tensors_by_hand_is_as_in_any_module(name):
 
 @pytest.fixture
 def foreign(tmp_path):
-    """A function that changes a model folder, and returns one that loads it."""
+    """A function that changes a model folder and returns a function that loads it."""
     import_checkpoint(_saved(tmp_path / 'c.pth'), folder := tmp_path / 'foreign', 'coc_tiny', model_args=ARGUMENTS)
 
     def change(weights=None, **changes):
@@ -348,13 +348,13 @@ def foreign(tmp_path):
     (dict(model_args=dict(dims=[2000, 2000, 2000, 30000])), 'describes a model of'),
     (dict(model_args=dict(colour=3)), 'no model that can be built'),
 ])  # fmt: skip
-def test_what_a_folder_describes_is_looked_at_before_it_is_built(foreign, pretrained, change, named):
+def test_a_folder_is_checked_before_the_model_is_built(foreign, pretrained, change, named):
     with pytest.raises(CheckpointError, match=named) as error:
         foreign(**change)(pretrained)
     assert 'foreign' in str(error.value)
 
 
-def test_which_layers_are_adapted_is_not_for_a_folder_to_say(foreign):
+def test_a_folder_cannot_choose_the_adapted_layers(foreign):
     for layers in (['head.fc', 'stages'], 'norm'):
         cfg = dict(classifier=layers, first_conv='stages.1.downsample')
         model = foreign(pretrained_cfg=cfg)(num_classes=7, in_chans=1)
@@ -366,23 +366,21 @@ def test_which_layers_are_adapted_is_not_for_a_folder_to_say(foreign):
 # --- tags and cards ---------------------------------------------------------------------------------------------------
 
 
-def test_releases_are_tags_with_their_facts():
-    published = dict(coc_tiny=73.2, coc_tiny_plain=73.8, coc_small=78.1, coc_medium=81.2)
-    published |= dict(fec_small=72.7, fec_base=78.1, fec_large=81.2)
-    assert set(timm.list_pretrained(['coc*', 'fec*'])) == {f'{name}.in1k' for name in published} | {BUNDLED}
-    for name, top1 in published.items():
+def test_metadata_of_the_tags():
+    names = [f'coc_{name}' for name in ('tiny', 'tiny_plain', 'small', 'medium')] + [
+        'fec_small',
+        'fec_base',
+        'fec_large',
+    ]
+    assert set(timm.list_pretrained(['coc*', 'fec*'])) == {f'{name}.in1k' for name in names} | {BUNDLED}
+    for name in names:
         cfg = timm.models.get_pretrained_cfg(name)
-        assert cfg.paper_ids.startswith('arXiv:') and cfg.license == 'apache-2.0' and cfg.origin_url and cfg.url
-        assert (cfg.interpolation, cfg.crop_pct, cfg.input_size, cfg.num_classes) == (
-            'bicubic',
-            0.9,
-            (3, 224, 224),
-            1000,
-        )
-        assert metadata.release(f'{name}.in1k').published_top1 == top1
+        assert cfg.tag == 'in1k' and cfg.paper_ids.startswith('arXiv:') and cfg.license == 'apache-2.0'
+        assert cfg.origin_url and cfg.url and (cfg.interpolation, cfg.crop_pct) == ('bicubic', 0.9)
+        assert (cfg.input_size, cfg.num_classes) == ((3, 224, 224), 1000)
         assert metadata.label_names(cfg.to_dict())[0] == 'tench, Tinca tinca'
     for name in metadata.package_tags():
-        assert name == metadata.full_name(name) and metadata.is_ours(name) and metadata.release(name)
+        assert metadata.is_ours(name) and metadata.release(name)
 
 
 @pytest.mark.parametrize('cfg, expected', [
@@ -398,13 +396,13 @@ def test_label_names(cfg, expected):
 
 
 def _front_matter(card):
-    """By the Hub's own reader and by hand, which have to agree."""
+    """Parses the YAML and compares it with the result of the Hub's client."""
     by_hand = yaml.safe_load(card.split('---\n')[1])
     assert card.startswith('---\n') and ModelCard(card).data.to_dict() == by_hand
     return by_hand
 
 
-def test_a_card_has_the_facts_and_nothing_invented():
+def test_model_card():
     release = timm.create_model(BUNDLED, pretrained=True).pretrained_cfg
     config = dict(architecture='coc_tiny_plain', num_classes=10, pretrained_cfg=release, sha256='0' * 64, source={})
     card = model_card(config, BUNDLED)
@@ -416,10 +414,10 @@ def test_a_card_has_the_facts_and_nothing_invented():
     found = _front_matter(card)
     assert (found['license'], found['license_name']) == ('other', 'for: friends') and 'datasets' not in found
     assert found['pipeline_tag'] == 'image-feature-extraction' and '- file: a.pth\n' in card
-    assert 'No figure is known' in card and 'local-dir:FOLDER' in card
+    assert 'No results are known' in card and 'local-dir:FOLDER' in card
 
 
-def test_text_from_elsewhere_adds_no_markup_to_a_card():
+def test_external_text_adds_no_markup_to_a_card():
     hostile = (
         'x"\'\n---\nlicense: mit\n---\n# Injected\n\n<script>alert(1)</script> | `` [a](b) ``` : {y}\u202e *z* _q_'
     )
@@ -436,7 +434,7 @@ def test_text_from_elsewhere_adds_no_markup_to_a_card():
 
 
 @pytest.mark.parametrize('mask, modes', [(0o022, {0o755, 0o644}), (0o027, {0o750, 0o640})])
-def test_who_may_read_a_folder_is_for_the_umask_to_say(mask, modes, tmp_path):
+def test_permissions_of_a_folder_follow_the_umask(mask, modes, tmp_path):
     path, previous = _saved(tmp_path / 'c.pth'), os.umask(mask)
     try:
         import_checkpoint(path, folder := tmp_path / 'x', 'coc_tiny', model_args=ARGUMENTS)

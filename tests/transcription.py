@@ -1,7 +1,7 @@
-"""Context Cluster and FEC written down as their papers' formulas read: the reference implementation.
+"""Reference implementation of Context Cluster and FEC, written as the formulas of the papers.
 
-Products [.., N, M, D] that are summed, maps in PyTorch's default layout, nothing combined or reordered. It shares
-nothing with the package but the parameters of the model that it is given.
+It sums products [.., N, M, D], uses PyTorch's default memory format, and combines or reorders nothing. It shares only
+the parameters of a model with the package.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Transcription(nn.Module):
-    """The same network as a registered Context Cluster or FEC model, sharing its parameters; sizes that divide only."""
+    """The network of a registered Context Cluster or FEC model, with its parameters; only for sizes that divide."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -62,7 +62,7 @@ def mixer(mixer: nn.Module, x: Tensor) -> Tensor:
     B, _, H, W = x.shape
     h, w = H // r, W // r
 
-    def sets(x: Tensor) -> Tensor:  # one a region of a head of an image, [S, D, h, w]
+    def sets(x: Tensor) -> Tensor:  # one for each region of each head of each image, [S, D, h, w]
         x = x.reshape(B * E, -1, r, h, r, w)
         return x.permute(0, 2, 4, 1, 3, 5).reshape(B * E * r * r, -1, h, w)
 
@@ -84,7 +84,7 @@ def mixer(mixer: nn.Module, x: Tensor) -> Tensor:
 
 
 def cluster_pool(pool: nn.Module, x: Tensor) -> Tensor:
-    """With one region. Its products [N, M, D] would not fit in memory, so that its sums are indexed."""
+    """For one region. The products [N, M, D] would not fit in memory, so the sums use indices."""
     f, v = _conv1x1(pool.f, x), _conv1x1(pool.v, x)
     B, D, H, W = v.shape
     center_f, center_v = (F.adaptive_avg_pool2d(y, (H // 2, W // 2)).flatten(2).transpose(1, 2) for y in (f, v))

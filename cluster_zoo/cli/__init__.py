@@ -1,4 +1,4 @@
-"""The ``cluster-zoo`` command: one file for each command or group of commands, and what they share in ``parser``."""
+"""The ``cluster-zoo`` command. Each module has a command or a group of commands; `parser` has what they share."""
 
 import io
 import os
@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from .. import __version__
-from ..errors import CheckpointError, DataError, ExportError, OptionError
-from . import completion, demo, export, predict, weights
+from ..errors import UserError, print_error
+from . import completion, demo, export, predict, training, weights
 from .parser import Parser
-from .text import printable
 
 __all__ = ['main']
 
@@ -20,9 +19,9 @@ _EXIT_STATUS = """\
 exit status:
   0    done
   1    some of the images could not be classified (predict)
-  2    an error, or a wrong use; the message is on standard error
+  2    an error; the message is on standard error
   130  interrupted
-  141  whatever read the output went away, as in 'cluster-zoo list | head'
+  141  the reader of the output ended, as in 'cluster-zoo list | head'
   143  terminated
 """
 
@@ -31,45 +30,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status, see ``cluster-zoo --help``.
 
     Args:
-        argv: Arguments without the program's name; ``sys.argv[1:]`` when None.
+        argv: Arguments without the program's name; ``sys.argv[1:]`` if None.
     """
     _prepare_streams()
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
-            with _termination():
-                args = _parser().parse_args(argv)
-                return args.run(args) or 0
+            status = training.run_script(argv)
+            if status is None:
+                with _exit_on_sigterm():
+                    args = _parser().parse_args(argv)
+                    if getattr(args, 'debug', False):
+                        os.environ['CLUSTER_ZOO_DEBUG'] = '1'
+                    status = args.run(args) or 0
+            return status
         finally:
-            sys.stdout.flush()  # here, where a reader that went away is still noticed
+            sys.stdout.flush()  # a broken pipe must raise here, inside of the try statement
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more as it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again at exit
         return 141
-    except (CheckpointError, DataError, ExportError, OptionError, OSError) as error:
-        print('error:', _message(error), file=sys.stderr)
+    except (UserError, OSError) as error:
+        print_error(error)
         return 2
     except KeyboardInterrupt:
         return 130
 
 
-def _message(error: Exception) -> str:
-    """This package's own in as many lines as they have, those of the system and of other libraries in one."""
-    lines = [' '.join(str(error).split())] if isinstance(error, OSError) else str(error).splitlines()
-    return '\n'.join(map(printable, lines)).strip() or type(error).__name__
-
-
 def _prepare_streams() -> None:
     for name in ('stdout', 'stderr'):
         stream = getattr(sys, name)
-        if stream is None:  # closed by whoever started this
+        if stream is None:  # closed by the parent process
             setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115  for as long as the process runs
-        elif isinstance(stream, io.TextIOWrapper):  # any name of a file can be printed somehow
+        elif isinstance(stream, io.TextIOWrapper):  # prints names of files in any encoding
             stream.reconfigure(errors='backslashreplace')
 
 
 @contextmanager
-def _termination() -> Iterator[None]:
-    """SIGTERM unwinds the stack, so that what is temporary goes."""
-    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+def _exit_on_sigterm() -> Iterator[None]:
+    """Raises SystemExit on SIGTERM, so that temporary files are removed."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -88,6 +87,6 @@ def _parser() -> Parser:
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     completion.add_argument(parser)
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
-    for command in (demo, weights, predict, export):
+    for command in (demo, weights, predict, export, training):
         command.add_parser(commands)
     return parser

@@ -1,4 +1,4 @@
-"""``cluster-zoo export``: a model as a file that other programs run, compared with the model."""
+"""``cluster-zoo export``: writes a model to a file for other programs, and checks the file against the model."""
 
 import argparse
 import json
@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import timm
-import torch.nn as nn
 
 from ..export import FORMATS, OPSET, TOLERANCE, Export, check_request, export_model
 from ..weights import load_checkpoint
@@ -19,12 +18,12 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         'export',
         help='write a model as ONNX, TorchScript or pt2',
-        description='Write a model to a file that other programs run, and compare the file with the model: it is\n'
-        f'opened again and has to give the same logits within {TOLERANCE:.0e}, for several batches and image sizes.\n\n'
-        'Batches may have any size. TorchScript takes images of any size. ONNX and pt2 take those that the model\n'
-        'need not pad, multiples of 32 px for most variants, and refuse others; --img-size makes a file for one\n'
-        "size, which may be any, and is the default where the model's own size is none of those. Mean, std, input\n"
-        'size and class names are in the file.',
+        description='Write a model to a file for other programs. The export check opens the file and compares its '
+        f"logits with the model's, within {TOLERANCE:.0e}, for several batches and image sizes.\n\n"
+        'Batches may have any size. TorchScript files accept images of any size. ONNX and pt2 files accept sizes that '
+        'the model need not pad, multiples of 32 px for most variants, and refuse others. --img-size writes a file for '
+        "one size, which may be any; it is the default if the model's input size is not one of the accepted sizes. "
+        'The file contains mean, std, input size and class names.',
         epilog='examples:\n'
         '  cluster-zoo export coc_tiny_plain.cifar10 --to onnx\n'
         '  cluster-zoo export coc_small.in1k --to onnx --img-size 225 300 --output small.onnx\n'
@@ -35,68 +34,59 @@ def add_parser(commands: Commands) -> None:
         'name',
         type=model_name,
         metavar='NAME',
-        help='model whose weights can be had, hf-hub:ORG/NAME or local-dir:FOLDER; any model with --checkpoint',
+        help='model with pretrained weights, hf-hub:ORG/NAME or local-dir:FOLDER; any model with --checkpoint',
     )
     add('--to', choices=list(FORMATS), default='onnx', help='format (default: %(default)s)')
-    add('--output', metavar='FILE', type=Path, help='file to write, in place of the name with .onnx, .pt or .pt2')
-    add('--opset', type=positive, default=OPSET, metavar='N', help='of ONNX, at least 18 (default: %(default)s)')
-    add(
-        '--img-size',
-        type=positive,
-        nargs='+',
-        metavar='PX',
-        help='side, or height and width, of the only images that the file has to take',
-    )
+    add('--output', metavar='FILE', type=Path, help='file to write (default: the name with .onnx, .pt or .pt2)')
+    add('--opset', type=positive, default=OPSET, metavar='N', help='ONNX opset, at least 18 (default: %(default)s)')
+    add('--img-size', type=positive, nargs='+', metavar='PX', help='side, or height and width, of the only image size')
     weights = parser.add_mutually_exclusive_group()
-    weights.add_argument('--checkpoint', metavar='FILE', help='weights, in place of the pretrained ones')
-    weights.add_argument('--untrained', action='store_true', help='random weights, to try the file out')
-    add('--num-classes', type=positive, metavar='N', help='classes of --checkpoint or --untrained')
+    weights.add_argument('--checkpoint', metavar='FILE', help='weights in place of the pretrained ones')
+    weights.add_argument('--untrained', action='store_true', help='random weights, to test the file')
+    add('--num-classes', type=positive, metavar='N', help='number of classes, with --checkpoint or --untrained')
     add('--json', action='store_true', help='print JSON')
     parser.set_defaults(run=lambda args: _export(parser, args))
 
 
 def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    if args.num_classes and not (args.checkpoint or args.untrained):
-        parser.error('--num-classes is of --checkpoint or --untrained: pretrained weights have their own')
+    pretrained = not (args.checkpoint or args.untrained)
+    if args.num_classes and pretrained:
+        parser.error('--num-classes needs --checkpoint or --untrained: pretrained weights have their own classes')
     if args.img_size and len(args.img_size) > 2:
         parser.error('--img-size takes a side, or a height and a width')
     size = tuple(args.img_size * 2)[:2] if args.img_size else None
     output = args.output or Path(args.name.rpartition(':')[2].rstrip('/').rpartition('/')[2] + FORMATS[args.to])
     check_request(output, args.to, size, args.opset)
-    model = _model(args, size)
-    if not args.json:  # tracing takes a while
+    options = dict(num_classes=args.num_classes, exportable=True, scriptable=args.to == 'torchscript')
+    cfg = timm.models.get_pretrained_cfg(args.name, allow_unregistered=True) if ':' not in args.name else None
+    if size and cfg and cfg.fixed_input_size:
+        options['img_size'] = size
+    model = load_model(args.name, pretrained=pretrained, **options)
+    if args.checkpoint:
+        load_checkpoint(model, args.checkpoint)
+    if not args.json:  # before the export, which is slow
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print(f'{args.name}: {parameters / 1e6:.2f} M parameters{", random" * args.untrained}', flush=True)
     export = export_model(model, output, args.to, size, args.opset)
     if args.json:
         opset = args.opset if args.to == 'onnx' else None
-        facts = dict(name=args.name, format=args.to, opset=opset) | asdict(export) | dict(path=str(export.path))
-        print(json.dumps(facts, indent=2))
+        result = dict(name=args.name, format=args.to, opset=opset) | asdict(export) | dict(path=str(export.path))
+        print(json.dumps(result, indent=2))
     else:
         _print(export, args)
-
-
-def _model(args: argparse.Namespace, size: tuple[int, int] | None) -> nn.Module:
-    options = dict(num_classes=args.num_classes, exportable=True, scriptable=args.to == 'torchscript')
-    cfg = timm.models.get_pretrained_cfg(args.name, allow_unregistered=True) if ':' not in args.name else None
-    if size and cfg and cfg.fixed_input_size:
-        options['img_size'] = size
-    model = load_model(args.name, pretrained=not (args.checkpoint or args.untrained), **options)
-    if args.checkpoint:
-        load_checkpoint(model, args.checkpoint)
-    return model
 
 
 def _print(export: Export, args: argparse.Namespace) -> None:
     shapes = ', '.join(f'{batch} x {height} x {width}' for batch, height, width in export.checked)
     print(f'{export.path}: {export.path.stat().st_size / 1e6:.1f} MB' + f', opset {args.opset}' * (args.to == 'onnx'))
-    own = export.sizes.fixed and not args.img_size
-    print(f'images: {export.sizes}{" alone, the size of the model" * bool(own)}, in batches of any size')
-    if own:
-        print('        (--img-size makes a file for another size)')
-    print(f'compared: images of {shapes} px')
+    if export.sizes.fixed and not args.img_size:
+        print(f'images: {export.sizes} only, the input size of the model, in batches of any size')
+        print('        (--img-size writes a file for another size)')
+    else:
+        print(f'images: {export.sizes}, in batches of any size')
+    print(f'checked: images of {shapes} px')
     if export.raised:
-        print(f'compared: a copy with {export.raised} small layer scales raised, for all branches to count')
+        print(f'checked: a copy of the model with {export.raised} small layer scales raised, to test all branches')
     print(f'largest difference of a logit: {export.difference:.1e}, at most {TOLERANCE:.0e}')
     if export.ties:
-        print(f'{export.ties} of the images differ by more: rounding decides which center a point joins')
+        print(f'{export.ties} images differ by more: rounding errors change the center of a point')

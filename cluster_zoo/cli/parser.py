@@ -1,4 +1,4 @@
-"""What every command's arguments share: help as it was written, errors that name what was meant, types of arguments."""
+"""Argument parser of the commands, and types of arguments that several commands have."""
 
 import argparse
 import re
@@ -19,7 +19,7 @@ Commands = argparse._SubParsersAction  # what ``add_subparsers`` returns, for an
 
 class _HelpFormatter(argparse.HelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
-        """Paragraphs are filled; where one has indented lines, as examples have, they stay as they are."""
+        """Fills paragraphs, except those with indented lines such as examples."""
         fill = super()._fill_text
         paragraphs = text.strip().split('\n\n')
         return '\n\n'.join(one if '\n ' in one else fill(one, width, indent) for one in paragraphs)
@@ -33,14 +33,17 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        # Abbreviations would make a new option change the meaning of a command that worked.
+        # With abbreviations, a new option could change the meaning of existing commands.
         kwargs = dict(formatter_class=_HelpFormatter, allow_abbrev=False) | kwargs
         super().__init__(**kwargs)
+        self.add_argument(
+            '--debug', action='store_true', default=argparse.SUPPRESS, help='print the traceback of an error'
+        )
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Parses; whatever this parser does not know is an error of this parser, which knows its options."""
+        """Parses arguments. Unknown ones are an error of this parser, which can name the nearest option."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings]
@@ -49,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
-        """Prints what is wrong and where to look, and exits with status 2."""
+        """Prints the error and the command for help, and exits with status 2."""
         mistyped = re.match(r"argument COMMAND: invalid choice: '(.*?)' \(choose from (.*)\)$", message)
         if mistyped:
             known = [name.strip(" '") for name in mistyped[2].split(',')]
@@ -58,27 +61,27 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """``--device``, where a model runs."""
+    """Adds ``--device``."""
     parser.add_argument(
         '--device',
         type=_device,
         default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='where to run, such as cpu or cuda (default: %(default)s)',
+        help='device, for example cpu or cuda (default: %(default)s)',
     )
 
 
 def _device(name: str) -> torch.device:
-    there = ['cpu']
+    available = ['cpu']
     if torch.accelerator.is_available():
         kind = torch.accelerator.current_accelerator().type
-        there += [kind, *(f'{kind}:{index}' for index in range(torch.accelerator.device_count()))]
-    if name not in there:
-        raise argparse.ArgumentTypeError(f'can not run on {name}, only on {", ".join(there)}')
+        available += [kind, *(f'{kind}:{index}' for index in range(torch.accelerator.device_count()))]
+    if name not in available:
+        raise argparse.ArgumentTypeError(f'there is no device {name}, only {", ".join(available)}')
     return torch.device(name)
 
 
 def model_name(name: str) -> str:
-    """Type of an argument: what ``timm.create_model`` may know a model by, or the path of a model folder."""
+    """Type of an argument: a model name of ``timm.create_model``, or the path of a model folder."""
     if (Path(name) / 'config.json').is_file():
         return f'local-dir:{name}'
     try:

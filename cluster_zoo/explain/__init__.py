@@ -1,4 +1,4 @@
-"""What a model saw and why it decided: its clusters, and the training images that its centroids stand for."""
+"""Explanations of a model's predictions: its clusters, and the training images that its centroids represent."""
 
 from .centroids import Anchoring, Explanation, Neighbour, anchor, explain
 from .clusters import cluster_map, draw_clusters

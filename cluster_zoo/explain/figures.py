@@ -1,54 +1,58 @@
-"""IndexedImages of what nearest-centroid models go by: one decision, or the centroids of all classes."""
+"""Figures of nearest-centroid models: one prediction, or the centroids of all classes."""
 
 import functools
 import math
 from collections.abc import Mapping, Sequence
 
 import torch.nn as nn
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from ..layers.anchors import AnchoredImage
 from ..layers.nearest_centroid import centroid_head
-from .centroids import Explanation, Neighbour, names_of_classes
+from .centroids import Explanation, Neighbour, resolve_class_names
 
 __all__ = ['draw_centroids', 'draw_explanation']
 
 # Pixels
-_PICTURE = 228  # side of the explained image
+_IMAGE = 228  # side of the explained image
 _TILE = 104  # side of a training image
-_SMALL = 72  # the same on the sheet of all classes
+_SMALL_TILE = 72  # side of a training image in `draw_centroids`
 _GAP = 10
 _MARGIN = 24
-_HEADING = 250  # width of a class's name and probability, where the images under it are narrower
+_MIN_HEADING = 250  # width for a class's name and probability where the tiles are narrower
 
-_INK, _FAINT, _EMPTY = '#1c1e21', '#70767d', '#eceef0'
-_LIKE, _RATHER = '#1f7a5a', '#b4532a'  # the decision, its competitor
+_TEXT, _FAINT, _EMPTY = '#1c1e21', '#70767d', '#eceef0'
+_PREDICTED, _COMPETITOR = '#1f7a5a', '#b4532a'
+
+_font = functools.cache(ImageFont.load_default)
 
 
 def draw_explanation(explanation: Explanation, image: Image.Image) -> Image.Image:
-    """One decision: the image, the centroids of its class, nearest first, and the nearest of the class that is second.
+    """Draws a prediction: the image, the centroids of the predicted class, and the competing centroid.
 
-    Under each centroid is its similarity, as a number and as a bar.
+    The similarity of each centroid is shown as a number and as a bar.
 
     Args:
-        explanation: From `explain`.
-        image: The picture that it is about.
+        explanation: Result of `explain`.
+        image: The explained image.
 
     Returns:
-        An RGB picture. A sub-centroid that is no training image is an empty tile with its number.
+        An RGB image. A sub-centroid that represents no training image is an empty tile with its index.
     """
-    like, rather = explanation.neighbours, explanation.competitor
-    columns = [(_LIKE, 'is like', explanation.class_name, explanation.probability, like)]
-    if rather:
-        columns += [(_RATHER, 'rather than', rather.class_name, explanation.competitor_probability, (rather,))]
-    drawn = [_column(*column) for column in columns]
-    width = 2 * _MARGIN + _PICTURE + sum(column.width + 2 * _MARGIN for column in drawn) - _MARGIN
-    sheet = Image.new('RGB', (width, _PICTURE + 2 * _MARGIN), 'white')
-    sheet.paste(_framed(image.convert('RGB'), _PICTURE), (_MARGIN, _MARGIN))
-    left = 2 * _MARGIN + _PICTURE
-    for place, column in enumerate(drawn):
-        if place:
-            ImageDraw.Draw(sheet).line((left - _MARGIN, _MARGIN, left - _MARGIN, _MARGIN + _PICTURE), _EMPTY, 2)
+    e = explanation
+    columns = [_draw_column(_PREDICTED, 'is like', e.class_name, e.probability, e.neighbours)]
+    if e.competitor:
+        heading = 'rather than', e.competitor.class_name, e.competitor_probability
+        columns.append(_draw_column(_COMPETITOR, *heading, (e.competitor,)))
+    square = ImageOps.pad(image.convert('RGB'), (_IMAGE, _IMAGE), color=_EMPTY)
+
+    width = 2 * _MARGIN + _IMAGE + sum(column.width + 2 * _MARGIN for column in columns) - _MARGIN
+    sheet = Image.new('RGB', (width, _IMAGE + 2 * _MARGIN), 'white')
+    sheet.paste(square, (_MARGIN, _MARGIN))
+    left = 2 * _MARGIN + _IMAGE
+    for index, column in enumerate(columns):
+        if index > 0:
+            ImageDraw.Draw(sheet).line((left - _MARGIN, _MARGIN, left - _MARGIN, _MARGIN + _IMAGE), _EMPTY, 2)
         sheet.paste(column, (left, _MARGIN))
         left += column.width + 2 * _MARGIN
     return sheet
@@ -59,25 +63,25 @@ def draw_centroids(
     class_names: Sequence[str] | Mapping[int, str] | None = None,
     columns: int | None = None,
 ) -> Image.Image:
-    """A sheet with the training images of all sub-centroids, class by class.
+    """Draws the training images of all sub-centroids, class by class.
 
     Args:
-        model: A model that `anchor` has been applied to.
-        class_names: As for `explain`.
-        columns: Classes side by side; None: as many as make the sheet somewhat wider than high.
+        model: An anchored model, see `anchor`.
+        class_names: See `explain`.
+        columns: Classes per row; by default as many as make the figure slightly wider than high.
 
     Returns:
-        An RGB picture. A sub-centroid that is no training image is an empty tile with its number.
+        An RGB image. A sub-centroid that represents no training image is an empty tile with its index.
 
     Raises:
-        ValueError: No sub-centroid of the model is a training image, or a class has no name.
+        ValueError: No sub-centroid represents a training image, or a class has no name.
     """
     head = centroid_head(model)
-    names = names_of_classes(class_names, head.num_classes)
+    names = resolve_class_names(class_names, head.num_classes)
     if head.anchor_index is None or (head.anchor_index < 0).all():
-        raise ValueError('No centroid of the model is a training image: call anchor(model, dataset) first.')
-    width = head.sub_centroids * (_SMALL + 4) - 4 + _MARGIN
-    height = 28 + _SMALL + _GAP
+        raise ValueError('No centroid of the model represents a training image: call anchor(model, dataset) first.')
+    step = _SMALL_TILE + 4
+    width, height = head.sub_centroids * step - 4 + _MARGIN, 28 + _SMALL_TILE + _GAP
     if columns is None:
         columns = min(head.num_classes, max(1, round(math.sqrt(1.5 * head.num_classes * height / width))))
     rows = -(-head.num_classes // columns)
@@ -85,67 +89,51 @@ def draw_centroids(
     draw = ImageDraw.Draw(sheet)
     for index, name in enumerate(names):
         left, top = _MARGIN + index // rows * width, _MARGIN + index % rows * height
-        draw.text((left, top), _cut(name, width - _MARGIN, 16), _INK, _font(16))
+        draw.text((left, top), _truncate(name, width - _MARGIN, 16), _TEXT, _font(16))
         for sub_centroid in range(head.sub_centroids):
-            picture = _picture(head.anchored_image(index, sub_centroid), sub_centroid, _SMALL)
-            sheet.paste(picture, (left + sub_centroid * (_SMALL + 4), top + 26))
+            tile = _draw_tile(head.anchored_image(index, sub_centroid), sub_centroid, _SMALL_TILE)
+            sheet.paste(tile, (left + sub_centroid * step, top + 26))
     return sheet
 
 
-def _column(colour: str, lead: str, name: str, probability: float, neighbours: Sequence[Neighbour]) -> Image.Image:
-    """A class and some of its centroids, as high as the explained image."""
+def _draw_column(color: str, lead: str, name: str, probability: float, neighbours: Sequence[Neighbour]) -> Image.Image:
+    """Draws a class and some of its centroids with their similarities and file names, as high as the image."""
     tiles = len(neighbours) * (_TILE + _GAP) - _GAP
-    tail = f'  {100 * probability:.1f} %'
-    name = _cut(name, max(tiles, _HEADING) - _font(22).getlength(tail), 22)
-    column = Image.new('RGB', (max(tiles, math.ceil(_font(22).getlength(name + tail))), _PICTURE), 'white')
+    percent = f'  {100 * probability:.1f} %'
+    heading = _truncate(name, max(tiles, _MIN_HEADING) - _font(22).getlength(percent), 22) + percent
+    column = Image.new('RGB', (max(tiles, math.ceil(_font(22).getlength(heading))), _IMAGE), 'white')
     draw = ImageDraw.Draw(column)
     draw.text((0, 0), lead, _FAINT, _font(15))
-    draw.text((0, 20), name + tail, colour, _font(22))
-    for place, neighbour in enumerate(neighbours):
-        _tile(column, place * (_TILE + _GAP), 62, neighbour, colour)
+    draw.text((0, 20), heading, color, _font(22))
+    top = 62
+    bar = top + _TILE + 8
+    for index, neighbour in enumerate(neighbours):
+        left = index * (_TILE + _GAP)
+        column.paste(_draw_tile(neighbour.image, neighbour.sub_centroid, _TILE), (left, top))
+        draw.rectangle((left, bar, left + _TILE - 1, bar + 5), _EMPTY)
+        if filled := round(_TILE * min(max(neighbour.similarity, 0), 1)):
+            draw.rectangle((left, bar, left + filled - 1, bar + 5), color)
+        similarity = round(neighbour.similarity, 2) + 0.0  # avoids -0.00
+        draw.text((left, bar + 12), f'{similarity:.2f}', _TEXT, _font(16))
+        if neighbour.image:
+            name = neighbour.image.name.rpartition('/')[2]
+            draw.text((left, bar + 33), _truncate(name, _TILE, 12), _FAINT, _font(12))
     return column
 
 
-def _tile(column: Image.Image, left: int, top: int, neighbour: Neighbour, colour: str) -> None:
-    """A training image, and under it its similarity and name."""
-    column.paste(_picture(neighbour.image, neighbour.sub_centroid, _TILE), (left, top))
-    draw, bar = ImageDraw.Draw(column), top + _TILE + 8
-    draw.rectangle((left, bar, left + _TILE - 1, bar + 5), _EMPTY)
-    filled = round(_TILE * min(max(neighbour.similarity, 0), 1))
-    if filled:
-        draw.rectangle((left, bar, left + filled - 1, bar + 5), colour)
-    similarity = round(neighbour.similarity, 2) + 0.0  # not -0.00
-    draw.text((left, bar + 12), f'{similarity:.2f}', _INK, _font(16))
-    if neighbour.image:
-        draw.text((left, bar + 33), _cut(neighbour.image.name.rpartition('/')[2], _TILE, 12), _FAINT, _font(12))
-
-
-def _picture(image: AnchoredImage | None, sub_centroid: int, side: int) -> Image.Image:
+def _draw_tile(image: AnchoredImage | None, sub_centroid: int, side: int) -> Image.Image:
     if image:
         return image.thumbnail.resize((side, side), Image.Resampling.BICUBIC)
-    empty = Image.new('RGB', (side, side), _EMPTY)
-    draw = ImageDraw.Draw(empty)
-    draw.text((side / 2, side / 2), f'centroid {sub_centroid}', _FAINT, _font(13), anchor='mm')
-    return empty
+    tile = Image.new('RGB', (side, side), _EMPTY)
+    center = side / 2, side / 2
+    ImageDraw.Draw(tile).text(center, f'centroid {sub_centroid}', _FAINT, _font(13), anchor='mm')
+    return tile
 
 
-def _framed(image: Image.Image, side: int) -> Image.Image:
-    """The whole picture in the middle of a square."""
-    scale = side / max(image.size)
-    image = image.resize([max(1, round(length * scale)) for length in image.size], Image.Resampling.BICUBIC)
-    square = Image.new('RGB', (side, side), _EMPTY)
-    square.paste(image, tuple((side - length) // 2 for length in image.size))
-    return square
-
-
-def _cut(text: str, room: float, size: int) -> str:
-    """A line of text as far as it fits into so many pixels."""
-    font = _font(size)
-    if font.getlength(text) <= room:
+def _truncate(text: str, width: float, size: int) -> str:
+    """Shortens a line of text to a width in pixels."""
+    if _font(size).getlength(text) <= width:
         return text
-    while text and font.getlength(f'{text}...') > room:
+    while text and _font(size).getlength(f'{text}...') > width:
         text = text[:-1]
     return f'{text}...'
-
-
-_font = functools.cache(ImageFont.load_default)

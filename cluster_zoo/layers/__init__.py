@@ -1,1 +1,1 @@
-"""What the architectures share: clustering, grids, the cluster mixer and the nearest-centroid head."""
+"""Layers that the architectures share: clustering, grids, stem, cluster mixer, nearest-centroid head."""

@@ -1,6 +1,6 @@
-"""Which training images the centroids of a head stand for: a record that is part of the head's checkpoint.
+"""Record of the training images that the centroids of a head represent. It is part of the head's checkpoint.
 
-`cluster_zoo.explain.anchor` writes it, when training is done, and `cluster_zoo.explain.explain` reads it.
+`cluster_zoo.explain.anchor` writes it after training, and `cluster_zoo.explain.explain` reads it.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from torch import Tensor
 
 __all__ = ['AnchorMixin', 'AnchoredImage']
 
-# What a checkpoint may ask memory for, an image: bytes of the name, pixels of the thumbnail's side
+# Limits for an image in a checkpoint: bytes of its name, pixels of its thumbnail's side
 MAX_NAME, MAX_SIDE = 1024, 256
 
 
 @dataclass(frozen=True)
 class AnchoredImage:
-    """The training image that a sub-centroid stands for.
+    """The training image that a sub-centroid represents.
 
     Attributes:
-        index: Its place in the training dataset.
-        name: Its file name there, or the index as text.
-        thumbnail: It, small and square.
+        index: Index in the training dataset.
+        name: File name in the dataset, or the index as text.
+        thumbnail: The image, small and square.
     """
 
     index: int
@@ -33,15 +33,15 @@ class AnchoredImage:
 
 
 class AnchorMixin(nn.Module):
-    """What a head with sub-centroids ``prototypes`` [K, k, D] gets to know the training image of each.
+    """Mixin for a head with sub-centroids ``prototypes`` [K, k, D] that records the training image of each.
 
-    The record is made of three buffers. They have no fixed shape and are None, thus not in checkpoints, until they are
-    written: so the record of a checkpoint loads into a new head, and loading a checkpoint without one clears it.
+    The record consists of three buffers without a fixed shape. They are None, and so not in checkpoints, until a record
+    is written. A head takes the record of the checkpoint that it loads; a checkpoint without a record clears it.
 
     Attributes:
-        anchor_index: Place in the training dataset, int64 [K, k], -1 for none; or None.
-        anchor_name: UTF-8, then zeros, uint8 [K, k, L], L from 1 to 1024; or None.
-        anchor_thumbnail: Red, green and blue, uint8 [K, k, 3, T, T], T from 1 to 256; or None.
+        anchor_index: Index in the training dataset, int64 [K, k], -1 for no image; or None.
+        anchor_name: UTF-8, padded with zeros, uint8 [K, k, L], L from 1 to 1024; or None.
+        anchor_thumbnail: RGB, uint8 [K, k, 3, T, T], T from 1 to 256; or None.
     """
 
     prototypes: Tensor
@@ -51,13 +51,14 @@ class AnchorMixin(nn.Module):
         super().__init__()
         for name in self.optional_entries:
             self.register_buffer(name, None)
+        self.register_load_state_dict_pre_hook(_allocate)
 
     def record_anchors(self, index: Tensor, names: Sequence[str], thumbnails: Tensor) -> None:
-        """Take a record in place of the one before.
+        """Replaces the record.
 
         Args:
-            index: int64 [K, k], -1 for sub-centroids that are no image.
-            names: Those of the K * k images, class by class; of a longer one the end is kept.
+            index: int64 [K, k], -1 for sub-centroids without an image.
+            names: Names of the K * k images, class by class; only the end of a name that is too long is kept.
             thumbnails: uint8 [K, k, 3, T, T].
         """
         encoded = [name.encode(errors='replace')[-MAX_NAME:] for name in names]
@@ -69,17 +70,17 @@ class AnchorMixin(nn.Module):
         self.anchor_thumbnail = thumbnails.to(device)
 
     def forget_anchors(self) -> None:
-        """The centroids have moved and are no images any more."""
+        """Invalidates the record, because the centroids have moved. The entries of the state dict stay."""
         if self.anchor_index is not None:
-            # The entries stay: an averaged copy of a model is expected to have as many.
+            # timm's averaged copy of a model must have the same entries.
             self.anchor_index.fill_(-1)
 
     def drop_anchors(self) -> None:
-        """Have no record any more, not even its entries."""
+        """Removes the record and its entries of the state dict."""
         self.anchor_index = self.anchor_name = self.anchor_thumbnail = None
 
     def anchored_image(self, class_index: int, sub_centroid: int) -> AnchoredImage | None:
-        """The image that a sub-centroid stands for, if any."""
+        """The image that a sub-centroid represents, or None."""
         if self.anchor_index is None or self.anchor_index[class_index, sub_centroid] < 0:
             return None
         record = (self.anchor_index, self.anchor_name, self.anchor_thumbnail)
@@ -88,13 +89,13 @@ class AnchorMixin(nn.Module):
         return AnchoredImage(int(index), name, Image.fromarray(thumbnail.transpose(1, 2, 0).copy()))
 
     def check_optional(self, entries: dict[str, Tensor]) -> None:
-        """Raise ValueError unless these are a whole record of as many sub-centroids, or nothing."""
+        """Raises ValueError unless the entries are a complete record for the head's sub-centroids, or empty."""
         if not entries:
             return
         missing = [name for name in self.optional_entries if name not in entries]
         if missing:
             raise ValueError(f'{", ".join(entries)} without {", ".join(missing)}')
-        # The file chooses these two.
+        # The file determines these two sizes.
         length = min(max([1, *entries['anchor_name'].shape[-1:]]), MAX_NAME)
         side = min(max([1, *entries['anchor_thumbnail'].shape[-1:]]), MAX_SIDE)
         K, k, _ = self.prototypes.shape
@@ -107,15 +108,18 @@ class AnchorMixin(nn.Module):
             if list(found.shape) != shape or found.dtype != dtype:
                 raise ValueError(f'{name} of {found.dtype} {list(found.shape)}, expected {dtype} {shape}')
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
-        entries = {name: state_dict[prefix + name] for name in self.optional_entries if prefix + name in state_dict}
-        try:
-            self.check_optional(entries)
-        except ValueError as error:
-            errors.append(f'{type(self).__name__} can not take {error}.')
-            return
-        for name in self.optional_entries:
-            found = entries.get(name)
-            # Room for what the file has, filled below as any other buffer
-            setattr(self, name, None if found is None else torch.empty_like(found, device=self.prototypes.device))
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+def _allocate(
+    head: AnchorMixin, state_dict: dict[str, Tensor], prefix: str, metadata: dict, strict: bool, missing: list[str],
+    unexpected: list[str], errors: list[str],
+) -> None:  # fmt: skip
+    """Hook of ``load_state_dict``: allocates the buffers of the record that is loaded, or removes them."""
+    entries = {name: state_dict[prefix + name] for name in head.optional_entries if prefix + name in state_dict}
+    try:
+        head.check_optional(entries)
+    except ValueError as error:
+        errors.append(f'{type(head).__name__} cannot take {error}.')
+        return
+    for name in head.optional_entries:
+        found = entries.get(name)
+        setattr(head, name, None if found is None else torch.empty_like(found, device=head.prototypes.device))

@@ -1,4 +1,4 @@
-"""The cluster mixer: what Context Cluster and FEC have instead of attention or a convolution.
+"""The cluster mixer: the token mixer of Context Cluster and FEC.
 
 Paper: 'Image as Set of Points', ICLR 2023, https://arxiv.org/abs/2303.01494, section 3.2
 """
@@ -9,27 +9,43 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor
 
-from .clustering import autocast, normalize, project_query
+from .clustering import (
+    HeadWeights,
+    PointSets,
+    assign,
+    assign_features,
+    autocast,
+    cluster_features,
+    normalize,
+    project_query,
+)
 from .grids import mean_centers, merge, partition
 from .kernels import cluster, feature_norms
 
 
+def is_modified(conv: nn.Module) -> bool:
+    """Whether a convolution was replaced, parametrized or hooked, so that its weights do not define its output."""
+    hooks = conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks
+    return type(conv) is not nn.Conv2d or bool(hooks) or 'forward' in conv.__dict__
+
+
 @register_notrace_module
 class ClusterMixer(nn.Module):
-    """Points of a region exchange what they hold through the region's centers (section 3.2).
+    """Points of a region exchange features through the region's centers (section 3.2).
 
-    ``f``, ``v`` and ``proj`` hold the weights of the paper's three convolutions. Their weights act on centers and norms
-    (see `clustering`) and the modules are never called: hooks on them do not run, and `forward` refuses with a
-    `TypeError` what is not a convolution, such as an adapter that wraps one.
+    ``f``, ``v`` and ``proj`` are the paper's three convolutions. The forward pass applies their weights to centers and
+    norms (see `clustering`), which is faster than calling them on all points. If one of them is not exactly an
+    ``nn.Conv2d`` (an adapter, a parametrized or quantized convolution) or has hooks, the forward pass calls all three.
+    TorchScript does not run hooks on them.
 
     Args:
         dim: Channels C of the points.
-        num_heads: E, each of which clusters on its own.
+        num_heads: E, number of heads. Each clusters the points separately.
         head_dim: D, channels of one head.
         proposals: g, centers per axis of a region; M = g^2.
         regions: r, regions per axis.
-        weighted_mean: Members count in their center as much as they are similar; if false each counts one, as in FEC
-            and in Context Cluster's weights from before June 2023.
+        weighted_mean: The weight of a member in its center is its similarity; if false it is one, as in FEC and in
+            Context Cluster's weights from before June 2023.
     """
 
     def __init__(
@@ -57,49 +73,58 @@ class ClusterMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]"""
-        E, r = self.num_heads, self.regions
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript skips this branch only if it has no other condition
+            if is_modified(self.f) or is_modified(self.v) or is_modified(self.proj):
+                return self._call_convolutions(x)
+        E, r, C = self.num_heads, self.regions, x.shape[1]
         size = (x.shape[-2], x.shape[-1])
-        if not torch.jit.is_scripting():
-            self._check_convolutions()
         f_bias, v_bias, proj_bias = self.f.bias, self.v.bias, self.proj.bias
-        # For TorchScript, where any convolution may lack it
-        assert f_bias is not None and v_bias is not None and proj_bias is not None
-        points = partition(autocast(x), r)  # once instead of in each product
-        lengths = feature_norms(points, self.f.weight.view(-1, x.shape[1]), f_bias, E)
+        assert f_bias is not None and v_bias is not None and proj_bias is not None  # for TorchScript
+        points = partition(autocast(x), r)  # cast once instead of in each product
+        norms = feature_norms(points, self.f.weight.view(-1, C), f_bias, E)
         centers, point_mask, center_mask = mean_centers(points, size, r, self.proposals)
         query, offset = self.project_queries(centers)
-        points = cluster(
-            points,
-            lengths,
-            centers,
-            query,
-            offset,
+        weights = HeadWeights(
             self.sim_beta,
-            self.v.weight.view(E, -1, x.shape[1]).transpose(1, 2),
+            self.v.weight.view(E, -1, C).transpose(1, 2),
             v_bias.view(E, 1, -1),
-            self.proj.weight.view(x.shape[1], E, -1).permute(1, 2, 0),
+            self.proj.weight.view(C, E, -1).permute(1, 2, 0),
             proj_bias,
-            self.weighted_mean,
-            point_mask,
-            center_mask,
         )
-        return merge(points, r, size)
+        sets = PointSets(points, centers, point_mask, center_mask)
+        return merge(cluster(sets, query, offset, norms, weights, self.weighted_mean), r, size)
 
     @torch.jit.unused
-    def _check_convolutions(self) -> None:
-        for name in ('f', 'v', 'proj'):
-            module = getattr(self, name)
-            if not isinstance(module, nn.Conv2d):
-                raise TypeError(
-                    f"a cluster mixer's {name} is a {type(module).__name__}, which would be ignored: only the weights "
-                    'of a Conv2d are used. Merge an adapter into the weights, or adapt other layers, such as mlp.fc1.'
-                )
+    def _call_convolutions(self, x: Tensor) -> Tensor:
+        """`forward` by calls of ``f``, ``v`` and ``proj``."""
+        f, v = self._head_sets(self.f(x)), self._head_sets(self.v(x))
+        out = cluster_features(f, v, self.sim_alpha, self.sim_beta, self.weighted_mean)
+        return self.proj(merge(out, self.regions, x.shape[-2:]).reshape(x.shape[0], -1, *x.shape[-2:]))
+
+    @torch.jit.unused
+    def _head_sets(self, features: Tensor) -> PointSets:
+        """[B, E * D, H, W] -> sets of D channels, one for each region of each head of each image."""
+        features = features.contiguous(memory_format=torch.channels_last)  # torch.compile mispredicts its strides
+        B, _, H, W = features.shape
+        points = partition(features.reshape(B * self.num_heads, -1, H, W), self.regions)
+        return PointSets(points, *mean_centers(points, (H, W), self.regions, self.proposals))
+
+    @torch.no_grad()
+    def assign(self, x: Tensor) -> Tensor:
+        """Index of the center that each point joins: [B, C, H, W] -> int64 [B * r * r, E, N], values 0 .. M - 1."""
+        r = self.regions
+        if is_modified(self.f):
+            index, _ = assign_features(self._head_sets(self.f(x)), self.sim_alpha)
+            return index.view(x.shape[0], self.num_heads, r * r, -1).transpose(1, 2).flatten(0, 1)
+        points = partition(x, r)
+        centers, _, center_mask = mean_centers(points, (x.shape[-2], x.shape[-1]), r, self.proposals)
+        return assign(points, *self.project_queries(centers), center_mask)[0]
 
     def project_queries(self, centers: Tensor) -> tuple[Tensor, Tensor]:
         """Centers [S, M, C] -> query [S, E, M, C] and offset [S, E, M].
 
-        For a point x, ``query . x + offset`` is alpha times the cosine to the center, times the length of f(x). The
-        length is the same for all centers, so that the highest belongs to the center of highest similarity.
+        For a point x, ``query . x + offset`` is alpha times the cosine similarity to the center, times the norm of
+        f(x). The norm is the same for all centers, so that the center of highest similarity has the highest value.
         """
         E, bias = self.num_heads, self.f.bias
         assert bias is not None  # for TorchScript

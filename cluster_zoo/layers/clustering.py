@@ -1,35 +1,72 @@
-"""Clustering sets of points: hard assignment, aggregation, dispatch.
+"""Clustering of sets of points: hard assignment, aggregation, dispatch.
 
-The one operation that Context Cluster, FEC and their relatives share, as pure functions on sets of points. Nothing
-here knows about images or modules. Points are rows: a batch of S sets of N points with C features is [S, N, C]. E heads
-group the points of a set, each in its own way, around M centers a head.
+Pure functions on sets of points, shared by Context Cluster, FEC and related models. They use neither images nor
+modules. Points are rows: a batch of S sets of N points with C features is [S, N, C]. Each of E heads groups the points
+of a set around M centers.
 
-The papers cluster features ``f = W x + b`` of the points x. What a center c needs to know of a point is the product
-``c . f = (c W) . x + c . b``, so a center is given as a `probe` (c W, c . b) of the points as they come, and f need not
-be cut into sets. Likewise a mean of values ``v = W x + b`` is W times the mean of x, plus b, so that `aggregate` takes
-the points as they come too, and what follows it is computed for a few centers instead of for all points.
+The papers cluster features ``f = W x + b`` of the points x. `cluster_features` does so. The other functions give the
+same result without computing features of every point for the product with the centers: for a center c,
+``c . f = (c W) . x + c . b``. So a center becomes a projected query, ``query = c W`` and ``offset = c . b``, that is
+compared with x. In the same way the mean of values ``v = W x + b`` is W times the mean of x, plus b: `aggregate` works
+on x, and the values are computed for a few centers instead of for all points.
 
-Padding: a set may be filled up with points that do not count. ``point_mask`` [..., N] and ``center_mask`` [..., M] mark
-those that do; a masked center gets no point, and a masked point weighs nothing.
+Padding: a set may contain padded points and centers. ``point_mask`` [S, N] and ``center_mask`` [S, M] are true for the
+real ones, and None if all are real. No point joins a masked center, and a masked point has weight zero.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+class PointSets(NamedTuple):
+    """Sets of points and the centers that they start with.
+
+    Attributes:
+        points: [S, N, C].
+        centers: [S, M, C].
+        point_mask: Real points, bool [S, N]; None if all are.
+        center_mask: Real centers, bool [S, M]; None if all are.
+    """
+
+    points: Tensor
+    centers: Tensor
+    point_mask: Tensor | None = None
+    center_mask: Tensor | None = None
+
+
+class HeadWeights(NamedTuple):
+    """Weights of a cluster mixer after the assignment.
+
+    Attributes:
+        beta: Offset of the scaled cosine similarity, one element.
+        v_weight: Value convolution, [E, C, D].
+        v_bias: [E, 1, D].
+        proj_weight: Output projection, [E, D, C'].
+        proj_bias: [C'].
+    """
+
+    beta: Tensor
+    v_weight: Tensor
+    v_bias: Tensor
+    proj_weight: Tensor
+    proj_bias: Tensor
+
+
 def autocast(x: Tensor) -> Tensor:
-    """In autocast's precision where that is on: what it does itself to the arguments of each matrix product."""
+    """Casts to autocast's dtype if autocast is enabled, as autocast does for the inputs of a matrix product."""
     if not torch.jit.is_scripting():
         device = x.device.type
-        # 'meta' has no autocast to ask for. torch.amp.is_autocast_available says so too, but 2.11 can not compile it.
+        # is_autocast_enabled fails for 'meta', and torch.compile of 2.11 cannot compile is_autocast_available.
         if device != 'meta' and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             return x.to(torch.get_autocast_dtype(device))
     return x
 
 
 def normalize(x: Tensor) -> Tensor:
-    """Rows scaled to length one, ``x / max(|x|, 1e-12)``; in float32 at least, because 1e-12 is zero in float16."""
+    """``x / max(|x|, 1e-12)`` over the last dimension, computed in float32 or more: 1e-12 is zero in float16."""
     wide = x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
     return F.normalize(wide, dim=-1, eps=1e-12).to(x.dtype)
 
@@ -44,23 +81,23 @@ def feature_norms(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> T
         heads: E.
 
     Returns:
-        [S, E, N], at least 1e-12; float32 if f has less.
+        [S, E, N], at least 1e-12; float32 if f has lower precision.
     """
     return norms(F.linear(points, weight, bias), heads)
 
 
 def norms(f: Tensor, heads: int) -> Tensor:
-    """The same of features that are there: [S, N, E * D] -> [S, E, N]."""
+    """Norms of features that are already computed: [S, N, E * D] -> [S, E, N], see `feature_norms`."""
     wide = torch.float32 if f.dtype == torch.float16 or f.dtype == torch.bfloat16 else f.dtype
     lengths = torch.linalg.vector_norm(f.reshape(f.shape[0], f.shape[1], heads, -1), dim=-1, dtype=wide)
     return lengths.clamp_min(1e-12).transpose(1, 2)
 
 
 def project_query(centers: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Centers among features ``W x + b`` as an affine function of x, whose value is their product with the features.
+    """Projects queries onto the points: ``query . x + offset`` is the product of a center with the feature W x + b.
 
     Args:
-        centers: [S, M, E, D].
+        centers: Centers in feature space, [S, M, E, D].
         weight: W of each head, [E, D, C].
         bias: b of each head, [E, D].
 
@@ -79,16 +116,17 @@ def assign(
     offset: Tensor,
     center_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Hard assignment: each point joins the one center whose probe is highest, the first of equals.
+    """Hard assignment: each point joins the center of the highest score, the first of equals.
 
     Args:
         points: [S, N, C].
-        query: [S, E, M, C].
+        query: Projected queries, [S, E, M, C].
         offset: [S, E, M].
         center_mask: [S, M], true for centers that may be chosen.
 
     Returns:
-        The center, int64 [S, E, N], values 0 .. M - 1, and its probe's value [S, E, N], through which gradients flow.
+        The index of the center, int64 [S, E, N], values 0 .. M - 1, and its score ``query . x + offset`` [S, E, N],
+        which is differentiable.
     """
     value = torch.bmm(query.flatten(1, 2), points.transpose(1, 2)).add_(offset.flatten(1).unsqueeze(2))
     value = value.view(query.shape[:3] + (-1,))
@@ -97,12 +135,12 @@ def assign(
 
 
 def first_argmax(value: Tensor, center_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The largest over centers that count, [..., M, N] -> [..., N], and int64 the first index where it stands."""
+    """Maximum over the centers that may be chosen, [..., M, N] -> [..., N], and its first index, int64 [..., N]."""
     if center_mask is not None:
         value = value.masked_fill(~center_mask.unsqueeze(-1), -float('inf'))
-    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch, but not half a condition
+    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript skips this branch only if it has no other condition
         if value.device.type == 'cpu' and not torch.compiler.is_compiling():
-            # A pooling window over the centers with points as channels, which is vectorised over the points
+            # Max pooling over the centers, with points as channels, is vectorized over the points.
             M, N = value.shape[-2:]
             rows = value.reshape(-1, M, 1, N).permute(0, 3, 1, 2)
             largest, index = F.max_pool2d(rows, (M, 1), return_indices=True)
@@ -112,13 +150,13 @@ def first_argmax(value: Tensor, center_mask: Tensor | None = None) -> tuple[Tens
 
 def similarities(
     score: Tensor,
-    lengths: Tensor,
+    norms: Tensor,
     beta: Tensor,
     weighted: bool,
     point_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """How similar each point is to its center, and what it weighs there; arguments as in `cluster`, all [S, E, N]."""
-    similarity = torch.sigmoid(torch.addcdiv(beta, score, lengths))
+    """Similarity of each point to its center and the point's weight in the center; arguments as in `cluster`."""
+    similarity = torch.sigmoid(torch.addcdiv(beta, score, norms))
     weight = similarity if weighted else torch.ones_like(similarity)
     if point_mask is not None:
         similarity = similarity * point_mask.unsqueeze(1)
@@ -127,13 +165,13 @@ def similarities(
 
 
 def membership(index: Tensor, weight: Tensor, centers: int) -> Tensor:
-    """What each point weighs in each center: [S, E, N] -> [S, E * M, N], zero but in the center that it joined."""
+    """Assignment matrix [S, E * M, N]: the weight [S, E, N] of a point at the center that it joined, else zero."""
     members = weight.new_zeros(index.shape[0], index.shape[1], centers, index.shape[2])
     return members.scatter_(2, index.unsqueeze(2), weight.unsqueeze(2)).flatten(1, 2)
 
 
 def aggregate(points: Tensor, members: Tensor, centers: Tensor) -> Tensor:
-    """Mean of each center, which counts one, and its members, which count as much as they weigh.
+    """Weighted mean of each center, whose own weight is one, and its members.
 
     Args:
         points: [S, N, C].
@@ -149,7 +187,7 @@ def aggregate(points: Tensor, members: Tensor, centers: Tensor) -> Tensor:
 
 
 def dispatch(values: Tensor, members: Tensor, bias: Tensor) -> Tensor:
-    """Each point receives the sum over heads of the value of the center that it joined, times its weight there.
+    """Each point receives the values of its centers, one from each head, times its weights; they are added.
 
     Args:
         values: [S, E * M, C].
@@ -162,66 +200,78 @@ def dispatch(values: Tensor, members: Tensor, bias: Tensor) -> Tensor:
     return torch.bmm(members.transpose(1, 2), values).add_(bias)
 
 
-def center_values(means: Tensor, v_weight: Tensor, v_bias: Tensor, proj_weight: Tensor) -> Tensor:
-    """What each center gives to its members: each head's value and its share of the projection of a mean of points.
-
-    Args:
-        means: [S, E * M, C].
-        v_weight: [E, C, D].
-        v_bias: [E, 1, D].
-        proj_weight: [E, D, C'].
-
-    Returns:
-        [S, E * M, C'].
-    """
+def center_values(means: Tensor, weights: HeadWeights) -> Tensor:
+    """Value of each center and the projection of it: [S, E * M, C] -> [S, E * M, C'], without ``proj_bias``."""
     S, EM, C = means.shape
-    E = v_weight.shape[0]
+    E = weights.v_weight.shape[0]
     means = means.view(S, E, EM // E, C).transpose(0, 1).reshape(E, -1, C)
-    values = torch.bmm(torch.baddbmm(v_bias, means, v_weight), proj_weight)
+    values = torch.bmm(torch.baddbmm(weights.v_bias, means, weights.v_weight), weights.proj_weight)
     return values.view(E, S, EM // E, -1).transpose(0, 1).reshape(S, EM, -1)
 
 
 def cluster(
-    points: Tensor,
-    lengths: Tensor,
-    centers: Tensor,
+    sets: PointSets,
     query: Tensor,
     offset: Tensor,
-    beta: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
+    norms: Tensor,
+    weights: HeadWeights,
     weighted: bool = True,
-    point_mask: Tensor | None = None,
-    center_mask: Tensor | None = None,
 ) -> Tensor:
-    """Group points around centers and give every point what its groups hold (Context Cluster, section 3.2).
+    """Clusters points and returns to every point the values of its clusters (Context Cluster, section 3.2).
 
-    ``s = sigmoid(beta + alpha * cos)``; each point joins its most similar center; a center becomes the mean of its own
-    value and its members' values; each member receives its center, weighted by s; heads meet in the projection.
+    ``s = sigmoid(beta + alpha * cos)``. Each point joins its most similar center. A center becomes the weighted mean of
+    its own value and its members' values. Each member receives its center times s. The heads are added in the output
+    projection.
 
     Args:
-        points: [S, N, C].
-        lengths: Norms of the points' features in each head, [S, E, N].
-        centers: [S, M, C].
-        query, offset: [S, E, M, C] and [S, E, M]: probes of alpha times the unit centers.
-        beta: Offset of the scaled cosine, one element.
-        v_weight, v_bias, proj_weight: See `center_values`.
-        proj_bias: [C'].
-        weighted: Members count as much as their similarity (Context Cluster); if false each counts one (FEC).
-        point_mask: [S, N], true for points that count.
-        center_mask: [S, M], true for centers that count.
+        sets: Points x and centers.
+        query: Projected queries of alpha times the normalized centers, [S, E, M, C], see `project_query`.
+        offset: [S, E, M].
+        norms: Norms of the points' features, [S, E, N], see `feature_norms`.
+        weights: See `HeadWeights`.
+        weighted: The weight of a member in its center is s (Context Cluster); if false it is one (FEC).
 
     Returns:
         [S, N, C'].
     """
-    index, score = assign(points, query, offset, center_mask)
-    similarity, weight = similarities(score, lengths, beta, weighted, point_mask)
+    points, centers = sets.points, sets.centers
+    index, score = assign(points, query, offset, sets.center_mask)
+    similarity, weight = similarities(score, norms, weights.beta, weighted, sets.point_mask)
     senders = membership(index, similarity.to(points.dtype), centers.shape[1])
     members = senders if weighted else membership(index, weight.to(points.dtype), centers.shape[1])
-    values = center_values(aggregate(points, members, centers), v_weight, v_bias, proj_weight)
-    return dispatch(values, senders, proj_bias)
+    values = center_values(aggregate(points, members, centers), weights)
+    return dispatch(values, senders, weights.proj_bias)
+
+
+def cluster_features(
+    f: PointSets,
+    v: PointSets,
+    alpha: Tensor,
+    beta: Tensor,
+    weighted: bool = True,
+) -> Tensor:
+    """`cluster` for one head, from features and values that are already computed, as the paper writes it.
+
+    Args:
+        f: Features of points and centers, D channels, with the masks.
+        v: Values of points and centers, D channels.
+        alpha: Factor of the cosine similarity, one element.
+        beta: Offset of the scaled cosine similarity, one element.
+        weighted: See `cluster`.
+
+    Returns:
+        [S, N, D].
+    """
+    index, score = assign_features(f, alpha)
+    similarity, weight = similarities(score, torch.ones_like(score), beta, weighted, f.point_mask)
+    senders, members = (membership(index, x.to(v.points.dtype), v.centers.shape[1]) for x in (similarity, weight))
+    return torch.bmm(senders.transpose(1, 2), aggregate(v.points, members, v.centers))
+
+
+def assign_features(f: PointSets, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """`assign` for one head, from features that are already computed; arguments as in `cluster_features`."""
+    query = alpha * normalize(f.centers).unsqueeze(1)
+    return assign(normalize(f.points), query, torch.zeros_like(query[..., 0]), f.center_mask)
 
 
 def nearest_center(
@@ -231,23 +281,22 @@ def nearest_center(
     center_mask: Tensor | None = None,
     block: tuple[int, int] = (512, 512),
 ) -> Tensor:
-    """The index of `assign` for one head and any number of centers.
+    """The index of `assign` for one head and any number of centers, without gradients.
 
-    The values [M, N] are computed a block at a time, so memory grows with the number of points alone. No gradient
-    flows: an index has none.
+    The scores [M, N] are computed in blocks, so that memory is proportional to the number of points.
 
     Args:
         points: [S, N, C].
         query: [S, M, C].
         offset: [S, M, 1].
         center_mask: [S, M], true for centers that may be chosen.
-        block: Centers and points of each set whose values exist at a time.
+        block: Number of centers and of points of each set in a block.
 
     Returns:
         int64 [S, N], values 0 .. M - 1.
     """
     if not torch.jit.is_scripting():  # noqa: SIM102
-        if torch.compiler.is_exporting():  # a graph for any size has no loop over it
+        if torch.compiler.is_exporting():  # an exported graph for any size cannot have a loop over the blocks
             return first_argmax(torch.baddbmm(offset, query, points.transpose(1, 2)), center_mask)[1]
     joined = []
     for some in points.transpose(1, 2).split(block[1], dim=2):
@@ -263,13 +312,13 @@ def nearest_center(
 
 
 def group_mean(points: Tensor, centers: Tensor, index: Tensor, point_mask: Tensor | None = None) -> Tensor:
-    """Mean of each center and the points that joined it, all counting one (FEC, cluster pooling).
+    """Mean of each center and the points that joined it, each with weight one (FEC, cluster pooling).
 
     Args:
         points: [S, N, C].
         centers: [S, M, C].
-        index: Center that each point joined, int64 [S, N].
-        point_mask: [S, N], true for points that count.
+        index: Index of the center that each point joined, int64 [S, N].
+        point_mask: [S, N], true for real points.
 
     Returns:
         [S, M, C].

@@ -1,4 +1,4 @@
-"""The features that centroids learn from: those of the latest images."""
+"""Memory of the features of the latest images, from which centroids learn."""
 
 from typing import Any
 
@@ -9,21 +9,21 @@ __all__ = ['FeatureMemory', 'from_oldest']
 
 
 class FeatureMemory:
-    """The latest features and their labels: a ring of fixed size, allocated once, on the device of the features.
+    """Ring buffer of the latest features and their labels, allocated once.
 
-    No buffer of a module, because DistributedDataParallel would copy the first process's to the others.
+    It is not a buffer of a module, because DistributedDataParallel would broadcast it from the first process.
 
     Args:
-        size: Features that it holds.
+        size: Number of features.
         width: Width D of a feature.
-        device: Where.
-        dtype: In what type.
+        device: Device of the memory.
+        dtype: dtype of the features.
 
     Attributes:
-        features: [size, D]. Rows that are not filled yet are zero.
-        labels: int64 [size], -1 for no example of any class, and where nothing is filled in yet.
-        count: Features pushed so far, 0-dimensional. No number, because compiled code takes numbers for constant and
-            would be compiled again for every batch.
+        features: [size, D], zero in rows that are not filled yet.
+        labels: int64 [size], -1 for no class and in rows that are not filled yet.
+        count: Number of features pushed so far, 0-dimensional. It is a tensor, because compiled code treats a Python
+            number as a constant and would be compiled again for every batch.
     """
 
     def __init__(self, size: int, width: int, device: torch.device, dtype: torch.dtype):
@@ -32,7 +32,7 @@ class FeatureMemory:
         self.count = torch.zeros((), device=device, dtype=torch.int64)
 
     def push(self, features: Tensor, labels: Tensor) -> None:
-        """Remember features [N, D] and labels [N] in place of the oldest."""
+        """Replaces the oldest rows by features [N, D] and labels [N]."""
         size = len(self.labels)
         features, labels = features[-size:], labels[-size:]
         rows = (self.count + torch.arange(len(labels), device=self.count.device)) % size
@@ -41,31 +41,31 @@ class FeatureMemory:
         self.count += len(labels)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, for a checkpoint: the filled rows on the CPU, the row that is written next, the size."""
+        """State for a checkpoint: the filled rows on the CPU, the row that is written next, the size."""
         count, size = int(self.count), len(self.labels)
         features, labels = (rows[: min(count, size)].cpu().clone() for rows in (self.features, self.labels))
         return dict(features=features, labels=labels, next=count % size, size=size)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave; of a memory of another size the latest that fit.
+        """Restores the result of `state_dict`; from a memory of another size, the latest features that fit.
 
         Raises:
-            ValueError: The features are of another width, or the labels no numbers of classes.
+            ValueError: The features have another width, or the labels are not int64.
         """
         features, labels = state['features'], state['labels']
         if labels.dtype != torch.int64:
-            raise ValueError(f'The labels of remembered features are int64, got {labels.dtype}.')
+            raise ValueError(f'The labels of the memory must be int64, got {labels.dtype}.')
         if features.ndim != 2 or features.shape != (len(labels), self.features.shape[1]):
             raise ValueError(
-                f'The remembered features are {list(features.shape)}, the memory holds [N, {self.features.shape[1]}].'
+                f'The features must be [N, {self.features.shape[1]}] for this memory, got {list(features.shape)}.'
             )
         self.features.zero_()
         self.labels.fill_(-1)
-        # A full memory of this size to the same rows, so that sums over them round alike.
+        # A full memory of this size goes to the same rows, so that sums over them are rounded equally.
         self.count.fill_(state['next'] if len(labels) == len(self.labels) else 0)
         self.push(*from_oldest(state))
 
 
 def from_oldest(state: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Features [N, D] and labels [N] of a memory's state in the order in which they came."""
+    """Features [N, D] and labels [N] of a memory's state, from the oldest to the latest."""
     return state['features'].roll(-state['next'], 0), state['labels'].roll(-state['next'], 0)

@@ -1,9 +1,8 @@
-"""Grids of an image as sets of points: equal regions, padding where they do not divide, mean-grid centers.
+"""Feature maps as sets of points: equal regions, padding where they do not divide, mean-grid centers.
 
-A set has one point a row (see `clustering`): a map [B, C, H, W] cut into r x r regions is the batch of sets
-[B * r * r, N, C]. Rows of the grid are H and come first. Where r does not divide a side, the grid is filled up at the
-bottom and at the right, and masks say which points and centers are real. In the channels_last memory format points
-already lie one after the other, and with one region neither way copies anything.
+A map [B, C, H, W] that is partitioned into r x r regions is a batch of sets [B * r * r, N, C] (see `clustering`), in
+row-major order. If r does not divide a side, the map is padded at the bottom and at the right, and masks mark the real
+points and centers. In the channels_last memory format `partition` and `merge` do not copy a map of one region.
 """
 
 import torch
@@ -12,24 +11,24 @@ from torch import Tensor
 
 
 def divides(size: tuple[int, int], multiple: int) -> bool:
-    """Whether both sides are a multiple, so that nothing must be padded or masked."""
+    """Whether both sides are multiples, so that no padding and no mask is needed."""
     return size[0] % multiple == 0 and size[1] % multiple == 0
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Zeros at the bottom and at the right of [..., H, W] until both sides are multiples."""
+    """Pads [..., H, W] with zeros at the bottom and at the right until both sides are multiples."""
     if divides((x.shape[-2], x.shape[-1]), multiple):
         return x
     return F.pad(x, (0, -x.shape[-1] % multiple, 0, -x.shape[-2] % multiple))
 
 
 def partition(x: Tensor, regions: int, cell: int = 1) -> Tensor:
-    """[B, C, H, W] -> [B * r * r, N, C], with N = H * W / r^2 once padded.
+    """[B, C, H, W] -> [B * r * r, N, C], with N = H * W / r^2 after padding.
 
     Args:
         x: The map.
         regions: r, regions per axis.
-        cell: Each region's sides become a multiple of this.
+        cell: Number that both sides of each region are padded to a multiple of.
     """
     x = pad_to_multiple(x, regions * cell)
     B, C, H, W = x.shape
@@ -41,7 +40,7 @@ def partition(x: Tensor, regions: int, cell: int = 1) -> Tensor:
 
 
 def merge(x: Tensor, regions: int, size: tuple[int, int]) -> Tensor:
-    """The inverse of `partition`, padding cut off: [B * r * r, N, C] -> [B, C, H, W] with ``size`` = (H, W)."""
+    """The inverse of `partition`, without the padding: [B * r * r, N, C] -> [B, C, H, W] with ``size`` = (H, W)."""
     h, w = (size[0] + regions - 1) // regions, (size[1] + regions - 1) // regions
     B, C = x.shape[0] // (regions * regions), x.shape[-1]
     x = x.reshape(B, regions, regions, h, w, C).transpose(2, 3).reshape(B, regions * h, regions * w, C)
@@ -49,7 +48,7 @@ def merge(x: Tensor, regions: int, size: tuple[int, int]) -> Tensor:
 
 
 def point_mask(size: tuple[int, int], regions: int, cell: int, like: Tensor) -> Tensor:
-    """Which points of a partitioned grid are real: bool [r * r, N]."""
+    """Mask of the real points of a partitioned map: bool [r * r, N]."""
     mask = torch.ones((1, 1, size[0], size[1]), dtype=torch.uint8, device=like.device)
     return partition(mask, regions, cell)[..., 0] > 0
 
@@ -57,14 +56,14 @@ def point_mask(size: tuple[int, int], regions: int, cell: int, like: Tensor) -> 
 def mean_grid(size: tuple[int, int], regions: int, bins: int, like: Tensor) -> Tensor:
     """Weights [r * r, M, N] whose product with sets [..., N, C] is the mean grid of every region.
 
-    That is adaptive average pooling of each region to g x g, with points beyond ``size`` left out: bin i of n positions
-    covers floor(i n / g) .. ceil((i + 1) n / g). A bin that holds no real point has only zeros.
+    The mean grid is adaptive average pooling of each region to g x g, without padded points: bin i of n positions
+    covers floor(i n / g) .. ceil((i + 1) n / g). The weights of a bin without real points are zero.
 
     Args:
-        size: (H, W) of the grid before it is padded.
+        size: (H, W) of the map before padding.
         regions: r, regions per axis.
         bins: g, centers per axis; M = g^2.
-        like: Tensor whose dtype and device the weights take.
+        like: Tensor with the dtype and device of the weights.
     """
     rows = _bin_weights(size[0], regions, bins, like)
     columns = _bin_weights(size[1], regions, bins, like)
@@ -74,7 +73,7 @@ def mean_grid(size: tuple[int, int], regions: int, bins: int, like: Tensor) -> T
 
 
 def _bin_weights(size: int, regions: int, bins: int, like: Tensor) -> Tensor:
-    """One axis of `mean_grid`, [r, g, ceil(size / r)]."""
+    """Weights of `mean_grid` along one axis, [r, g, ceil(size / r)]."""
     n = (size + regions - 1) // regions
     position = torch.arange(n, device=like.device)
     i = torch.arange(bins, device=like.device).unsqueeze(1)
@@ -90,19 +89,19 @@ def mean_centers(
     regions: int,
     bins: int,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The centers of a partitioned grid, and what of it counts.
+    """Initial centers of a partitioned map, and the masks of `clustering`.
 
     Args:
-        points: Sets of a grid, [B * r * r, N, C].
+        points: Sets of a map, [B * r * r, N, C].
         size, regions, bins: See `mean_grid`.
 
     Returns:
-        The mean grid of every region, [B * r * r, M, C];
-        which points count, bool [B * r * r, N], and which centers, bool [B * r * r, M], or None if all do.
+        The mean grid of every region, [B * r * r, M, C]; point mask, bool [B * r * r, N], and center mask, bool
+        [B * r * r, M], or None if no point is padded.
     """
     if divides(size, regions):
         h, w = size[0] // regions, size[1] // regions
-        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out this branch, but not half a condition
+        if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript skips this branch only if it has no other condition
             if points.device.type == 'cpu' and not torch.compiler.is_compiling():
                 grid = points.unflatten(1, (h, w)).permute(0, 3, 1, 2)
                 return F.adaptive_avg_pool2d(grid, bins).permute(0, 2, 3, 1).flatten(1, 2), None, None

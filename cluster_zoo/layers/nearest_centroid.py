@@ -1,14 +1,11 @@
-"""A classifier without class weights: each class is a few centroids, which follow the features of its training images.
+"""The nearest-centroid head: a classifier without class weights, whose classes are a few centroids each.
 
 Paper: 'Visual Recognition with Deep Nearest Centroids', ICLR 2023, https://arxiv.org/abs/2209.07383, section 3
 
-The pure functions come first (assignment, update), then the memory of features, then the head that owns both. Centroids
-move without gradients: a training step ends with ``head.learn(target)``.
+Centroids move without gradients: a training step ends with ``head.learn(target)``.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,176 +17,33 @@ from timm.utils import unwrap_model
 from torch import Tensor
 
 from .anchors import AnchorMixin
+from .centroid_learning import (
+    CHUNK,
+    CentroidLearning,
+    balanced_assignment,
+    class_of_target,
+    normalize,
+    update_centroids,
+)
 from .feature_memory import FeatureMemory, from_oldest
 from .kernels import products
 
-__all__ = ['CentroidLearning', 'FeatureMemory', 'NearestCentroidHead', 'balanced_assignment', 'update_centroids']
+__all__ = ['NearestCentroidHead', 'centroid_head', 'centroid_heads']
 
-# The most features that a memory of no stated size holds, of all processes: as a queue, and of several batches
+# Largest default memory over all processes: with ``every`` of 1, and with a larger ``every``
 _QUEUE, _BATCHES = 16384, 131072
-_ROWS = 4096  # features whose similarities to all centroids exist at a time
-
-
-def normalize(x: Tensor) -> Tensor:
-    """Vectors [..., D] scaled to length one."""
-    # Half precision holds this eps; the usual 1e-12 is zero there, and the constant features of a blank image would be
-    # divided by it.
-    return F.normalize(x, dim=-1, eps=1e-6)
-
-
-def class_of_target(target: Tensor, num_classes: int) -> Tensor:
-    """The class that a target stands for, -1 for none.
-
-    Args:
-        target: Class indices, integer [...], any number outside 0 .. K - 1 for none; or soft targets, float [..., K],
-            as mixup, cutmix and label smoothing make them. A soft target stands for the class that has more than half
-            of its weight; without such a class, as in an even mixture, the image is an example of none.
-        num_classes: K.
-
-    Returns:
-        int64 [...], values -1 .. K - 1.
-    """
-    if target.is_floating_point():
-        total = target.sum(-1)
-        weight, target = target.max(-1)
-        return torch.where(2 * weight > total, target, -1)
-    target = target.long()
-    return torch.where((target >= 0) & (target < num_classes), target, -1)
-
-
-def _alone(x: Tensor) -> Tensor:
-    return x
-
-
-def balanced_assignment(
-    similarity: Tensor,
-    labels: Tensor,
-    num_classes: int,
-    temperature: float = 0.05,
-    iterations: int = 3,
-    all_reduce: Callable[[Tensor], Tensor] = _alone,
-) -> Tensor:
-    """Shares the samples of each class evenly among its sub-centroids (Sinkhorn-Knopp; section 3.2).
-
-    All classes at once: the sums over the samples of a class are sums over rows with the same label.
-
-    Args:
-        similarity: Of each sample to the k sub-centroids of its own class, [M, k], values -1 .. 1.
-        labels: Classes, int64 [M]; -1 for samples that do not count.
-        num_classes: K.
-        temperature: The similarity is divided by it. The lower, the closer a sample keeps to its most similar one.
-        iterations: Rounds of scaling the sub-centroids' shares, then the samples'.
-        all_reduce: Sums a tensor over processes.
-
-    Returns:
-        The sub-centroid of each sample, int64 [M], values 0 .. k - 1.
-    """
-    rows = labels.clamp_min(0)
-    similarity = similarity.to(torch.promote_types(similarity.dtype, torch.float32))  # float16 has no such powers
-    share = (similarity / temperature).exp() * (labels >= 0).unsqueeze(-1)
-    tiny = torch.finfo(share.dtype).tiny
-    for _ in range(iterations):
-        # Common factors (1 / k, 1 / n) change no assignment and are left out.
-        load = all_reduce(share.new_zeros(num_classes, share.shape[-1]).index_add(0, rows, share))
-        share = share / load.clamp_min(tiny)[rows]
-        share = share / share.sum(-1, keepdim=True).clamp_min(tiny)
-    return share.argmax(-1)
-
-
-def update_centroids(
-    centroids: Tensor,
-    features: Tensor,
-    labels: Tensor,
-    assigned: Tensor,
-    momentum: float = 0.999,
-    all_reduce: Callable[[Tensor], Tensor] = _alone,
-) -> Tensor:
-    """Each centroid a step towards the mean direction of its samples (section 3.2).
-
-    Args:
-        centroids: Unit vectors [K, k, D].
-        features: Unit vectors [M, D], summed in the type of the centroids.
-        labels: Classes, int64 [M]; -1 for samples that do not count.
-        assigned: Sub-centroid of each sample in its class, int64 [M].
-        momentum: Weight of the centroid; the new direction has 1 - momentum.
-        all_reduce: Sums a tensor over processes.
-
-    Returns:
-        Unit vectors [K, k, D]; a centroid without samples is where it was.
-    """
-    K, k, D = centroids.shape
-    rows = torch.where(labels >= 0, labels * k + assigned, K * k)  # in a last row goes what does not count
-    total = centroids.new_zeros(K * k + 1, D)
-    for some, to in zip(features.split(_ROWS), rows.split(_ROWS)):
-        some = some.to(total.dtype)
-        # On a CPU scatter_add sums rows several times as fast as index_add. Elsewhere only the latter has a
-        # deterministic form.
-        if total.device.type == 'cpu':
-            total.scatter_add_(0, to.unsqueeze(-1).expand(-1, D), some)
-        else:
-            total.index_add_(0, to, some)
-    direction = all_reduce(total[:-1]).view_as(centroids)
-    moved = normalize(momentum * centroids + (1 - momentum) * normalize(direction))
-    return torch.where((direction != 0).any(-1, keepdim=True), moved, centroids)
-
-
-@dataclass(frozen=True)
-class CentroidLearning:
-    """How centroids follow the features.
-
-    Attributes:
-        momentum: Weight of a centroid against the new direction, 0 .. 1.
-        temperature: Of the assignment, see `balanced_assignment`; at least 0.02, where float32 still holds its powers.
-        iterations: Rounds of the assignment.
-        memory: Features that are remembered, those of the latest images, over all processes. None: as a queue 64 for
-            each class, 16,384 at most, but no less than a batch; otherwise those of `every` batches, 131,072 at most.
-            Each use compares all of them with all centroids.
-        every: Batches from one use of the memory to the next; the batches in between move the centroids by their own
-            features. 1 uses the memory in every batch, the queue. The authors' code has 1000 (Swin-T 500, S 400,
-            B 300), and remembers as many batches.
-        dtype: What the memory holds its features in; None: float32, or float64 in a float64 model.
-        contrast: Weight of the contrast loss, see `NearestCentroidHead.contrast_loss`.
-        contrast_temperature: Its temperature.
-
-    Raises:
-        ValueError: A value is out of range.
-    """
-
-    momentum: float = 0.999
-    temperature: float = 0.05
-    iterations: int = 3
-    memory: int | None = None
-    every: int = 1
-    dtype: torch.dtype | None = None
-    contrast: float = 0.0
-    contrast_temperature: float = 0.1
-
-    def __post_init__(self) -> None:
-        rules = (
-            (0 <= self.momentum <= 1, 'momentum', 'of 0 to 1'),
-            (self.temperature >= 0.02, 'temperature', 'of at least 0.02'),
-            (self.iterations >= 1, 'iterations', 'of at least 1'),
-            (self.memory is None or self.memory >= 1, 'memory', 'of at least 1'),
-            (self.every >= 1, 'every', 'of at least 1'),
-            (self.dtype is None or self.dtype.is_floating_point, 'dtype', 'that is floating point'),
-            (self.contrast >= 0, 'contrast', 'of at least 0'),
-            (self.contrast_temperature > 0, 'contrast_temperature', 'above 0'),
-        )
-        for holds, name, expected in rules:
-            if not holds:
-                raise ValueError(f'Centroid learning needs {name} {expected}, got {getattr(self, name)}.')
 
 
 class NearestCentroidHead(AnchorMixin, nn.Module):
-    """Scores classes by the cosine similarity of a feature to the nearest of their sub-centroids (section 3.1).
+    """Scores each class by the cosine similarity of a feature to the nearest of its sub-centroids (section 3.1).
 
-    The centroids are no parameters: they are a buffer, which no gradient reaches and no optimizer moves. They need not
-    have length one, only their direction counts. With a single class all logits are ``mask_norm``'s bias.
+    The centroids are a buffer, not parameters: they get no gradient, and optimizers do not change them. Only their
+    direction matters, not their norm. With a single class all logits equal the bias of ``mask_norm``.
 
-    When training is done, the centroids can become the features of training images, and the head knows of which: see
-    :func:`cluster_zoo.explain.anchor`. From the next `learn` on they are no images any more.
+    After training, :func:`cluster_zoo.explain.anchor` can replace the centroids by features of training images, which
+    the head then records. The next `learn` removes the record.
 
-    In training, one call after each forward pass lets them follow the features:
+    In training, one call after each step updates the centroids:
 
         >>> loss = criterion(head(features), target)
         >>> loss.backward()
@@ -198,12 +52,13 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
 
     Args:
         in_features: Width D of the features.
-        num_classes: Classes K.
-        sub_centroids: Sub-centroids k of each class.
-        learning: How `learn` moves the centroids; may be replaced at any time.
-        common_start: Weight of a direction that the sub-centroids of a class have in common when they start, against
-            one of their own. With 0 all start in unrelated directions, as published, and a network has to learn each
-            class k times: measurably slower in few epochs of many classes. With 2 their cosine is about 0.8.
+        num_classes: Number of classes K.
+        sub_centroids: Number of sub-centroids k of each class.
+        learning: Settings of `learn`; may be replaced at any time.
+        common_start: Initial closeness of the sub-centroids of a class: the weight of a common direction, added to a
+            separate direction of weight one. With 0, as in the paper, all start in unrelated directions, and the
+            network learns each class k times, which is measurably slower in short training with many classes. With 2
+            their cosine similarity is about 0.8.
 
     Raises:
         ValueError: One of the sizes is not positive.
@@ -231,18 +86,18 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         self.sub_centroids = sub_centroids
         self.common_start = common_start
         self.learning = learning or CentroidLearning()
-        self.memory = self._memory_of = None  # the first batch that is learned allocates it
-        self.batches = 0  # learned so far
+        self.memory = self._memory_of = None  # allocated by the first call of learn
+        self.batches = 0  # number of calls of learn
         self.register_buffer('prototypes', torch.empty(num_classes, sub_centroids, in_features, **dd))
         self.feat_norm = nn.LayerNorm(in_features, **dd)
         self.mask_norm = nn.LayerNorm(num_classes, **dd)
-        self._exact = None  # centroids in float32, where the buffer is in half precision
-        self._seen = None  # unit features of the last forward pass in training
+        self._exact = None  # centroids in float32 if the buffer has half precision
+        self._seen = None  # unit features of the last forward pass in training mode
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Centroids in random directions, those of a class near each other; norms without effect."""
+        """Initializes the centroids in random directions, see ``common_start``, and resets the norms."""
         trunc_normal_(self.prototypes, std=0.02)
         if self.common_start > 0:
             common = trunc_normal_(torch.empty_like(self.prototypes[:, :1]), std=0.02)
@@ -258,15 +113,15 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         return cosines.unflatten(-1, (self.num_classes, self.sub_centroids))
 
     def embed(self, x: Tensor) -> Tensor:
-        """Features as they are compared with centroids, of length one: [..., D] -> [..., D]."""
+        """Features to unit vectors, which are compared with the centroids: [..., D] -> [..., D]."""
         return normalize(self.feat_norm(x))
 
     def similarity(self, x: Tensor) -> Tensor:
-        """Cosine of each feature and each sub-centroid: [..., D] -> [..., K, k], values -1 .. 1."""
+        """Cosine similarity of each feature and each sub-centroid: [..., D] -> [..., K, k], values -1 .. 1."""
         return self._similarity(self.embed(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features to logits: [..., D] -> [..., K]. In training it keeps the features for `learn`."""
+        """Features to logits: [..., D] -> [..., K]. In training mode it stores the features for `learn`."""
         z = self.embed(x)
         if not torch.jit.is_scripting():  # noqa: SIM102
             if self.training and not _is_traced(z):
@@ -278,12 +133,12 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
     def _last_seen(self, target: Tensor) -> tuple[Tensor, Tensor]:
         """Unit features [M, D] of the last forward pass, at least float32, and the classes [M] of its targets."""
         if self._seen is None:
-            raise RuntimeError('Centroids learn from the forward pass before, in training mode: there was none.')
+            raise RuntimeError('Centroids learn from the last forward pass in training mode: run one first.')
         expected = list(self._seen.shape[:-1])
         if list(target.shape) != (expected + [self.num_classes] if target.is_floating_point() else expected):
             raise ValueError(
-                f'Targets of {expected} features are integers of that shape, or numbers '
-                f'{[*expected, self.num_classes]}; got {target.dtype} {list(target.shape)}.'
+                f'Targets of {expected} features must be integers {expected} or floats '
+                f'{[*expected, self.num_classes]}, got {target.dtype} {list(target.shape)}.'
             )
         labels = class_of_target(target, self.num_classes)
         dtype = torch.promote_types(self._seen.dtype, torch.float32)
@@ -291,21 +146,23 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
 
     @torch.no_grad()
     def learn(self, target: Tensor) -> None:
-        """Move the centroids towards the features of the last forward pass in training mode (section 3.2).
+        """Moves the centroids towards the features of the last forward pass in training mode (section 3.2).
 
-        Samples of each class are shared evenly among its sub-centroids; those that the model now classifies correctly
-        pull. Features with NaN or infinity are dropped, and a class without samples stays where it is. With several
-        processes every one must call it as often, with batches of any size, and all have the same centroids after it:
-        those that one process would have with all batches joined. Each process remembers the latest features of its
-        own. Nothing waits for the device. A training step may be compiled with this in it; if ``learning.every`` is
-        above 1, call it outside, because the number of the batch would be compiled in.
+        The samples of each class are assigned evenly to its sub-centroids, and those that the model now classifies
+        correctly move them. Features with NaN or infinity are ignored. A class without samples is unchanged.
+
+        In distributed training all processes must call it equally often, with batches of any size. They then have the
+        same centroids, equal to those of one process with the joined batches. Each process stores its own features.
+
+        It never synchronizes with the device. It may be part of a compiled training step if ``learning.every`` is 1;
+        otherwise call it outside, because the count of batches would be compiled as a constant.
 
         Args:
-            target: Targets of that pass, see `class_of_target`.
+            target: Targets of that forward pass, see `class_of_target`.
 
         Raises:
-            RuntimeError: No such pass since the last call.
-            ValueError: The targets do not fit it.
+            RuntimeError: There was no forward pass in training mode since the last call.
+            ValueError: The shape of the targets does not fit the features.
         """
         features, labels = self._last_seen(target)
         self._seen = None
@@ -322,7 +179,7 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         self._move(features, labels)
 
     def _prepare_memory(self, batch: int) -> None:
-        """Allocate this process's share of the memory, unless it is as the head and its settings are now."""
+        """Allocates this process's share of the memory if it does not exist or the settings have changed."""
         if self.memory is not None and self._memory_of == self._memory_settings():
             return
         world, learning = _world_size(), self.learning
@@ -347,16 +204,16 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
         self.memory = FeatureMemory(size, self.in_features, device, dtype)
 
     def learning_state(self) -> dict[str, Any]:
-        """What learning has gathered in this process beside the centroids, for a checkpoint to go on from."""
+        """State of centroid learning in this process, without the centroids, to resume from a checkpoint."""
         memory = None if self.memory is None else self.memory.state_dict()
         exact = None if self._exact is None else self._exact.cpu()
         return dict(batches=self.batches, memory=memory, exact=exact)
 
     def load_learning_state(self, *states: dict[str, Any]) -> None:
-        """Go on from what `learning_state` gave, in one process or in several whose memories become this one's.
+        """Restores the result of `learning_state`. The memories of several processes are joined.
 
         Raises:
-            ValueError: It is of features of another width, or its labels are no numbers of classes.
+            ValueError: The features have another width, or the labels are not int64.
         """
         self.memory = None
         memories = [state['memory'] for state in states if state['memory'] is not None]
@@ -389,43 +246,43 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
             self._exact = moved if self.prototypes.dtype != dtype else None
 
     def _exact_centroids(self, dtype: torch.dtype) -> Tensor:
-        """Unit vectors. A step is so small that half precision would round it off, so its sum is kept beside."""
+        """Unit vectors. Half precision would round small steps to zero, so a float32 copy accumulates them."""
         centroids = normalize(self.prototypes.to(dtype))
         if self._exact is None:
             return centroids
-        # Unless the buffer has been given other values
+        # The copy is outdated where the buffer was changed from outside.
         same = (self._exact.to(self.prototypes) == self.prototypes).all(-1, keepdim=True)
         return torch.where(same, self._exact.to(centroids), centroids)
 
     def _own_similarity(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Similarity to the sub-centroids of the own class [M, k], and whether the model now finds that class [M].
+        """Similarity to the sub-centroids of the sample's class [M, k], and whether it is classified correctly [M].
 
-        The product has the type of the remembered features; logits are compared in the model's.
+        Products are computed in the dtype of the memory, logits in that of the model.
         """
-        # One product a sub-centroid: their maximum is a maximum of whole matrices, which takes half the time of one
-        # over a last dimension of a few.
+        # One product for each sub-centroid: the maximum of whole matrices takes half the time of a maximum over a last
+        # dimension of a few elements.
         centroids = normalize(self.prototypes).to(features.dtype).unbind(1)
         own, correct = [], []
-        for some, of in zip(features.split(_ROWS), labels.split(_ROWS)):
+        for some, label in zip(features.split(CHUNK), labels.split(CHUNK)):
             cosines = [products(some, each) for each in centroids]
-            index = of.clamp_min(0).unsqueeze(-1)
-            own.append(torch.cat([of_all.gather(1, index) for of_all in cosines], dim=1))
+            index = label.clamp_min(0).unsqueeze(-1)
+            own.append(torch.cat([cosine.gather(1, index) for cosine in cosines], dim=1))
             logits = self.mask_norm(functools.reduce(torch.maximum, cosines).to(self.mask_norm.weight.dtype))
-            correct.append((logits.argmax(-1) == of) & logits.isfinite().all(-1))
+            correct.append((logits.argmax(-1) == label) & logits.isfinite().all(-1))
         return torch.cat(own), torch.cat(correct)
 
     def contrast_loss(self, target: Tensor) -> Tensor:
-        """Pulls the features of the last forward pass to their sub-centroid, and off all others (section 3.2).
+        """Contrast loss of the features of the last forward pass and all sub-centroids (section 3.2).
 
-        Cross-entropy over the similarities to all K * k sub-centroids, divided by ``learning.contrast_temperature``;
-        the right one is the sub-centroid that the sample is assigned to. ``learning.contrast`` must have been above 0
-        in the forward pass, and is not yet multiplied with.
+        Cross-entropy over the similarities to all K * k sub-centroids, divided by ``learning.contrast_temperature``.
+        The target is the sub-centroid that the sample is assigned to. ``learning.contrast`` must be above 0 during the
+        forward pass. The loss is not multiplied by it.
 
         Args:
-            target: Targets of that pass, see `class_of_target`.
+            target: Targets of that forward pass, see `class_of_target`.
 
         Returns:
-            The mean over the samples that have a class; 0 without any.
+            Mean over the samples that have a class; 0 if there are none.
 
         Raises:
             RuntimeError, ValueError: As in `learn`.
@@ -438,13 +295,13 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
             assigned = balanced_assignment(
                 own, labels, self.num_classes, self.learning.temperature, self.learning.iterations
             )
-            right = torch.where(labels >= 0, labels * self.sub_centroids + assigned, -1)
+            index = torch.where(labels >= 0, labels * self.sub_centroids + assigned, -1)
             logits = cosines.flatten(1) / self.learning.contrast_temperature
-            total = F.cross_entropy(logits, right, ignore_index=-1, reduction='sum')
-            return total / (right >= 0).sum().clamp_min(1)
+            total = F.cross_entropy(logits, index, ignore_index=-1, reduction='sum')
+            return total / (index >= 0).sum().clamp_min(1)
 
     def __getstate__(self) -> dict[str, Any]:
-        # The features of a pass are not part of the head, and copy refuses those with a gradient.
+        # Copies do not include the stored features: deepcopy fails for tensors with a graph.
         return self.__dict__ | dict(_seen=None)
 
     def extra_repr(self) -> str:
@@ -452,25 +309,25 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
 
 
 def centroid_heads(model: nn.Module | None) -> list[NearestCentroidHead]:
-    """The nearest-centroid heads of a model, which may be wrapped or compiled."""
+    """Nearest-centroid heads of a model, which may be wrapped or compiled."""
     modules = unwrap_model(model).modules() if model is not None else ()
     return [module for module in modules if isinstance(module, NearestCentroidHead)]
 
 
 def centroid_head(model: nn.Module) -> NearestCentroidHead:
-    """The one head of a model, or ValueError."""
+    """The nearest-centroid head of a model; raises ValueError if it does not have exactly one."""
     heads = centroid_heads(model)
     if len(heads) != 1:
         raise ValueError(
             f'{type(unwrap_model(model)).__name__} has {len(heads) or "no"} centroid heads, expected one: '
-            'take a dnc_* model, or cluster_zoo.nearest_centroid(name) for any other.'
+            'use a dnc_* model or cluster_zoo.nearest_centroid(name).'
         )
     return heads[0]
 
 
 def _is_traced(x: Tensor) -> bool:
-    """Whether a tool only looks at what a forward pass does: nothing has been seen then."""
-    # In torch 2.11 torch.compile says that it is exporting.
+    """Whether the forward pass is being traced or exported, so that there are no features to learn from."""
+    # is_exporting is also true inside torch.compile in torch 2.11.
     exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
     return exporting or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy)
 

@@ -2,12 +2,12 @@
 
 Paper: 'Image as Set of Points', ICLR 2023, https://arxiv.org/abs/2303.01494
 
-A network is a stem that turns patches into points, and four stages of blocks in which a cluster mixer lets the points
-of a region exchange what they hold through a few centers. Between stages a strided convolution reduces the points.
+A stem turns patches into points. Four stages of blocks follow, in which a cluster mixer exchanges features between the
+points of a region through a few centers. A strided convolution between stages reduces the number of points.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -26,68 +26,29 @@ from timm.layers import (
     to_ntuple,
     trunc_normal_,
 )
-from timm.models import (
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-    register_notrace_module,
-)
-from timm.models._features import feature_take_indices
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor
 
 from ..layers.cluster_mixer import ClusterMixer
-from ..layers.grids import pad_to_multiple
-from ..weights import conversion, convert_state_dict
-from .builder import ASSETS, build_model
+from ..layers.point_stem import PointStem
+from ..weights import conversion
+from ._compat import feature_take_indices
+from .builder import ASSETS, build_model, convert_in_place
 
 _logger = logging.getLogger(__name__)
 
 __all__ = ['ContextCluster']  # register_model adds the entry points
 
 
-@register_notrace_module  # pads by the size of its input, which a symbolic trace cannot follow
-class PointStem(nn.Module):
-    """Patches of an image and their positions, as points (section 3.1).
-
-    The paper appends two coordinate channels to the image and convolves all of them. A convolution is a sum over its
-    input channels, so here ``proj`` sees the image alone and ``coord`` the coordinates, the same for the whole batch.
-
-    Args:
-        in_chans: Image channels C.
-        out_chans: Point features.
-        patch_size: Kernel and stride of the convolution.
-    """
-
-    def __init__(self, in_chans: int, out_chans: int, patch_size: int = 4, device=None, dtype=None):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, out_chans, patch_size, patch_size, **dd)
-        self.coord = nn.Conv2d(2, out_chans, patch_size, patch_size, bias=False, **dd)
-        bound = ((in_chans + 2) * patch_size**2) ** -0.5  # of the one convolution over C + 2 channels
-        for parameter in self.parameters():
-            nn.init.uniform_(parameter, -bound, bound)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, D, ceil(H / 4), ceil(W / 4)]; sizes that do not divide are filled up with zeros."""
-        H, W = x.shape[-2:]
-        # In float32 whatever the model's precision, as in the authors' code
-        rows = torch.arange(H, device=x.device, dtype=torch.float32) / max(H - 1, 1) - 0.5
-        columns = torch.arange(W, device=x.device, dtype=torch.float32) / max(W - 1, 1) - 0.5
-        position = torch.stack([rows.unsqueeze(1).expand(H, W), columns.expand(H, W)]).unsqueeze(0).to(x.dtype)
-        x, position = pad_to_multiple(x, self.patch_size), pad_to_multiple(position, self.patch_size)
-        return (self.proj(x) + self.coord(position)).contiguous(memory_format=torch.channels_last)
-
-
 class ContextClusterBlock(nn.Module):
-    """Cluster mixer and MLP, each on the normalised input, scaled and added to it (section 3.2).
+    """Two residual branches with layer scale: cluster mixer and MLP, each after a norm (section 3.2).
 
     Args:
         dim: Channels of the points.
         mixer: The cluster mixer.
         mlp_ratio: Hidden width of the MLP over ``dim``.
         drop_path: Probability of skipping each of the two branches.
-        init_values: Initial scale of the branches.
+        init_values: Initial layer scale.
     """
 
     def __init__(
@@ -118,7 +79,7 @@ class ContextClusterBlock(nn.Module):
 
 
 class ContextClusterStage(nn.Module):
-    """Fewer points (but in the first stage), then blocks at one resolution."""
+    """Reduction of the points (none in the first stage) and blocks at one resolution."""
 
     def __init__(self, downsample: nn.Module, blocks: list[nn.Module]):
         super().__init__()
@@ -137,33 +98,33 @@ class ContextClusterStage(nn.Module):
 class ContextCluster(nn.Module):
     """Context Cluster, 'Image as Set of Points', https://arxiv.org/abs/2303.01494
 
-    Takes images [B, C, H, W] of any size from 32 pixels. Stage i gives [B, dims[i], ceil(H / s), ceil(W / s)] with
-    strides s = 4, 8, 16, 32; where a grid does not divide by its regions it is padded inside, and padded points join no
-    cluster. Exported with dynamic sizes it takes those that divide: multiples of 32 for most variants.
+    Takes images [B, C, H, W] of any size from 32 pixels. Stage i returns [B, dims[i], ceil(H / s), ceil(W / s)] with
+    strides s = 4, 8, 16, 32. A grid that its regions do not divide is padded inside the mixer, and padded points join
+    no cluster. Exported with dynamic sizes, the model takes sizes that divide: multiples of 32 for most variants.
 
     Args:
         in_chans: Image channels.
-        num_classes: Classes; 0 for pooled features.
+        num_classes: Number of classes; 0 for pooled features.
         global_pool: Pooling of the head, '' for none.
-        depths: Blocks of each stage.
+        depths: Number of blocks of each stage.
         dims: Channels of each stage.
-        mlp_ratios: Hidden width of the MLPs over the channels, one a stage.
-        num_heads: Heads of the mixers, one a stage.
+        mlp_ratios: Hidden width of the MLPs over the channels, for each stage.
+        num_heads: Heads of the mixers, for each stage.
         head_dim: Channels of one head.
-        proposals: Centers per axis of a region, one for all stages or one each.
-        regions: Regions per axis, one for all stages or one each.
+        proposals: Centers per axis of a region, one number for all stages or one for each.
+        regions: Regions per axis, one number for all stages or one for each.
         weighted_mean: See `ClusterMixer`.
-        output_stride: Stride of the last stage, 8 or 16 instead of 32: the last convolutions between stages keep all
-            points, and those after them are dilated. The weights are the same.
-        downsample_layers: What stands between stages and halves the sides, called with input and output channels; 3 x 3
-            convolutions if None. Layers of one's own leave no choice of the output stride.
-        init_values: Initial scale of the residual branches.
+        output_stride: Stride of the last stage, 8 or 16 instead of 32: the last convolutions between stages then have
+            stride one, and those after them are dilated. The weights are the same.
+        downsample_layers: Layers between the stages that halve both sides, called with input and output channels; 3 x 3
+            convolutions if None. With other layers ``output_stride`` cannot be chosen.
+        init_values: Initial layer scale of the residual branches.
         drop_rate: Dropout before the classifier.
-        drop_path_rate: Stochastic depth, rising linearly over all blocks from 0 to this.
+        drop_path_rate: Stochastic depth, rising linearly over all blocks from 0 to this rate.
 
     Raises:
-        ValueError: ``proposals`` or ``regions`` is not positive, or not one or one a stage; there is no such
-            ``output_stride``.
+        ValueError: ``proposals`` or ``regions`` has the wrong length or is not positive; ``output_stride`` is not
+            supported.
     """
 
     def __init__(
@@ -200,7 +161,7 @@ class ContextCluster(nn.Module):
             raise ValueError(f'output_stride of {type(self).__name__} is one of {possible}, got {output_stride}.')
         strides = [min(stride, output_stride or stride) for stride in full_strides]
         if downsample_layers is None:
-            # Where the grid is denser than at full strides, dilation lets a convolution reach as far in the image.
+            # Dilation keeps the receptive field in the image where the grid is denser than at full strides.
             dilations = [full // stride for full, stride in zip(full_strides, strides)]
             downsample_layers = [
                 partial(nn.Conv2d, kernel_size=3, stride=after // before, padding=dilation, dilation=dilation)
@@ -234,29 +195,22 @@ class ContextCluster(nn.Module):
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         self.apply(_init_weights)
+        self.register_load_state_dict_pre_hook(_convert_checkpoint)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay leaves alone, beside biases and other vectors."""
+        """Names of parameters without weight decay, besides biases and other vectors."""
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that group parameters by depth, for layer-wise learning rates."""
-        return dict(
-            stem=r'^stem',
-            blocks=r'^stages\.(\d+)'
-            if coarse
-            else [
-                (r'^stages\.(\d+)\.downsample', (0,)),
-                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
-                (r'^norm', (99999,)),
-            ],
-        )
+        fine = [(r'^stages\.(\d+)\.downsample', (0,)), (r'^stages\.(\d+)\.blocks\.(\d+)', None), (r'^norm', (99999,))]
+        return dict(stem=r'^stem', blocks=r'^stages\.(\d+)' if coarse else fine)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks in the backward pass instead of keeping what they computed."""
+        """Recomputes the activations of the blocks in the backward pass instead of storing them."""
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
@@ -282,18 +236,18 @@ class ContextCluster(nn.Module):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Stage outputs, and the final features.
+        """Stage outputs and the final features.
 
         Args:
             x: Images [B, C, H, W].
-            indices: The last n stages if an int, those stages if a sequence, all if None.
-            norm: Normalise the last stage's output; there is no norm for the others.
-            stop_early: Stop after the last stage that is asked for.
+            indices: The last n stages if an int, these stages if a sequence, all if None.
+            norm: Normalize the output of the last stage; the other stages have no norm.
+            stop_early: Stop after the last of ``indices``.
             output_fmt: Only 'NCHW'.
-            intermediates_only: Return the stage outputs alone.
+            intermediates_only: Return only the stage outputs.
 
         Returns:
-            The final features and the list of stage outputs, or that list alone.
+            The final features and the list of stage outputs, or only that list.
         """
         assert output_fmt in ('NCHW',), 'Output shape must be NCHW.'
         intermediates = []
@@ -323,7 +277,7 @@ class ContextCluster(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Remove the stages after the last of ``indices``, and norm and head as asked or as they no longer fit."""
+        """Removes the stages after the last of ``indices``; norm and head if asked or if a stage was removed."""
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         shortened = max_index < len(self.stages) - 1
         self.stages = self.stages[: max_index + 1]
@@ -335,18 +289,12 @@ class ContextCluster(nn.Module):
             self.reset_classifier(0, '')
         return take_indices
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As of any module; also takes the authors' names, so that timm's ``checkpoint_path`` does."""
-        if 'patch_embed.proj.weight' in state_dict:
-            state_dict = convert_state_dict(state_dict, self, checkpoint_filter_fn)
-        return super().load_state_dict(state_dict, strict, assign)
-
     def forward_features(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> normalised features of the last stage [B, D, ceil(H / 32), ceil(W / 32)]"""
+        """[B, C, H, W] -> normalized features of the last stage [B, D, ceil(H / 32), ceil(W / 32)]"""
         return self.norm(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """[B, D, H, W] -> logits [B, num_classes], or what the classifier would see if ``pre_logits``."""
+        """[B, D, H, W] -> logits [B, num_classes], or the input of the classifier if ``pre_logits``."""
         return self.head(x, pre_logits=True) if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -355,7 +303,7 @@ class ContextCluster(nn.Module):
 
 
 def one_each(name: str, value: int | tuple[int, ...], count: int) -> tuple[int, ...]:
-    """``count`` positive integers from one or from that many; anything else raises a `ValueError` that names it."""
+    """``count`` positive integers from one or from that many; raises a `ValueError` with the name for other values."""
     values = to_ntuple(count)(value)
     if len(values) != count or any(not isinstance(v, int) or v < 1 for v in values):
         raise ValueError(f'{name} must be a positive integer or {count} of them, got {value!r}.')
@@ -370,34 +318,46 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The authors' checkpoint, old or new, under this package's names; one of ours as it is."""
+    """Converts the authors' checkpoint, old or new, to this package's names; returns one of this package unchanged."""
     trained = conversion.context_cluster_args(state_dict)
     if trained and any(module.weighted_mean for module in model.modules() if isinstance(module, ClusterMixer)):
         _logger.warning(
-            'These weights are of the first release, until June 2023, and were trained with weighted_mean=False. '
-            'Create the model with it for the results that they had.'
+            'These weights are from before June 2023 and were trained with weighted_mean=False. '
+            'Create the model with weighted_mean=False to get their results.'
         )
     return conversion.context_cluster(state_dict)
 
 
-def _create_context_cluster(variant: str, pretrained: bool = False, **kwargs: Any) -> ContextCluster:
+def _convert_checkpoint(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Hook of ``load_state_dict``: timm's ``checkpoint_path`` takes the authors' checkpoints."""
+    if f'{prefix}patch_embed.proj.weight' in state_dict:
+        convert_in_place(state_dict, prefix, model, checkpoint_filter_fn)
+
+
+def create(
+    model_cls: type[ContextCluster], variant: str, variant_args: dict[str, Any], pretrained: bool, **kwargs: Any
+) -> ContextCluster:
+    """Builds a registered model, see `build_model`."""
     out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
     return build_model(
-        ContextCluster,
+        model_cls,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
-        variant_args=VARIANTS[variant],
+        variant_args=variant_args,
         **kwargs,
     )
+
+
+def _create_context_cluster(variant: str, pretrained: bool, **kwargs: Any) -> ContextCluster:
+    return create(ContextCluster, variant, VARIANTS[variant], pretrained, **kwargs)
 
 
 _TINY = dict(depths=(3, 4, 5, 2), dims=(32, 64, 196, 320), num_heads=(4, 4, 8, 8), head_dim=24)
 _WIDE = dict(dims=(64, 128, 320, 512), head_dim=32)
 
-# Table 1 of the paper and the authors' configurations. All have MLP ratios 8 8 4 4; where not said, proposals are 2 and
-# regions 8 4 2 1, one a stage.
+# Table 1 of the paper and the authors' configurations. Defaults: MLP ratios 8 8 4 4, proposals 2, regions 8 4 2 1
 VARIANTS: dict[str, dict[str, Any]] = {
     'coc_tiny': dict(_TINY),
     'coc_tiny2': dict(_TINY, proposals=(4, 2, 7, 4), regions=(7, 7, 1, 1)),
@@ -410,6 +370,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def cfg(**kwargs: Any) -> dict[str, Any]:
+    """A pretrained configuration for ImageNet-1k at 224 px."""
     return {
         'num_classes': 1000,
         'input_size': (3, 224, 224),
@@ -427,7 +388,7 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
 
 
 def _released(drive_folder: str) -> dict[str, Any]:
-    """The authors' weights of ImageNet-1k, at https://github.com/ma-xu/Context-Cluster since June 2023."""
+    """The authors' ImageNet-1k weights at Google Drive, released in June 2023."""
     return cfg(
         url=f'https://drive.google.com/drive/folders/{drive_folder}',
         origin_url='https://github.com/ma-xu/Context-Cluster',
@@ -439,8 +400,8 @@ default_cfgs = generate_default_cfgs(
     {
         'coc_tiny.in1k': _released('155Lfofxr7vpdcUxL8ZvzlrNX4cUlhn3J'),
         'coc_tiny2.untrained': cfg(),
-        # Trained by this project, see the README. A tag with weights comes first and the default is starred: without
-        # a tag the name stands for ImageNet's classes and sizes.
+        # Trained by this project, see the README. A tag with available weights comes first. The default is starred: a
+        # name without a tag means the classes and sizes of ImageNet.
         'coc_tiny_plain.cifar10': cfg(
             file=str(ASSETS / 'coc_tiny_plain.cifar10.safetensors'),
             num_classes=10,
@@ -467,13 +428,13 @@ def coc_tiny(pretrained: bool = False, **kwargs: Any) -> ContextCluster:
 
 @register_model
 def coc_tiny2(pretrained: bool = False, **kwargs: Any) -> ContextCluster:
-    """Context Cluster, tiny, with other regions and numbers of centers."""
+    """Context Cluster, tiny, with other regions and centers."""
     return _create_context_cluster('coc_tiny2', pretrained, **kwargs)
 
 
 @register_model
 def coc_tiny_plain(pretrained: bool = False, **kwargs: Any) -> ContextCluster:
-    """Context Cluster, tiny, without region partition: every center sees the whole image."""
+    """Context Cluster, tiny, without region partition: the whole image is one set of points."""
     return _create_context_cluster('coc_tiny_plain', pretrained, **kwargs)
 
 

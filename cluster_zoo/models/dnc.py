@@ -1,14 +1,13 @@
-"""Deep nearest centroids (DNC): a class is a few points in feature space, and an image belongs to the nearest.
+"""Deep nearest centroids (DNC): a class is a few points in feature space, and an image gets the class of the nearest.
 
 Paper: 'Visual Recognition with Deep Nearest Centroids', ICLR 2023, https://arxiv.org/abs/2209.07383
 
-A model here is timm's own model in which only the last linear layer is another one: `NearestCentroidHead`, which has no
-class weights. The registered names cover the paper's backbones and this package's; `nearest_centroid` takes any other.
+A model is a timm model whose last linear layer is replaced by a `NearestCentroidHead`, which has no class weights. The
+registered models have the paper's backbones or this package's. `nearest_centroid` takes any other timm model.
 """
 
 import functools
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -16,10 +15,12 @@ import torch.nn as nn
 from timm.models import generate_default_cfgs, model_entrypoint, register_model
 from torch import Tensor
 
-from ..layers.nearest_centroid import CentroidLearning, NearestCentroidHead
-from ..weights import conversion, convert_state_dict, load_checkpoint
+from ..layers.centroid_learning import CentroidLearning
+from ..layers.nearest_centroid import NearestCentroidHead
+from ..weights import conversion, load_checkpoint
 from . import resnet_cifar
-from .builder import build_model
+from ._compat import change_class
+from .builder import build_model, convert_in_place
 from .context_cluster import cfg
 
 # register_model adds the entry points
@@ -27,13 +28,13 @@ __all__ = ['CentroidLearning', 'NearestCentroidHead', 'NearestCentroidMixin', 'n
 
 
 class NearestCentroidMixin(nn.Module):
-    """What a timm model gets, in front of its own class, to end in a `NearestCentroidHead` and stay so.
+    """Mixin for a timm model class that ends in a `NearestCentroidHead`, also after `reset_classifier`.
 
     Attributes:
-        backbone_class: The timm class behind this one.
-        classifier_name: Submodule that is the head, such as ``'fc'`` or ``'head.fc'``.
-        sub_centroids: Sub-centroids of each class.
-        common_start: How close they start, see `NearestCentroidHead`.
+        backbone_class: The timm class.
+        classifier_name: Name of the head among the submodules, such as ``'fc'`` or ``'head.fc'``.
+        sub_centroids: Number of sub-centroids of each class.
+        common_start: Initial closeness of the sub-centroids of a class, see `NearestCentroidHead`.
     """
 
     backbone_class: type[nn.Module]
@@ -42,44 +43,38 @@ class NearestCentroidMixin(nn.Module):
     common_start: float
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None, **kwargs: Any) -> None:
-        """A new centroid head, or none.
+        """Replaces the head by a new centroid head or by none.
 
         Args:
-            num_classes: Classes of the new head; 0 for features.
-            global_pool: Pooling before it, '' for none; None keeps the pooling.
-            **kwargs: What else the backbone's own ``reset_classifier`` takes.
+            num_classes: Number of classes of the new head; 0 for features.
+            global_pool: Pooling before the head, '' for none; None keeps the pooling.
+            **kwargs: Other arguments of the backbone's ``reset_classifier``.
         """
         super().reset_classifier(num_classes, global_pool=global_pool, **kwargs)
         if num_classes > 0:
             self._replace_linear()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As of any module; also takes the authors' names, so that timm's ``checkpoint_path`` does."""
-        if any(conversion.is_nearest_centroid_head(name) for name in state_dict):
-            state_dict = convert_state_dict(state_dict, self, checkpoint_filter_fn)
-        return super().load_state_dict(state_dict, strict, assign)
-
     def embed(self, x: Tensor) -> Tensor:
-        """Images [B, C, H, W] to what is compared with the centroids: unit vectors [B, D]."""
+        """Images [B, C, H, W] to unit vectors [B, D], which are compared with the centroids."""
         return self._centroid_head().embed(self.forward_head(self.forward_features(x), pre_logits=True))
 
     def learn(self, target: Tensor) -> None:
-        """Let the centroids follow the last batch, see `NearestCentroidHead.learn`: one line at the end of a step."""
+        """Updates the centroids with the last batch at the end of a training step, see `NearestCentroidHead.learn`."""
         self._centroid_head().learn(target)
 
     def _centroid_head(self) -> NearestCentroidHead:
         head = self.get_classifier()
         if not isinstance(head, NearestCentroidHead):
-            raise ValueError('The model has no centroids: it was made, or reset, with num_classes=0.')
+            raise ValueError('The model has no centroids because num_classes=0: call reset_classifier(num_classes).')
         return head
 
     def _replace_linear(self) -> None:
-        """Put a centroid head where the backbone's own code has put a linear layer."""
+        """Replaces the linear layer that the backbone's code has created by a centroid head."""
         linear = dict(self.named_modules()).get(self.classifier_name)
         if not isinstance(linear, nn.Linear):
             raise ValueError(
-                f'The centroid head takes the place of one linear layer, but {self.backbone_class.__name__} ends in '
-                f"{type(linear).__name__} ('{self.classifier_name}'). Keep the global pooling or take another model."
+                f'The centroid head replaces one linear layer, but {self.backbone_class.__name__} ends in '
+                f"{type(linear).__name__} ('{self.classifier_name}'): keep the global pooling or choose another model."
             )
         head = NearestCentroidHead(
             linear.in_features,
@@ -92,17 +87,17 @@ class NearestCentroidMixin(nn.Module):
         self.set_submodule(self.classifier_name, head.train(linear.training))
 
     def __reduce_ex__(self, protocol: int) -> tuple:
-        # The class is made at run time, so that pickle and copy cannot import it by its name: they make it again.
+        # The class is created at run time, so pickle and copy cannot import it by name and create it again.
         _, _, *state = super().__reduce_ex__(protocol)
         return _new_instance, (self.backbone_class,), *state
 
 
 @functools.cache
 def _nearest_centroid_class(backbone: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a timm model class whose instances end in a centroid head."""
+    """Subclass of a timm model class with `NearestCentroidMixin`."""
     namespace = dict(
         __module__=__name__,
-        __doc__=f'{backbone.__name__} that classifies by the nearest centroid.',
+        __doc__=f'{backbone.__name__} with a nearest-centroid head.',
         backbone_class=backbone,
     )
     return type(f'NearestCentroid{backbone.__name__}', (NearestCentroidMixin, backbone), namespace)
@@ -114,20 +109,26 @@ def _new_instance(backbone: type[nn.Module]) -> nn.Module:
 
 
 def _convert(model: nn.Module, sub_centroids: int = 4, common_start: float = 2.0) -> nn.Module:
-    """Turn a timm classifier, in place, into one that ends in a centroid head."""
+    """Replaces the last linear layer of a timm classifier by a centroid head, in place."""
     name = model.pretrained_cfg.get('classifier')
     if not isinstance(name, str) or not hasattr(model, 'reset_classifier'):
-        found = f'several ({", ".join(name)})' if isinstance(name, tuple | list) else 'none'
+        found = f'several classifiers ({", ".join(name)})' if isinstance(name, tuple | list) else 'no classifier'
         raise ValueError(
-            'The centroid head takes the place of one linear layer; '
-            f'of classifiers {type(model).__name__} has {found}. Take another model.'
+            f'The centroid head replaces one linear layer, but {type(model).__name__} has {found}: choose another.'
         )
-    model.__class__ = _nearest_centroid_class(type(model))
+    change_class(model, _nearest_centroid_class(type(model)))
+    model.register_load_state_dict_pre_hook(_convert_checkpoint)
     model.classifier_name = name
     model.sub_centroids, model.common_start = sub_centroids, common_start
     if model.num_classes > 0:
         model._replace_linear()
     return model
+
+
+def _convert_checkpoint(model: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Hook of ``load_state_dict``: timm's ``checkpoint_path`` takes the authors' checkpoints."""
+    if any(conversion.is_nearest_centroid_head(name.removeprefix(prefix)) for name in state_dict):
+        convert_in_place(state_dict, prefix, model, checkpoint_filter_fn)
 
 
 def nearest_centroid(
@@ -138,39 +139,39 @@ def nearest_centroid(
     pretrained: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """Any timm classifier with a nearest-centroid head in place of its last linear layer.
+    """Creates any timm classifier with a nearest-centroid head instead of its last linear layer.
 
-    The model stays what it was in every other respect: features, pooling, gradient checkpointing, parameter groups.
+    Everything else is unchanged: features, pooling, gradient checkpointing, parameter groups.
 
     Example:
         >>> model = nearest_centroid('convnext_tiny', num_classes=10)
 
     Args:
         model_name: A model name of timm or of this package, with or without a tag.
-        num_classes: Classes; as in the backbone's configuration if None, 0 for features.
-        sub_centroids: Sub-centroids of each class.
-        common_start: How close they start, see `NearestCentroidHead`.
-        pretrained: Start from the backbone's pretrained weights. The centroids are new in any case.
-        **kwargs: As for ``timm.create_model``. A ``checkpoint_path`` is loaded into the finished model.
+        num_classes: Number of classes; that of the backbone's configuration if None, 0 for features.
+        sub_centroids: Number of sub-centroids of each class.
+        common_start: Initial closeness of the sub-centroids of a class, see `NearestCentroidHead`.
+        pretrained: Load the backbone's pretrained weights. The centroids are always new.
+        **kwargs: Arguments of ``timm.create_model``. A ``checkpoint_path`` is loaded after the head is replaced.
 
     Returns:
-        An instance of a subclass of the backbone's class, `NearestCentroidMixin` in front.
+        An instance of the backbone's class and of `NearestCentroidMixin`.
 
     Raises:
-        ValueError: The model does not end in exactly one linear layer, or has a centroid head already.
+        ValueError: The model does not end in exactly one linear layer, or already has a centroid head.
         CheckpointError: ``checkpoint_path`` does not fit.
     """
     if kwargs.get('features_only'):
         raise ValueError(
-            'features_only leaves the classifier out, and with it the centroids: '
+            'features_only removes the classifier and its centroids: '
             f"use timm.create_model('{model_name}', features_only=True)."
         )
     checkpoint_path = kwargs.pop('checkpoint_path', None)
     model = timm.create_model(model_name, pretrained=pretrained, num_classes=num_classes, **kwargs)
     if isinstance(model, NearestCentroidMixin):
-        raise ValueError(f"'{model_name}' has a nearest-centroid head already: use timm.create_model('{model_name}').")
+        raise ValueError(f"'{model_name}' already has a nearest-centroid head: use timm.create_model('{model_name}').")
     model = _convert(model, sub_centroids, common_start)
-    # timm looks here for the parameters that depend on the number of classes
+    # timm reads here which parameters depend on the number of classes.
     model.pretrained_cfg = model.default_cfg = dict(
         model.pretrained_cfg, classifier=f'{model.classifier_name}.mask_norm'
     )
@@ -180,10 +181,10 @@ def nearest_centroid(
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: NearestCentroidMixin) -> dict[str, Tensor]:
-    """The authors' checkpoint under the names of the model; one of ours as it is.
+    """Converts the authors' checkpoint to the model's names; returns one of this package unchanged.
 
-    Head and backbone are told apart by the names, and the backbone's part goes through the backbone's own filter. A
-    checkpoint whose head is linear keeps it, under names that the model does not have.
+    The names distinguish head and backbone. The backbone's part is converted by the backbone's own filter. A linear
+    head stays in the state dict, under names that the model does not have.
     """
     backbone, head = conversion.nearest_centroid(state_dict, model.classifier_name)
     filter_fn = getattr(sys.modules[model.backbone_class.__module__], 'checkpoint_filter_fn', None)
@@ -191,20 +192,20 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: NearestCentroidMi
 
 
 def _adapt_classes(state_dict: dict[str, Tensor], model: NearestCentroidMixin) -> dict[str, Tensor]:
-    """`checkpoint_filter_fn` for pretrained weights, which may be of another number of classes.
+    """`checkpoint_filter_fn` for pretrained weights, which may have another number of classes.
 
-    timm then leaves out the classifier's ``weight`` and ``bias``, here those of ``mask_norm``. The centroids of other
-    classes are of no use either: the model keeps the ones that it was built with.
+    timm then removes the classifier's ``weight`` and ``bias``, which are those of ``mask_norm``. The centroids of other
+    classes cannot be used either, so the model keeps its initial ones.
     """
     state_dict = checkpoint_filter_fn(state_dict, model)
     prefix = f'{model.classifier_name}.'
     if model.num_classes == 0:
         return {name: value for name, value in state_dict.items() if not name.startswith(prefix)}
     centroids, expected = state_dict.get(f'{prefix}prototypes'), model.pretrained_cfg['num_classes']
-    found = expected if centroids is None or expected < 0 else len(centroids)  # below 0: a head of its own
+    found = expected if centroids is None or expected < 0 else len(centroids)  # negative: the head is not loaded
     if found != model.num_classes:
         state_dict[f'{prefix}prototypes'] = model.get_classifier().prototypes
-        for name in NearestCentroidHead.optional_entries:  # images of the other classes
+        for name in NearestCentroidHead.optional_entries:  # training images of the other classes
             state_dict.pop(f'{prefix}{name}', None)
     return state_dict
 
@@ -213,7 +214,7 @@ _RESNET_LEVELS = dict(out_indices=(0, 1, 2, 3, 4))
 _MOBILENET_LEVELS = dict(out_indices=(0, 1, 2, 3, 4), flatten_sequential=True)
 _STAGES = dict(out_indices=(0, 1, 2, 3), flatten_sequential=True)
 
-# Backbone as timm names it, and how its levels become `features_only`.
+# timm's name of the backbone, and the `feature_cfg` of `features_only`
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     'dnc_resnet18_cifar': ('resnet18_cifar', _RESNET_LEVELS),
     'dnc_resnet18': ('resnet18', _RESNET_LEVELS),
@@ -239,7 +240,7 @@ def _build(backbone: str, sub_centroids: int = 4, common_start: float = 2.0, **k
 def _create_dnc(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     backbone, feature_cfg = VARIANTS[variant]
     if kwargs.get('features_only'):
-        kwargs['num_classes'] = 0  # no head to build, none that a checkpoint must fit
+        kwargs['num_classes'] = 0  # no head that a checkpoint would have to fit
     return build_model(
         functools.partial(_build, backbone),
         variant,
@@ -257,7 +258,7 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     return cfg(**{'crop_pct': 0.875, **_PAPER, **kwargs})
 
 
-# The folder of all weights of the authors, at https://github.com/ChengHan111/DNC
+# The authors' folder at Google Drive, linked from https://github.com/ChengHan111/DNC
 _RELEASE = dict(
     url='https://drive.google.com/drive/folders/1zCT10t09mXw-8iLqDvkmxR46lOD5dsv4',
     origin_url='https://github.com/ChengHan111/DNC',
@@ -321,19 +322,19 @@ def dnc_mobilenetv2_100(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def dnc_swin_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Nearest centroids on Swin-T, patch 4, window 7; another ``img_size`` than 224 must be named."""
+    """Nearest centroids on Swin-T, patch 4, window 7; for other sizes than 224 pass ``img_size``."""
     return _create_dnc('dnc_swin_tiny', pretrained, **kwargs)
 
 
 @register_model
 def dnc_swin_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Nearest centroids on Swin-S, patch 4, window 7; another ``img_size`` than 224 must be named."""
+    """Nearest centroids on Swin-S, patch 4, window 7; for other sizes than 224 pass ``img_size``."""
     return _create_dnc('dnc_swin_small', pretrained, **kwargs)
 
 
 @register_model
 def dnc_swin_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Nearest centroids on Swin-B, patch 4, window 7; another ``img_size`` than 224 must be named."""
+    """Nearest centroids on Swin-B, patch 4, window 7; for other sizes than 224 pass ``img_size``."""
     return _create_dnc('dnc_swin_base', pretrained, **kwargs)
 
 

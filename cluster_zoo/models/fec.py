@@ -1,9 +1,9 @@
-"""FEC: Context Cluster in which clustering also reduces the points between stages.
+"""FEC: Context Cluster with clustering between the stages.
 
 Paper: 'Neural Clustering based Visual Representation Learning', CVPR 2024, https://arxiv.org/abs/2403.17409
 
-Two differences from `context_cluster`: every member of a cluster counts one in its center, and cluster pooling stands
-between the stages.
+Two differences from `context_cluster`: every member of a cluster has weight one in its center, and cluster pooling
+replaces the strided convolutions between stages.
 """
 
 from functools import partial
@@ -16,29 +16,31 @@ from timm.layers import GroupNorm1
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor
 
+from ..layers.cluster_mixer import is_modified
 from ..layers.clustering import group_mean, normalize, project_query
 from ..layers.grids import divides, merge, partition
 from ..layers.grids import point_mask as grid_mask
 from ..layers.kernels import nearest_center
-from ..weights import conversion
-from .builder import build_model
 from .context_cluster import VARIANTS as CONTEXT_CLUSTER_VARIANTS
-from .context_cluster import ContextCluster, cfg, one_each
+from .context_cluster import ContextCluster, cfg, checkpoint_filter_fn, create, one_each
 
-__all__ = ['FEC', 'ClusterPool']  # register_model adds the entry points
+__all__ = ['FEC', 'ClusterPool', 'checkpoint_filter_fn']  # register_model adds the entry points
 
 
 @register_notrace_module  # pads by the size of its input, which a symbolic trace cannot follow
 class ClusterPool(nn.Module):
-    """Half the points per axis: each new point gathers the points that look most like it (section 3.2).
+    """Cluster pooling: half the points per axis, each the mean of the points most similar to it (section 3.2).
 
-    The new points start as the mean of 2 x 2 points; every point joins the one of highest cosine similarity, wherever
-    in the region it lies; the mean of the members' values is added to a strided convolution.
+    The new points start as the mean of 2 x 2 points. Every point joins the new point of highest cosine similarity in
+    its region. The mean of the members' values is normalized and added to a strided convolution.
+
+    ``f`` and ``v`` are applied to means of points, which is faster than to all points. If one of them was replaced or
+    has hooks, both are called on all points, see `ClusterMixer`.
 
     Args:
         in_chans: Channels C of the points.
         out_chans: Channels C' of the new points.
-        regions: r, regions per axis that are clustered on their own.
+        regions: r, regions per axis that are clustered separately.
     """
 
     def __init__(self, in_chans: int, out_chans: int, regions: int = 1, device=None, dtype=None):
@@ -54,27 +56,37 @@ class ClusterPool(nn.Module):
         """[B, C, H, W] -> [B, C', ceil(H / 2), ceil(W / 2)]"""
         size, r = (x.shape[-2], x.shape[-1]), self.regions
         half = ((size[0] + 1) // 2, (size[1] + 1) // 2)
-        center_x = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
-        # Every region of every image is a set of its own
-        points, centers = partition(x, r, 2), partition(center_x, r)
         point_mask: Tensor | None = None
         center_mask: Tensor | None = None
         if not divides(size, 2 * r):
             point_mask = grid_mask(size, r, 2, x).repeat(x.shape[0], 1)
             center_mask = grid_mask(half, r, 1, x).repeat(x.shape[0], 1)
-        bias = self.f.bias
-        assert bias is not None  # for TorchScript, where any convolution may lack it
-        with torch.no_grad():
-            center_f = normalize(partition(self.f(center_x), r)).unsqueeze(2)  # one head
-            query, offset = project_query(center_f, self.f.weight.flatten(1).unsqueeze(0), bias.unsqueeze(0))
-            index = nearest_center(points, query.squeeze(1), offset.transpose(1, 2), center_mask)
-        out = self.v(merge(group_mean(points, centers, index, point_mask), r, half))
+        modified = False
+        if not torch.jit.is_scripting():
+            modified = is_modified(self.f) or is_modified(self.v)
+        if modified:
+            f, v = self.f(x), self.v(x)
+            query = normalize(partition(_mean_2x2(f.detach()), r))
+            index = nearest_center(partition(f.detach(), r, 2), query, torch.zeros_like(query[..., :1]), center_mask)
+            out = merge(group_mean(partition(v, r, 2), partition(_mean_2x2(v), r), index, point_mask), r, half)
+        else:
+            center_x, f_bias = _mean_2x2(x), self.f.bias
+            assert f_bias is not None  # for TorchScript
+            points, centers = partition(x, r, 2), partition(center_x, r)
+            with torch.no_grad():
+                center_f = normalize(partition(self.f(center_x), r)).unsqueeze(2)  # one head
+                query, offset = project_query(center_f, self.f.weight.flatten(1).unsqueeze(0), f_bias.unsqueeze(0))
+                index = nearest_center(points, query.squeeze(1), offset.transpose(1, 2), center_mask)
+            out = self.v(merge(group_mean(points, centers, index, point_mask), r, half))
+            f = self.f(x[:1, :, :1, :1])
         out = self.skip(x) + self.norm(out)
-        if torch.is_grad_enabled():
-            # Small changes of f leave every assignment as it is: its gradient is zero, not missing. Saying so keeps
-            # DistributedDataParallel and gradient checks from treating its parameters as unused.
-            out = out + 0 * self.f(x[:1, :, :1, :1]).sum()
-        return out
+        # The assignment is hard, so the gradient of f is zero. This term makes it zero instead of None, which
+        # DistributedDataParallel requires.
+        return out + 0 * f.sum() if torch.is_grad_enabled() else out
+
+
+def _mean_2x2(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
 
 
 class FEC(ContextCluster):
@@ -82,7 +94,7 @@ class FEC(ContextCluster):
 
     Args:
         depths: Blocks of each stage.
-        pool_regions: Regions per axis that cluster pooling treats on their own, one for all stages or one between each.
+        pool_regions: Regions per axis that cluster pooling clusters separately, one for all poolings or one for each.
         **kwargs: See `ContextCluster`.
     """
 
@@ -102,29 +114,15 @@ class FEC(ContextCluster):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """The features of cluster pooling: no gradient reaches them, and they stay as they are in the authors' code."""
+        """Weights of ``f`` in cluster pooling: they get no gradient and stay unchanged, as in the authors' code."""
         return {'stages.*.downsample.f.weight'}
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The authors' checkpoint under this package's names; one of ours as it is."""
-    return conversion.context_cluster(state_dict)
+def _create_fec(variant: str, pretrained: bool, **kwargs: Any) -> FEC:
+    return create(FEC, variant, VARIANTS[variant], pretrained, **kwargs)
 
 
-def _create_fec(variant: str, pretrained: bool = False, **kwargs: Any) -> FEC:
-    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
-    return build_model(
-        FEC,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
-        variant_args=VARIANTS[variant],
-        **kwargs,
-    )
-
-
-# Sizes of Context Cluster, one set of points per image, more centers in the early stages.
+# The sizes of Context Cluster, without regions and with more centers in the early stages
 VARIANTS: dict[str, dict[str, Any]] = {
     name: dict(CONTEXT_CLUSTER_VARIANTS[size], proposals=(4, 4, 2, 2), regions=1)
     for name, size in (('fec_small', 'coc_tiny'), ('fec_base', 'coc_small'), ('fec_large', 'coc_medium'))
@@ -135,7 +133,7 @@ _PAPER = dict(
     paper_ids='arXiv:2403.17409',
 )
 
-# One folder has all of the authors' weights.
+# The authors' folder at Google Drive contains all weights.
 _RELEASED = cfg(
     url='https://drive.google.com/drive/folders/1X7MhOpg50d1aAmWOP9M7psBhW_fJzg2A',
     origin_url='https://github.com/guikunchen/FEC',

@@ -1,14 +1,14 @@
-"""Training recipes: the defaults that ``train.py`` starts from, by name.
+"""Training recipes of the papers: the defaults of ``train.py``, by name.
 
-A recipe holds what differs from timm's own defaults, as ``{destination of the flag: value}``. It answers "what did the
-paper train with", so it leaves out what a machine decides: mixed precision is asked for with ``--amp``.
+A recipe maps destinations of flags to values, where these differ from timm's defaults. Options that depend on the
+machine, such as mixed precision (``--amp``), are not part of a recipe.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-# CoC and FEC share one script, and with it these defaults (learning rate for 8 processes of 128 images).
+# Context Cluster and FEC were trained alike. The learning rate is for 8 processes of 128 images.
 _CLUSTER = dict(
     opt='adamw',
     lr=1e-3,
@@ -35,7 +35,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     'timm': {},
     'coc': _CLUSTER,
     'fec': _CLUSTER,
-    # DNC on ImageNet: ResNets with plain SGD and steps, Swin with its own recipe.
+    # DNC on ImageNet: ResNets with SGD and steps, Swin with its own recipe
     'dnc_resnet': dict(
         opt='sgd',
         lr_base=0.1,
@@ -68,9 +68,9 @@ RECIPES: dict[str, dict[str, Any]] = {
         reprob=0.25,
         smoothing=0.1,
         common_start=0.0,
-        centroid_every=500,  # of Swin-T; the authors have 400 for S and 300 for B
+        centroid_every=500,  # for Swin-T; published are 400 for S and 300 for B
     ),
-    # DNC on CIFAR-10: 32 px, padded by 4 and cropped, flipped, nothing else.
+    # DNC on CIFAR-10: 32 px, random crops after padding by 4, flips
     'dnc_cifar': dict(
         opt='sgd',
         lr_base=0.1,
@@ -91,16 +91,16 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
 }
 
-# What in the recipes is about the learning of centroids. This package's own defaults for these measure better.
+# Options of the recipes for the learning of centroids. This package's defaults for them measure better.
 PUBLISHED_CENTROIDS = ('centroid_every', 'common_start')
 
-# First match wins, so the longer prefixes come first.
+# The first match is used, so longer prefixes come first.
 _BY_PREFIX = (
     ('dnc_coc', 'coc'),
     ('dnc_fec', 'fec'),
     ('dnc_swin', 'dnc_swin'),
     ('dnc_resnet18_cifar', 'dnc_cifar'),
-    ('resnet18_cifar', 'dnc_cifar'),  # trained alike, to be compared with
+    ('resnet18_cifar', 'dnc_cifar'),  # the linear baseline of dnc_resnet18_cifar
     ('dnc_', 'dnc_resnet'),
     ('coc_', 'coc'),
     ('fec_', 'fec'),
@@ -108,12 +108,12 @@ _BY_PREFIX = (
 
 
 def recipe_for(model_name: str) -> str:
-    """Name of the recipe that a model was published with.
+    """Returns the name of the recipe that a model was published with.
 
     Args:
         model_name: A timm model name, with or without a pretrained tag (``coc_tiny``, ``coc_tiny.cifar10``).
 
     Returns:
-        A key of :data:`RECIPES`; ``'timm'`` for every model that is not one of ours.
+        A key of :data:`RECIPES`; ``'timm'`` for models of other packages.
     """
     return next((recipe for prefix, recipe in _BY_PREFIX if model_name.startswith(prefix)), 'timm')

@@ -1,4 +1,4 @@
-"""timm's training tasks, for models whose centroids learn."""
+"""timm's training tasks for models with nearest-centroid heads."""
 
 import functools
 from typing import Any
@@ -13,16 +13,16 @@ __all__ = ['NearestCentroidTask', 'split_learning_state', 'with_centroid_learnin
 
 
 class CentroidTaskMixin(TrainingTask):
-    """What a task gets, in front of its own class, so that the centroids of its model learn from every batch.
+    """Mixin for a task that updates the centroids of its model with every batch.
 
-    A batch is learned when its gradients have been taken, because these need the centroids of the forward pass:
-    `update_ema` does it, which a training loop calls after each update, or else the next `forward`.
+    The gradients need the centroids of the forward pass. So the centroids are updated in `update_ema`, which a training
+    loop calls after each update, or in the next `forward`.
     """
 
     _target: Tensor | None = None
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """As the task itself, with ``contrast_loss`` added where the heads have one."""
+        """Computes the losses of the task, and adds ``contrast_loss`` if the heads have one."""
         self.learn_last_batch()
         result = super().forward(input, target)
         heads = [head for head in centroid_heads(self.get_trainable_module()) if head.training]
@@ -35,7 +35,7 @@ class CentroidTaskMixin(TrainingTask):
         return result
 
     def learn_last_batch(self) -> None:
-        """Learn the last batch if that has not been done. With several processes all have to call it."""
+        """Updates the centroids with the last batch, once. With several processes all have to call this."""
         if self._target is None:
             return
         for head in centroid_heads(self.get_trainable_module()):
@@ -43,50 +43,50 @@ class CentroidTaskMixin(TrainingTask):
         self._target = None
 
     def centroid_target(self, target: Tensor, shape: torch.Size) -> Tensor:
-        """What the features that a head has seen are examples of; for a task whose batches are no such targets.
+        """Returns the targets of the features of a head. Tasks override this if they differ from the batch's targets.
 
         Args:
-            target: Of the batch.
-            shape: Of the features, without their width; targets that are class indices have the same.
+            target: Targets of the batch.
+            shape: Shape of the features without their width, which is the shape of targets that are class indices.
         """
         return target
 
     def _target_of(self, head: NearestCentroidHead) -> Tensor:
-        # Without features the head itself says what is wrong.
+        # Without features, head.learn raises an error.
         return self._target if head._seen is None else self.centroid_target(self._target, head._seen.shape[:-1])
 
     @torch.no_grad()
     def update_ema(self, step: int | None = None) -> None:
-        """Average the weights; the averaged model has the centroids themselves, which are averages already."""
+        """Averages the weights. Centroids are averages already, so the averaged model gets a copy of them."""
         self.learn_last_batch()
         heads, averages = (centroid_heads(self.get_trainable_module(ema=ema)) for ema in (False, True))
         for head in (*heads, *averages):
-            head.drop_anchors()  # timm averages entry by entry, and only one of the two may have the record
+            head.drop_anchors()  # timm averages buffers in pairs, and only one model may have these
         super().update_ema(step)
         for head, averaged in zip(heads, averages):
             averaged.prototypes.copy_(head.prototypes)
 
     def learning_state(self) -> list[dict[str, Any]]:
-        """What the heads remember in this process, see `NearestCentroidHead.learning_state`."""
+        """Returns `NearestCentroidHead.learning_state` of all heads in this process."""
         return [head.learning_state() for head in centroid_heads(self.get_trainable_module())]
 
     def load_learning_state(self, states: list[list[dict[str, Any]]]) -> None:
-        """Go on from what `learning_state` gave, in one process or in several whose memories become this one's."""
+        """Restores states from `learning_state` of one or several processes; their memories are merged."""
         for head, of_head in zip(centroid_heads(self.get_trainable_module()), zip(*states)):
             head.load_learning_state(*of_head)
 
 
 def split_learning_state(learned: list[Any], rank: int, world_size: int) -> list[Any]:
-    """Of the `learning_state` of every process, what one goes on with, perhaps among another number of processes.
+    """Returns the states that a process restores, from the `learning_state` of each process of the saved run.
 
-    With fewer processes than before it gets several memories, with more it may be none.
+    With fewer processes than in the saved run, a process gets several memories; with more, it may get none.
     """
     return learned[rank::world_size] or [[head | dict(memory=None) for head in heads] for heads in learned[:1]]
 
 
 @functools.cache
 def with_centroid_learning(task_class: type[TrainingTask]) -> type[TrainingTask]:
-    """A subclass of any of timm's task classes, in which the centroids of the model learn.
+    """Returns a subclass of one of timm's task classes that updates the centroids of its model.
 
     Example:
         >>> task = with_centroid_learning(LogitDistillationTask)(model, teacher_model='resnet50')
@@ -96,7 +96,7 @@ def with_centroid_learning(task_class: type[TrainingTask]) -> type[TrainingTask]
 
 
 class NearestCentroidTask(CentroidTaskMixin, ClassificationTask):
-    """timm's `ClassificationTask` for models with a `NearestCentroidHead`; for other models it is just that.
+    """timm's `ClassificationTask` for models with a `NearestCentroidHead`.
 
     Example:
         >>> task = NearestCentroidTask(timm.create_model('dnc_resnet18'))

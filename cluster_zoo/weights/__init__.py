@@ -1,6 +1,6 @@
-"""Pretrained weights: where they come from, how files are read, and what is refused (docs/security.md).
+"""Pretrained weights: downloads, the cache, reading and converting untrusted files (see docs/security.md).
 
-Whatever is wrong with weights, a file, a server or a configuration is one `CheckpointError` with one line of text.
+All problems with files, servers and configurations raise `CheckpointError` with a message of one line.
 """
 
 from ..errors import CheckpointError

@@ -1,4 +1,4 @@
-"""Archives that hold a checkpoint, such as the zip file that a browser makes of a Google Drive folder."""
+"""Archives that contain a checkpoint, such as the zip file that a browser downloads for a Google Drive folder."""
 
 import gzip
 import tarfile
@@ -12,68 +12,61 @@ __all__ = ['SUFFIXES', 'is_archive', 'unpack_checkpoint']
 
 SUFFIXES = ('.pth.tar', '.pth', '.pt', '.ckpt', '.bin', '.safetensors')
 
-_MAX_RATIO = 100  # bytes of the content over bytes of the archive: weights hardly compress, zeros may
+_MAX_RATIO = 100  # unpacked size over archive size: weights hardly compress, zeros compress a thousand times
 _MAX_MEMBERS = 10_000
 _CHUNK = 1 << 20
 _SHOWN = 4
 
 
-def is_archive(path: Path) -> bool:
-    """Whether a file is a zip, tar or gzip archive, and no checkpoint itself."""
-    try:
-        if _is_zip(path):
-            with zipfile.ZipFile(path) as archive:
-                return not any(PurePosixPath(name).name == 'data.pkl' for name in archive.namelist())
-    except Exception:  # it is damaged, which reading tells
-        return False
-    return _starts_with(path, b'\x1f\x8b') or _is_tar(path)
-
-
-def _starts_with(path: Path, magic: bytes, offset: int = 0) -> bool:
+def _kind(path: Path) -> str | None:
     with path.open('rb') as file:
-        file.seek(offset)
-        return file.read(len(magic)) == magic
+        start = file.read(262)
+    if start.startswith(b'PK') and zipfile.is_zipfile(path):  # which alone accepts a tar file that ends with a zip file
+        return 'zip'
+    return 'gzip' if start.startswith(b'\x1f\x8b') else 'tar' if start.endswith(b'ustar') else None
 
 
-def _is_zip(path: Path) -> bool:
-    return _starts_with(path, b'PK') and zipfile.is_zipfile(path)  # which takes a tar that ends with a zip for one
-
-
-def _is_tar(path: Path) -> bool:
-    return _starts_with(path, b'ustar', 257)
+def is_archive(path: Path) -> bool:
+    """Whether a file is a zip, tar or gzip archive, but not a checkpoint written by ``torch.save``."""
+    kind = _kind(path)
+    try:
+        if kind == 'zip':
+            with zipfile.ZipFile(path) as archive:
+                return all(PurePosixPath(name).name != 'data.pkl' for name in archive.namelist())
+    except Exception:  # a damaged zip file, which `read_checkpoint` reports
+        return False
+    return kind is not None
 
 
 def unpack_checkpoint(path: Path, folder: Path) -> Path:
-    """Copy the one checkpoint of an archive into a folder. Nothing else is unpacked, and its path has no effect."""
-    limit = _MAX_RATIO * path.stat().st_size + _CHUNK
+    """Copies the only checkpoint of an archive into a folder, under a fixed name, and unpacks nothing else."""
+    limit, kind = _MAX_RATIO * path.stat().st_size + _CHUNK, _kind(path)
     try:
-        if _is_zip(path):
+        if kind == 'zip':
             with zipfile.ZipFile(path) as archive:
-                name = _only_checkpoint(path, [entry.filename for entry in archive.infolist() if not entry.is_dir()])
+                name = _find_checkpoint(path, [entry.filename for entry in archive.infolist() if not entry.is_dir()])
                 with archive.open(name) as content:
-                    return _copy(content, folder, limit, path)
-        if _starts_with(path, b'\x1f\x8b'):
+                    return _copy(content, folder / 'checkpoint', limit, path)
+        if kind == 'gzip':
             with gzip.open(path) as content:
-                unzipped = _copy(content, folder, limit, path, 'unzipped')
-            return unpack_checkpoint(unzipped, folder) if _is_tar(unzipped) else unzipped
+                unzipped = _copy(content, folder / 'unzipped', limit, path)
+            return unpack_checkpoint(unzipped, folder) if _kind(unzipped) == 'tar' else unzipped
         with tarfile.open(path, 'r:') as archive:
             members = {}
             for member in archive:
-                if member.size < 0 or len(members) > _MAX_MEMBERS:  # or reading would not end
+                if member.size < 0 or len(members) > _MAX_MEMBERS:  # a negative size makes tarfile loop forever
                     raise CheckpointError(f"'{path}' was refused: its list of members is damaged or has no end.")
                 if member.isreg():
                     members[member.name] = member
-            with archive.extractfile(members[_only_checkpoint(path, [*members])]) as content:
-                return _copy(content, folder, limit, path)
+            with archive.extractfile(members[_find_checkpoint(path, [*members])]) as content:
+                return _copy(content, folder / 'checkpoint', limit, path)
     except CheckpointError:
         raise
-    except Exception as error:  # a damaged archive fails with any error, RecursionError included
-        raise CheckpointError(
-            f"'{path}' is damaged, or not an archive that can be read ({one_line(error)})."
-        ) from error
+    except Exception as error:  # a damaged archive raises errors of any type, RecursionError included
+        raise CheckpointError(f"'{path}' is damaged, or not a supported archive ({one_line(error)}).") from error
 
 
-def _only_checkpoint(path: Path, names: list[str]) -> str:
+def _find_checkpoint(path: Path, names: list[str]) -> str:
     found = [
         name
         for name in names
@@ -84,15 +77,14 @@ def _only_checkpoint(path: Path, names: list[str]) -> str:
     if len(found) != 1:
         listed = ', '.join(map(quoted, (found or names)[:_SHOWN])) or 'nothing'
         what = f'{len(found)} checkpoints ({listed}, ...)' if found else f'no checkpoint, but {listed}'
-        raise CheckpointError(f"'{path}' holds {what}. Unpack it and take the file that you need.")
+        raise CheckpointError(f"'{path}' holds {what}. Unpack it and pass the file that you need.")
     return found[0]
 
 
-def _copy(content: BinaryIO, folder: Path, limit: int, path: Path, name: str = 'checkpoint') -> Path:
-    """Write a stream to a file, piece by piece and no more than ``limit`` bytes."""
-    target = folder / name
+def _copy(content: BinaryIO, target: Path, limit: int, path: Path) -> Path:
     with target.open('wb') as file:
-        while piece := content.read(_CHUNK):
-            if file.write(piece) and file.tell() > limit:
+        while chunk := content.read(_CHUNK):
+            file.write(chunk)
+            if file.tell() > limit:
                 raise CheckpointError(f"'{path}' was refused: it grows to more than {_MAX_RATIO} times its size.")
     return target

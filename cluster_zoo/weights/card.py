@@ -1,4 +1,4 @@
-"""The README.md of a model folder: what the Hub shows of a model, and what a person needs to use and to judge it."""
+"""The model card: README.md of a model folder, which the Hugging Face Hub displays."""
 
 import html
 import re
@@ -6,13 +6,15 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from ..errors import one_line
 from .metadata import label_names, release
 
 __all__ = ['model_card']
 
-_DATASETS = {'ImageNet-1k': ['imagenet-1k'], 'CIFAR-10': ['cifar10']}  # as the Hub calls them
-_LICENSES = ('apache-2.0', 'mit', 'bsd-3-clause', 'cc0-1.0', 'cc-by-4.0', 'cc-by-nc-4.0', 'gpl-3.0')  # as the Hub does
-_SHOWN = 20  # classes that are named
+# The Hub's names of datasets and licenses
+_DATASETS = {'ImageNet-1k': ['imagenet-1k'], 'CIFAR-10': ['cifar10']}
+_LICENSES = ('apache-2.0', 'mit', 'bsd-3-clause', 'cc0-1.0', 'cc-by-4.0', 'cc-by-nc-4.0', 'gpl-3.0', 'unknown')
+_SHOWN = 20  # class names in the card
 
 _CARD = """\
 ---
@@ -21,12 +23,12 @@ _CARD = """\
 
 # {title}
 
-{architecture}, {num_classes} classes, trained on {trained_on}. {paper}
+{architecture}, {num_classes} classes, trained on {dataset}. {paper}
 
 ```python
 import timm
 
-import cluster_zoo  # pip install cluster_zoo's checkout: timm then knows the architecture
+import cluster_zoo  # registers the architecture; to install: pip install a checkout of cluster_zoo
 
 model = timm.create_model('{load}', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -40,57 +42,57 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 Images of {input_size} (channels, height, width), crop {crop_pct}, {interpolation}, mean {mean}, std {std}.
 
-Classes by their index: {classes}
+Classes by index: {classes}
 
 ## Origin
 
 {origin}
 - SHA-256 of model.safetensors: {sha256}
 
-Licence of the weights: {license}.
+License of the weights: {license}.
 {citation}"""
 
 
 def model_card(config: dict[str, Any], title: str) -> str:
-    """A model card in Markdown, with the YAML front matter that the Hub reads, from a folder's ``config.json``.
+    """Returns a model card in Markdown, with the YAML front matter of the Hub, from a folder's ``config.json``.
 
-    Text in the configuration may come from elsewhere, and adds no markup.
+    Text from the configuration, which may be hostile, is escaped and cannot add markup.
     """
     cfg, name = config['pretrained_cfg'], config['architecture']
-    known = release(f'{name}.{cfg["tag"]}' if cfg.get('tag') else name)
-    stated = str(cfg.get('license') or 'unknown')
-    common = stated in (*_LICENSES, 'unknown')
+    full_name = f'{name}.{cfg["tag"]}' if cfg.get('tag') else None
+    known = release(full_name or name)
+    license = str(cfg.get('license') or 'unknown')
     data = ModelCardData(
-        license=stated if common else 'other',
-        license_name=None if common else _text(stated),
+        license=license if license in _LICENSES else 'other',
+        license_name=None if license in _LICENSES else _escape(license),
         library_name='timm',
         pipeline_tag='image-classification' if config.get('num_classes') else 'image-feature-extraction',
         tags=['timm', 'cluster_zoo'],
         datasets=_DATASETS.get(known.data),
     )
-    top1 = '- {top1:.2f} % top-1 on {images}, measured with cluster_zoo by `{command}` on {machine}, {date}'
-    published = f'- {known.published_top1} % top-1 on ImageNet-1k, as published by the authors'
-    results = [published] * bool(known.published_top1) + [top1.format(**one) for one in known.measured]
+    measured = '- {top1:.2f} % top-1 on {images}, measured with cluster_zoo by `{command}` on {machine}, {date}'
+    results = [measured.format(**one) for one in known.measured]
+    if known.published_top1:
+        results.insert(0, f'- {known.published_top1} % top-1 on ImageNet-1k, as published by the authors')
     labels = label_names(cfg | {key: config[key] for key in ('num_classes', 'label_names') if config.get(key)}) or []
     return _CARD.format(
         data=data.to_yaml(),
-        title=_text(title),
+        title=_escape(title),
         architecture=name,
         num_classes=config.get('num_classes'),
-        trained_on=known.data or 'data that is not known',
-        paper=_text(' '.join(str(cfg[key]) for key in ('paper_name', 'paper_ids') if cfg.get(key))),
-        load=f'{name}.{cfg["tag"]}' if cfg.get('tag') else 'local-dir:FOLDER',
-        results='\n'.join(results) or 'No figure is known for these weights.',
-        classes=(', '.join(map(_text, labels[:_SHOWN])) or 'not known') + ', ...' * (len(labels) > _SHOWN),
-        origin='\n'.join(f'- {_text(key)}: {_text(value)}' for key, value in config['source'].items() if value),
+        dataset=known.data or 'unknown data',
+        paper=_escape(' '.join(str(cfg[key]) for key in ('paper_name', 'paper_ids') if cfg.get(key))),
+        load=full_name or 'local-dir:FOLDER',
+        results='\n'.join(results) or 'No results are known for these weights.',
+        classes=(', '.join(map(_escape, labels[:_SHOWN])) or 'not known') + ', ...' * (len(labels) > _SHOWN),
+        origin='\n'.join(f'- {_escape(key)}: {_escape(value)}' for key, value in config['source'].items() if value),
         sha256=config['sha256'],
-        license=_text(stated),
+        license=_escape(license),
         citation=f'\n## Citation\n\n```bibtex\n{known.citation}\n```\n' if known.citation else '',
-        **{key: _text(cfg.get(key)) for key in ('input_size', 'crop_pct', 'interpolation', 'mean', 'std')},
+        **{key: _escape(cfg.get(key)) for key in ('input_size', 'crop_pct', 'interpolation', 'mean', 'std')},
     )
 
 
-def _text(value: Any) -> str:
-    """Text of a configuration on one line, with all that Markdown or HTML would take for markup escaped."""
-    line = ' '.join(''.join(c if c.isprintable() else ' ' for c in str(value)).split())
-    return re.sub(r'([\\`*_\[\]#|~$!])', r'\\\1', html.escape(line, quote=False))
+def _escape(value: Any) -> str:
+    """Escapes Markdown and HTML in external text."""
+    return re.sub(r'([\\`*_\[\]#|~$!])', r'\\\1', html.escape(one_line(value), quote=False))

@@ -1,7 +1,7 @@
-"""Downloads: the authors' files on Google Drive, through gdown, and model folders on the Hugging Face Hub.
+"""Downloads of the authors' files from Google Drive and of model folders from the Hugging Face Hub.
 
-``pretrained=True`` is the consent to a download, as in timm. ``CLUSTER_ZOO_AUTHORS=0`` forbids those from the authors,
-``HF_HUB_OFFLINE=1`` all. No organization of the Hub is asked unless ``CLUSTER_ZOO_HUB`` or ``hf-hub:`` names it.
+``pretrained=True`` allows downloads, as in timm. ``CLUSTER_ZOO_AUTHORS=0`` forbids those from Google Drive and
+``HF_HUB_OFFLINE=1`` all. Only organizations that ``CLUSTER_ZOO_HUB`` or ``hf-hub:`` name are asked on the Hub.
 """
 
 import os
@@ -27,16 +27,16 @@ from .configs import CONFIG
 __all__ = ['fetch', 'hub_folder', 'is_drive', 'organization']
 
 _DRIVE = re.compile(r'https://drive\.google\.com/(?:drive/folders|file/d)/([\w-]+)')
-_TIMEOUT = (5.0, 60.0)  # seconds to connect, and without a byte
+_TIMEOUT = (5.0, 60.0)  # seconds to connect, and between two packets
 _RETRIES = 3
-# Words in the paths of files for other tasks and data
+# Words in the paths of files for other tasks and datasets
 _DETECTION = {'detection', 'det', 'coco', 'rcnn', 'scanobjectnn'}
 _SEGMENTATION = {'segmentation', 'seg', 'ade20k', 'fpn'}
 _SMALL_DATA = {'cifar', 'cifar10', 'cifar100'}
 
 
 def is_drive(url: object) -> bool:
-    """Whether an address is that of a file or a folder on Google Drive."""
+    """Whether a value is the address of a file or a folder on Google Drive."""
     return isinstance(url, str) and _DRIVE.fullmatch(url) is not None
 
 
@@ -48,13 +48,14 @@ def fetch(
     force: bool = False,
     root: str | Path | None = None,
 ) -> Path:
-    """The authors' weights of a name: from the cache, or downloaded, checked and put there.
+    """Returns the authors' weights for a name from the cache, and downloads them if necessary.
 
     Args:
-        name: What the cache calls them.
-        url: A file on Google Drive, or the folder that has the file.
-        install: Converts the downloaded file: called with the file, an empty folder and where the file comes from.
-        member: Path of the file in the folder, where the names in it do not tell which one is meant.
+        name: Name in the cache.
+        url: A file on Google Drive, or the folder that contains it.
+        install: Function that converts the downloaded file. Its arguments are the file, an empty folder to fill and the
+            origin of the file.
+        member: Path of the file in the folder, if the name does not determine it.
         force: Download again, and accept a file whose SHA-256 has changed.
         root: Folder of the cache.
 
@@ -62,19 +63,20 @@ def fetch(
         The model folder in the cache.
 
     Raises:
-        CheckpointError: Downloads are forbidden or fail, it is not clear which file is meant, or the file is refused.
+        CheckpointError: Downloads are forbidden or fail, the file cannot be determined, or it is refused.
     """
-    if found := None if force else cache.cached(name, root):
+    if not force and (found := cache.cached(name, root)):
         return found
     if _offline() or os.environ.get('CLUSTER_ZOO_AUTHORS') == '0':
         setting = 'HF_HUB_OFFLINE' if _offline() else 'CLUSTER_ZOO_AUTHORS=0'
-        raise CheckpointError(f'{name} is not in the cache, and {setting} forbids to download it from {url}.')
+        raise CheckpointError(f'{name} is not in the cache, and {setting} forbids the download from {url}.')
     with cache.exclusive(name, root):
-        if found := None if force else cache.cached(name, root):  # by another process in the meantime
+        if not force and (found := cache.cached(name, root)):  # another process has installed it
             return found
-        check_network('https://drive.google.com')
+        if problem := _connection_problem('https://drive.google.com'):
+            raise CheckpointError(problem)
         pinned_id, pinned = metadata.PINS.get(name, (None, None))
-        file_id, path = (pinned_id, member) if pinned_id and not member else _choose(name, url, member)
+        file_id, path = (pinned_id, member) if pinned_id and not member else _find_file(name, url, member)
         state = 'its SHA-256 is pinned' if pinned else 'no SHA-256 is pinned: it is recorded at the first use'
         cache.say(f'downloading {name} ({path or file_id}) from {url}; {state}')
         target = cache.entry(name, root)
@@ -89,150 +91,148 @@ def fetch(
     return target
 
 
-def check_network(url: str) -> None:
-    """Raise `CheckpointError` within seconds if a server cannot be reached, as libraries that retry do not.
+def _connection_problem(url: str) -> str | None:
+    """Returns why a server does not respond, within seconds. The libraries for downloads retry for minutes.
 
-    Any answer is one: of the server, of a proxy, of one whose certificate only the download knows to trust.
+    Any response counts, such as an error of a proxy, or a certificate that only the library for downloads trusts.
     """
-    outcome: list[object] = ['no answer within 8 s']
+    problem: list[object] = ['no answer within 8 s']
 
-    def ask() -> None:
+    def connect() -> None:
         try:
-            build_opener().open(Request(url, method='HEAD'), timeout=5).close()  # with the proxies of now
-            outcome[0] = None
+            build_opener().open(Request(url, method='HEAD'), timeout=5).close()  # uses the current proxy settings
+            problem[0] = None
         except TimeoutError as error:
-            outcome[0] = error
+            problem[0] = error
         except Exception as error:
-            unreachable = type(error) is URLError and not isinstance(error.reason, ssl.SSLError)
-            outcome[0] = error.reason if unreachable else None
+            no_response = type(error) is URLError and not isinstance(error.reason, ssl.SSLError)
+            problem[0] = error.reason if no_response else None
 
-    thread = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit of its own
+    thread = threading.Thread(target=connect, daemon=True)  # because resolving a host name has no time limit
     thread.start()
     thread.join(8)
-    if outcome[0] is not None:
-        raise CheckpointError(
-            f'{urlsplit(url).hostname} cannot be reached: {one_line(outcome[0])}. Is there a network?'
-        )
+    host, reason = urlsplit(url).hostname, problem[0]
+    return None if reason is None else f'{host} cannot be reached: {one_line(reason)}. Check the network.'
 
 
-def _choose(name: str, url: str, member: str | None) -> tuple[str, str]:
-    """Identifier and path of the file that has the weights of a name."""
-    file_id = _DRIVE.fullmatch(url)[1]
+def _find_file(name: str, url: str, member: str | None) -> tuple[str, str]:
+    """Returns the Google Drive id and the path of the file for a name."""
+    drive_id = _DRIVE.fullmatch(url)[1]
     if '/file/' in url:
-        return file_id, ''
+        return drive_id, ''
     import gdown
 
     try:
         listed = gdown.download_folder(
             url, skip_download=True, quiet=True, use_cookies=False, timeout=_TIMEOUT, output=os.curdir
         )
-    except Exception as error:  # of gdown, of requests, and of pages that gdown cannot read
+    except Exception as error:  # of gdown, of requests, or for a page that gdown cannot parse
         raise CheckpointError(f'{url} cannot be listed: {one_line(error)}') from error
     files = [(Path(file.path).as_posix(), file.id) for file in listed or ()]
-    found = _matching(name, [path for path, _ in files]) if member is None else [p for p, _ in files if p == member]
+    names = [path for path, _ in files]
+    found = _matching(name, names) if member is None else [path for path in names if path == member]
     if len(found) != 1:
-        offered = ', '.join(one_line(path) for path, _ in files) or 'no files that can be seen'
+        offered = ', '.join(map(one_line, names)) or 'no visible files'
         raise CheckpointError(
-            f"Which file of {url} is {name}? It has {offered}. Name one: cluster-zoo fetch {name} --file 'PATH'"
+            f'The file of {name} in {url} cannot be determined. The folder has {offered}. Select one: '
+            f"cluster-zoo fetch {name} --file 'PATH'"
         )
     return dict(files)[found[0]], found[0]
 
 
 def _matching(name: str, paths: list[str]) -> list[str]:
-    """The paths of a folder that can be the file of a name; one, if their words decide it."""
+    """Returns the paths that can contain the weights of a name; only one if the words in the paths determine it."""
     models = {frozenset(model.split('_')) - {'dnc'} for model in metadata.package_models()}
 
-    def named(path: str) -> set[frozenset[str]]:  # where one name is part of another, the longer one is meant
+    def models_in(path: str) -> set[frozenset[str]]:  # without names that are part of a longer name
         found = {model for model in models if model <= _words(path)}
         return {model for model in found if not any(model < other for other in found)}
 
-    own, segmenter = named(name), '.' not in name
+    own, is_segmenter = models_in(name), '.' not in name
     others = {word for model in models for word in model if not word.isdigit()} | _SMALL_DATA
-    others = others - _words(name) | _DETECTION | (set() if segmenter else _SEGMENTATION)
+    others = others - _words(name) | _DETECTION | (set() if is_segmenter else _SEGMENTATION)
     found = [
         path
         for path in paths
-        if path.lower().endswith(SUFFIXES) and not _words(path) & others and named(path) in (own, set())
+        if path.lower().endswith(SUFFIXES) and not _words(path) & others and models_in(path) in (own, set())
     ]
-    for keep in (
-        lambda path: named(path) == own,
+    for prefers in (
+        lambda path: models_in(path) == own,
         lambda path: name.partition('.')[0].split('_')[-1] in _words(path),
-        lambda path: bool(_words(path) & _SEGMENTATION) == segmenter,
+        lambda path: bool(_words(path) & _SEGMENTATION) == is_segmenter,
         lambda path: 'best' in _words(path),
         lambda path: 'last' in _words(path),
     ):
-        found = list(filter(keep, found)) or found
+        found = list(filter(prefers, found)) or found
     return found
 
 
 def _words(path: str) -> set[str]:
-    # A model for CIFAR-10 has cifar in its name
+    # The names of models for CIFAR-10 contain `cifar`
     return set(re.split(r'[^a-z0-9]+', path.lower().replace('cifar1', 'cifar cifar1')))
 
 
 def _download(file_id: str, path: str, folder: Path) -> Path:
-    """Download a file of Google Drive to a name that the server has no part in; resume what was interrupted."""
+    """Downloads a file from Google Drive, or resumes its download. The server does not influence the file name."""
     import gdown
 
     output = folder / re.sub(r'[^\w-]', '', file_id)
-    left = [*folder.glob(f'{output.name}*.part')]
+    incomplete = [*folder.glob(f'{output.name}*.part')]
+    options = dict(quiet=not sys.stderr.isatty(), use_cookies=False, resume=True, timeout=_TIMEOUT, retries=_RETRIES)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        gdown.download(
-            id=file_id,
-            output=str(output),
-            quiet=not sys.stderr.isatty(),
-            use_cookies=False,
-            resume=True,
-            timeout=_TIMEOUT,
-            retries=_RETRIES,
-        )
-    except Exception as error:  # of gdown, of requests, and of pages that gdown cannot read
-        if isinstance(error, OSError) and error.errno:  # which errors of requests do not have
+        gdown.download(id=file_id, output=str(output), **options)
+    except Exception as error:  # of gdown, of requests, or for a page that gdown cannot parse
+        if isinstance(error, OSError) and error.errno:  # errors of requests are OSErrors without errno
             raise cache.unwritable(folder, error) from error
-        if not (left and 'byte range' in str(error)):
+        if not (incomplete and 'byte range' in str(error)):
             raise CheckpointError(
                 f"'{path or file_id}' cannot be downloaded from Google Drive: {one_line(error)}"
             ) from error
-        for part in left:  # is complete already or longer than the file: it cannot be resumed
+        for part in incomplete:  # as long as the file or longer, so that the server refuses to resume
             part.unlink(missing_ok=True)
         return _download(file_id, path, folder)
     return output
 
 
 def organization() -> str | None:
-    """The organization of the Hugging Face Hub that ``CLUSTER_ZOO_HUB`` names; None if it names none."""
+    """Returns the organization on the Hugging Face Hub in ``CLUSTER_ZOO_HUB``; None if it is not set."""
     named = os.environ.get('CLUSTER_ZOO_HUB', '').strip()
     if named and not re.fullmatch(r'[A-Za-z0-9][\w.-]*', named):
         raise CheckpointError(f'CLUSTER_ZOO_HUB={named!r} is no name of an organization, such as my-lab.')
     return named or None
 
 
-def hub_folder(repo_id: str, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
-    """A model folder on the Hugging Face Hub, through its client's cache."""
-    local, reason = _offline(), None
-    try:
-        local or check_network(huggingface_hub.constants.ENDPOINT)
-    except CheckpointError as error:
-        local, reason = True, error  # what was downloaded before is used
+def hub_folder(hub_id: str, cache_dir: str | Path | None = None) -> Path:
+    """Downloads a model folder, ``org/name`` or ``org/name@revision``, from the Hugging Face Hub to its client's cache.
 
-    def get(filename: str, revision: str | None) -> Path:
+    Without a connection, files from an earlier download are used.
+
+    Raises:
+        CheckpointError: The repository or its files do not exist, are private, or cannot be downloaded.
+    """
+    problem = None if _offline() else _connection_problem(huggingface_hub.constants.ENDPOINT)
+    local = _offline() or problem is not None
+    repo_id, _, revision = hub_id.partition('@')
+
+    def get(filename: str, revision: str) -> Path:
         options = dict(revision=revision, cache_dir=cache_dir, local_files_only=local)
         return Path(huggingface_hub.hf_hub_download(repo_id, filename, **options))
 
     try:
-        folder = get(CONFIG, revision).parent
+        folder = get(CONFIG, revision or 'main').parent
         try:
             get(WEIGHTS, folder.name)
         except EntryNotFoundError as error:
             if isinstance(error, LocalEntryNotFoundError) and not local:
-                raise  # trouble with these weights, in the place of which no others are taken
+                raise  # the download failed, which does not mean that the file does not exist
             get('pytorch_model.bin', folder.name)
-    except Exception as error:  # of the client, or of the HTTP library under it
-        said = one_line(reason or error.__cause__ or error)
-        raise CheckpointError(f'{repo_id} on the Hugging Face Hub cannot be had: {said}') from error
+    except Exception as error:  # of the client, or of its HTTP library
+        reason = one_line(problem or error.__cause__ or error)
+        raise CheckpointError(f'{repo_id} on the Hugging Face Hub is not available: {reason}') from error
     return folder
 
 
 def _offline() -> bool:
+    # Read at each call, unlike huggingface_hub.constants.HF_HUB_OFFLINE
     return os.environ.get('HF_HUB_OFFLINE', '').upper() in ('1', 'ON', 'YES', 'TRUE')

@@ -1,35 +1,32 @@
-"""What is known of the weights behind each name: pinned files, data, accuracy, citation, names of the classes.
+"""Metadata of the pretrained weights: pinned files, dataset, accuracy, citation and class names.
 
-timm's pretrained configurations, in the models' files, have what is needed to run a model and where its authors
-published it. This table has the rest. Accuracy that the authors published is apart from accuracy measured with this
+timm's pretrained configurations, in the files of the models, contain what is needed to build a model and the address of
+its weights; this module adds the rest. Accuracy that the authors published is separate from accuracy measured with this
 package.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import timm
-from timm.models import get_pretrained_cfg
 
-__all__ = ['PINS', 'Release', 'full_name', 'is_ours', 'label_names', 'package_models', 'package_tags', 'release']
+__all__ = ['PINS', 'Release', 'is_ours', 'label_names', 'package_models', 'package_tags', 'release']
 
-# Of a name, the file on Google Drive and the SHA-256 of its content, for weights of classifiers and of segmenters.
-# Nobody with access has pinned one yet: `cluster-zoo fetch NAME --pin` prints the line to add.
+# Google Drive id and SHA-256 of the file for a name, of a classifier or a segmenter. Empty so far:
+# `cluster-zoo fetch NAME --pin` prints the line to add.
 PINS: dict[str, tuple[str, str]] = {}
-
-BUNDLED_SHA256 = '515657266a06e0696010d99c595fbe87908e37281341dcf14452453886b07115'
 
 
 @dataclass(frozen=True)
 class Release:
-    """What is known of a name.
+    """Metadata of pretrained weights.
 
     Attributes:
-        data: What the weights were trained on; None if that is not known.
-        published_top1: Top-1 accuracy on ImageNet-1k in %, as the authors state it.
-        measured: Figures of this package, each with what it was measured on and how.
-        citation: BibTeX of the paper.
+        data: Training dataset; None if unknown.
+        published_top1: Top-1 accuracy on ImageNet-1k in % that the authors published.
+        measured: Results measured with this package, each with its images, command, machine and date.
+        citation: BibTeX entry of the paper.
     """
 
     data: str | None = None
@@ -46,17 +43,17 @@ _MEASURED_CIFAR10 = dict(
     date='2026-11-20',
 )
 
-# Data, published top-1 and measured figures. FEC's are as a later paper of the same group quotes them.
-_RELEASES: dict[str, tuple[str, float | None, tuple[dict[str, Any], ...]]] = {
-    'coc_tiny.in1k': ('ImageNet-1k', 73.2, ()),
-    'coc_tiny_plain.in1k': ('ImageNet-1k', 73.8, ()),
-    'coc_tiny_plain.cifar10': ('CIFAR-10', None, (_MEASURED_CIFAR10,)),
-    'coc_small.in1k': ('ImageNet-1k', 78.1, ()),
-    'coc_medium.in1k': ('ImageNet-1k', 81.2, ()),
-    'fec_small.in1k': ('ImageNet-1k', 72.7, ()),
-    'fec_base.in1k': ('ImageNet-1k', 78.1, ()),
-    'fec_large.in1k': ('ImageNet-1k', 81.2, ()),
-    'dnc_resnet18_cifar.cifar10': ('CIFAR-10', None, ()),
+# The accuracy of FEC is from a later paper of the same authors, which quotes it.
+_RELEASES = {
+    'coc_tiny.in1k': Release('ImageNet-1k', 73.2),
+    'coc_tiny_plain.in1k': Release('ImageNet-1k', 73.8),
+    'coc_tiny_plain.cifar10': Release('CIFAR-10', measured=(_MEASURED_CIFAR10,)),
+    'coc_small.in1k': Release('ImageNet-1k', 78.1),
+    'coc_medium.in1k': Release('ImageNet-1k', 81.2),
+    'fec_small.in1k': Release('ImageNet-1k', 72.7),
+    'fec_base.in1k': Release('ImageNet-1k', 78.1),
+    'fec_large.in1k': Release('ImageNet-1k', 81.2),
+    'dnc_resnet18_cifar.cifar10': Release('CIFAR-10'),
 }
 
 _CITATIONS = {
@@ -82,47 +79,39 @@ _CITATIONS = {
 
 
 def release(name: str) -> Release:
-    """What is known of a name, such as ``'coc_small.in1k'``; the paper alone for any other tag of an architecture."""
-    data, top1, measured = _RELEASES.get(name, ('ImageNet-1k' if name.endswith('.in1k') else None, None, ()))
-    return Release(data, top1, measured, _CITATIONS.get(name.split('_')[0]))
+    """Returns the metadata of a name such as ``'coc_small.in1k'``; only the citation for an unknown tag."""
+    known = _RELEASES.get(name) or Release('ImageNet-1k' if name.endswith('.in1k') else None)
+    return replace(known, citation=_CITATIONS.get(name.split('_')[0]))
 
 
 def is_ours(name: str) -> bool:
-    """Whether a registered model, named with or without a tag, is defined by this package."""
-    architecture = name.partition('.')[0]
-    return timm.is_model(architecture) and timm.models.model_entrypoint(architecture).__module__.startswith(
-        'cluster_zoo.'
-    )
+    """Whether a registered model, given with or without a tag, is defined by this package."""
+    name = name.partition('.')[0]
+    return timm.is_model(name) and timm.models.model_entrypoint(name).__module__.startswith('cluster_zoo.')
 
 
 def package_models() -> list[str]:
-    """Names of this package's architectures, in timm's order."""
+    """Returns the names of this package's architectures, in timm's order."""
     return [name for name in timm.list_models() if is_ours(name)]
 
 
 def package_tags() -> list[str]:
-    """Names with tags of every pretrained configuration of this package's architectures, in timm's order."""
+    """Returns the names with tags of this package's pretrained configurations, in timm's order."""
     return [name for name in timm.list_models(include_tags=True) if is_ours(name)]
 
 
-def full_name(name: str) -> str:
-    """A registered name with the tag that timm takes where there is none."""
-    return name if '.' in name else f'{name}.{get_pretrained_cfg(name).tag}'
-
-
 def label_names(pretrained_cfg: dict[str, Any]) -> list[str] | None:
-    """What the classes are called, by their index."""
-    names, num_classes = pretrained_cfg.get('label_names'), pretrained_cfg.get('num_classes')
-    if isinstance(names, dict):
-        names = list(names.values())
+    """Returns the class names of a pretrained configuration by index; None if unknown or not one for each class."""
+    names = pretrained_cfg.get('label_names')
     if names:
+        names = names.values() if isinstance(names, dict) else names
         described = pretrained_cfg.get('label_descriptions') or {}
         found = [str(described.get(name, name)) for name in names]
     elif 'in1k' in str(pretrained_cfg.get('tag')).split('_'):
         found = list(_imagenet_labels())
     else:
         return None
-    return found if len(found) == num_classes else None
+    return found if len(found) == pretrained_cfg.get('num_classes') else None
 
 
 @cache

@@ -1,7 +1,7 @@
-"""Reading checkpoint files: the authors', timm's, other frameworks' and this package's.
+"""Reading untrusted checkpoint files of this package, of the authors, of timm and of other frameworks.
 
-A checkpoint is data: ``torch.load(weights_only=True)`` with a short list of further classes, or safetensors. `scan`
-refuses the files that would crash or exhaust the process all the same. Every problem is one `CheckpointError`.
+A checkpoint is safetensors, or a file for ``torch.load(weights_only=True)`` with a few more allowed classes. `scan`
+refuses those that would still crash or exhaust the process. Every problem raises `CheckpointError`.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from .scan import check_checksums, check_file, check_tensors
 
 __all__ = [
     'check_fit',
+    'convert_state_dict',
     'extract_state_dict',
     'is_averaged',
     'load_checkpoint',
@@ -31,26 +32,24 @@ __all__ = [
     'read_checkpoint',
 ]
 
-# Where training scripts keep the weights, and their average. timm's names come first.
+# Keys under which training scripts save the weights and their average, timm's first
 _KEYS = ('state_dict', 'model', 'model_state', 'model_state_dict', 'net', 'network', 'params', 'weights', 'module')
 _EMA_KEYS = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'params_ema', 'ema')
-# What wrappers put before every name: DistributedDataParallel and SWA, torch.compile, Lightning and others
+# Prefixes that DistributedDataParallel and SWA, torch.compile, Lightning and others add to all names
 _PREFIXES = ('module.', '_orig_mod.', 'model.', 'net.')
-_NO_WEIGHTS = re.compile(r'(^|\.)(total_ops|total_params)$|^n_averaged$')  # of thop, of SWA
+_NO_WEIGHTS = re.compile(r'(^|\.)(total_ops|total_params)$|^n_averaged$')  # added by thop and SWA
 _OTHER_FILES = {
     b'\x1f\x8b': 'compressed with gzip. Unpack it first: gunzip FILE',
     b'BZh': 'compressed with bzip2. Unpack it first: bunzip2 FILE',
-    b'\x89HDF': 'an HDF5 file, as Keras writes it. Only weights of PyTorch can be read',
-    b'\x93NUMPY': 'an array of NumPy. Only weights of PyTorch can be read',
-    b'<!': 'a web page. The download went wrong: open its address in a browser',
-    b'<html': 'a web page. The download went wrong: open its address in a browser',
-    b'version ': 'a pointer of Git LFS. Get the file itself: git lfs pull',
+    b'{': 'a JSON file, such as the index of weights in several files. Join these files first',
+    b'<': 'a web page. The download failed: open its address in a browser',
+    b'version ': 'a pointer of Git LFS. Download the file itself: git lfs pull',
 }
 _SHOWN = 4  # names in a message
 
 
 class _NumpyType:
-    """Stands for ``numpy.dtype`` while a file is read: one type of numbers, whatever else the file would make of it."""
+    """Replaces ``numpy.dtype`` while a file is read, and allows numbers only."""
 
     def __init__(self, code: str, *_: Any):
         self.dtype = np.dtype(code if re.fullmatch('[<>=|]?[fiub][1248]', code) else 'invalid')
@@ -63,8 +62,7 @@ def _numpy_number(kind: _NumpyType, content: bytes) -> np.generic:
     return np.frombuffer(content, kind.dtype)[0]
 
 
-# What a checkpoint may hold beside what `torch.load` knows: timm's saver stores the script's arguments, and scripts
-# that measure with NumPy store its numbers.
+# Classes in addition to those of `torch.load`: timm saves the script's arguments, other scripts metrics from NumPy
 _ALLOWED = [
     argparse.Namespace,
     (_NumpyType, 'numpy.dtype'),
@@ -74,125 +72,105 @@ _ALLOWED = [
 
 
 def read_checkpoint(path: str | Path) -> Any:
-    """Everything that a file holds, on the CPU.
+    """Reads the whole content of a checkpoint file, on the CPU.
 
     Args:
-        path: A safetensors file, or one written by ``torch.save``. The content decides which, not the name.
+        path: A safetensors file or one written by ``torch.save``. The content determines the format, not the name.
 
     Raises:
-        CheckpointError: There is no such file, it is damaged or something else, or its pickle would run code.
+        CheckpointError: The file does not exist, is damaged, is no checkpoint, or its pickle would run code.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(
-            f"No checkpoint at '{path}': the path is {'a folder' if path.is_dir() else 'not a file'}."
-        )
+        raise CheckpointError(f"No checkpoint at '{path}': it is {'a folder' if path.is_dir() else 'not a file'}.")
     with path.open('rb') as file:
         start = file.read(9)
     try:
         if start[8:] == b'{':
             return load_file(path)
-        if path.name.endswith('.index.json'):
-            raise CheckpointError(
-                f"'{path}' is the index of weights in several files. Join them first: "
-                '{k: v for f in files for k, v in safetensors.torch.load_file(f).items()}, then save_file.'
-            )
-        return _read_pickle(path)
+        check_file(path)
+        with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about old formats and protocols
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        check_tensors(checkpoint, path)
+        if start.startswith(b'PK\3\4'):
+            check_checksums(path)
+        return checkpoint
     except CheckpointError:
         raise
-    except Exception as error:  # a damaged file fails with any error, depending on where it is damaged
-        raise CheckpointError(_explain(path, start, error)) from error
-
-
-def _read_pickle(path: Path) -> Any:
-    check_file(path)
-    with torch.serialization.safe_globals(_ALLOWED), warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of old formats and protocols
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    check_tensors(checkpoint, path)
-    with path.open('rb') as file:
-        if file.read(4) == b'PK\3\4':
-            check_checksums(path)
-    return checkpoint
+    except Exception as error:  # a damaged file can raise any error
+        raise CheckpointError(f"'{path}' {_explain(path, start, error)}") from error
 
 
 def _explain(path: Path, start: bytes, error: Exception) -> str:
-    """Why a file cannot be read, and what to do about it."""
+    """Returns the reason why a file cannot be read, and the solution."""
     name = one_line(path.name)
     try:
-        said = str(error)
-    except Exception:  # of a KeyError whose key is a value of the file
-        said = ''
-    again = f"torch.save(torch.load('{name}', weights_only=False)['state_dict'], 'weights.pth')"
-    refused = re.search(r'GLOBAL (\S+)|unrecognized function (.+)|[Cc]an only (.+)', said)
-    if 'TorchScript' in said:
+        message = str(error)
+    except Exception:  # a KeyError whose key is an object from the file
+        message = ''
+    if 'TorchScript' in message:
+        weights = f"torch.save(torch.jit.load('{name}').state_dict(), 'weights.pth')"
+        return f'is a TorchScript program, not a checkpoint. Save its weights: {weights}'
+    code = re.search(r'GLOBAL (\S+)|unrecognized function (.+)|[Cc]an only (.+)', message)
+    protocol = 'Unsupported operand' in message and start[:1] in (b'P', b'\x80')
+    if protocol or code:
+        reason = f'PyTorch {torch.__version__} cannot read its pickle protocol safely'
+        if not protocol:
+            reason = f'it would import and could run {one_line(next(filter(None, code.groups())))}'
         return (
-            f"'{path}' is a TorchScript program, not a checkpoint. Save its weights: "
-            f"torch.save(torch.jit.load('{name}').state_dict(), 'weights.pth')"
+            f'was refused: {reason}. If you trust its origin, save its state dict alone, which runs the code in the '
+            f"file: torch.save(torch.load('{name}', weights_only=False)['state_dict'], 'weights.pth')"
         )
-    if 'Unsupported operand' in said and start[:1] in (b'P', b'\x80'):
+    if start.startswith(b'PK') and ('data.pkl' in message or 'subdirectory' in message):
         return (
-            f"'{path}' was written with a pickle protocol that PyTorch {torch.__version__} does not read safely. If "
-            f'you trust its origin, save its weights again, which runs the code in it: {again}'
-        )
-    if refused:
-        what = next(filter(None, refused.groups()))
-        return (
-            f"'{path}' was refused: it would import and could run {one_line(what)}. Checkpoints may hold tensors and "
-            f'plain values only. If you trust its origin, save its state_dict alone, which runs the code in it: {again}'
-        )
-    if start.startswith(b'PK') and ('data.pkl' in said or 'subdirectory' in said):
-        return (
-            f"'{path}' is a zip archive, but not a checkpoint. Give an archive of a checkpoint to cluster-zoo import, "
-            f"and save the weights of an exported program (.pt2): torch.save(torch.export.load('{name}').state_dict, "
-            "'weights.pth')"
+            'is a zip archive, but not a checkpoint. Pass an archive of a checkpoint to cluster-zoo import. Save the '
+            f"weights of an exported program (.pt2): torch.save(torch.export.load('{name}').state_dict, 'weights.pth')"
         )
     for magic, what in _OTHER_FILES.items():
         if start.startswith(magic):
-            return f"'{path}' is {what}."
-    found = re.search('Unpickler error: (.+)', said)
-    reason = one_line(found[1] if found else said or type(error).__name__).partition('. ')[0]
-    return f"'{path}' is truncated, damaged or not a checkpoint ({reason}). Get the file again."
+            return f'is {what}.'
+    found = re.search('Unpickler error: (.+)', message)
+    reason = one_line(found[1] if found else message or type(error).__name__).partition('. ')[0]
+    return f'is truncated, damaged or not a checkpoint ({reason}). Download the file again.'
 
 
 def load_state_dict(path: str | Path, use_ema: bool = False) -> dict[str, Tensor]:
-    """The weights of a checkpoint file.
+    """Reads the weights of a checkpoint file.
 
     Args:
         path: See `read_checkpoint`.
-        use_ema: Take the averaged weights where the file has both. Without it the averaged ones are taken only where
-            there are no others, as timm does.
+        use_ema: Prefer averaged weights. If False, they are used only if the file has no others, as in timm.
 
     Returns:
         Tensors by name, on the CPU, without the prefixes of wrappers such as DistributedDataParallel and Lightning.
 
     Raises:
-        CheckpointError: The file cannot be read, or has no weights.
+        CheckpointError: The file cannot be read or contains no weights.
     """
     return extract_state_dict(read_checkpoint(path), path, use_ema)
 
 
 def extract_state_dict(checkpoint: Any, path: str | Path, use_ema: bool = False) -> dict[str, Tensor]:
-    """The weights among everything that `read_checkpoint` found in a file, see `load_state_dict`.
+    """Extracts the weights from the content of a file, see `load_state_dict`.
 
     Args:
-        checkpoint: What the file holds.
-        path: The file, for messages.
-        use_ema: Prefer the averaged weights where there are both.
+        checkpoint: Result of `read_checkpoint`.
+        path: The file, for error messages.
+        use_ema: See `load_state_dict`.
     """
-    _, entries = _innermost(checkpoint, use_ema)
+    _, entries = _find_weights(checkpoint, use_ema)
     if not entries:
         what = 'nothing' if isinstance(checkpoint, dict) else f'a {type(checkpoint).__name__}'
-        raise CheckpointError(f"'{path}' holds no weights: expected tensors by name, found {what}.")
+        raise CheckpointError(f"'{path}' contains no weights: expected tensors by name, found {what}.")
     others = [key for key, x in entries.items() if not (isinstance(key, str) and _is_plain(x))]
-    others = [repr(key) if isinstance(key, (str, int)) else f'a {type(key).__name__}' for key in others]
     if others:
-        named = _shown(others)
+        named = _shown([repr(key) if isinstance(key, (str, int)) else f'a {type(key).__name__}' for key in others])
         raise CheckpointError(
-            f"'{path}' holds no weights that can be told: {named} are no plain tensors, and there is none of the usual "
-            f'entries ({", ".join(_KEYS[:4])}, ...). Save the state_dict alone.'
+            f"'{path}' contains no state dict that can be identified: {named} are no plain tensors, and there is no "
+            f'usual key ({", ".join(_KEYS[:4])}, ...). Save the state dict alone.'
         )
-    # Without the attributes that a file may give to a parameter, which could stand before its methods
+    # `detach` drops attributes that a file may set on a parameter, which could replace its methods
     entries = {name: Tensor.detach(value) for name, value in entries.items() if not _NO_WEIGHTS.search(name)}
     while prefix := next((p for p in _PREFIXES if entries and all(name.startswith(p) for name in entries)), None):
         entries = {name.removeprefix(prefix): value for name, value in entries.items()}
@@ -200,7 +178,7 @@ def extract_state_dict(checkpoint: Any, path: str | Path, use_ema: bool = False)
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor whose numbers are all there: not sparse, nested or on the meta device."""
+    """Whether it is a dense tensor with data: not sparse, nested or on the meta device."""
     return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_meta or value.is_nested)
 
 
@@ -209,12 +187,12 @@ def _shown(names: list[str]) -> str:
 
 
 def is_averaged(checkpoint: Any, use_ema: bool = False) -> bool:
-    """Whether `extract_state_dict` takes averaged weights."""
-    return not set(_EMA_KEYS).isdisjoint(_innermost(checkpoint, use_ema)[0])
+    """Whether `extract_state_dict` returns averaged weights."""
+    return not set(_EMA_KEYS).isdisjoint(_find_weights(checkpoint, use_ema)[0])
 
 
-def _innermost(checkpoint: Any, use_ema: bool) -> tuple[list[str], dict]:
-    """The entry with the weights, which may lie in another as in a checkpoint of a whole task, and the keys to it."""
+def _find_weights(checkpoint: Any, use_ema: bool) -> tuple[list[str], dict]:
+    """Returns the keys that lead to the weights, which may be nested up to three levels, and the weights."""
     order = (*_EMA_KEYS, *_KEYS) if use_ema else (*_KEYS, *_EMA_KEYS)
     path, entries = [], dict.copy(checkpoint) if isinstance(checkpoint, dict) else {}
     while len(path) < 3 and (found := [key for key in order if isinstance(entries.get(key), dict) and entries[key]]):
@@ -228,50 +206,52 @@ def check_fit(
     model: nn.Module,
     ignore: Callable[[str], bool] = lambda name: False,
 ) -> None:
-    """Raise `CheckpointError` unless a state dict has the model's names, shapes and kinds of numbers, all finite.
+    """Checks that a state dict has the names, shapes and types of the model, and finite values.
 
-    A module may have entries that exist only at times: it names them in ``optional_entries``, and its
-    ``check_optional(entries)`` raises ValueError for those of a file that it cannot take.
+    A module may have optional entries: it lists them in ``optional_entries``, and its ``check_optional(entries)``
+    raises ValueError for values that it does not accept.
 
     Args:
-        state_dict: Tensors under the model's names.
-        model: The model, as it was built.
-        ignore: Names that need not agree.
+        state_dict: Tensors with the model's names.
+        model: The model.
+        ignore: Function that selects names to skip.
+
+    Raises:
+        CheckpointError: The state dict does not fit.
     """
     own = model.state_dict()
-    optional, differences = _optional_entries(state_dict, model)
-    expected = {name for name in own if name not in optional and not ignore(name)}
-    found = {name for name in state_dict if name not in optional and not ignore(name)}
-    common = [name for name in own if name in expected & found]
-    shapes = {name: (list(state_dict[name].shape), list(own[name].shape)) for name in common}
-    types = {name: (state_dict[name].dtype, own[name].dtype) for name in common}
-    for label, names in (
-        ('missing', [name for name in own if name in expected - found]),
-        ('unknown to the model', sorted(found - expected)),
-        ('of another shape', [f'{n}: {a} in the file, {b} in the model' for n, (a, b) in shapes.items() if a != b]),
-        (
-            'of another type',
-            [f'{n}: {a} in the file, {b} in the model' for n, (a, b) in types.items()
-             if b.is_floating_point and not (a.is_floating_point and a.itemsize > 1)],
-        ),
-    ):  # fmt: skip
-        if names:
-            differences.append(f'{len(names)} {label} ({_shown(names)})')
-    name = type(model).__name__
+    optional, differences = _check_optional(state_dict, model)
+    expected = {name: own[name] for name in own if name not in optional and not ignore(name)}
+    found = {name: state_dict[name] for name in state_dict if name not in optional and not ignore(name)}
+    pairs = [(name, found[name], expected[name]) for name in expected if name in found]
+    shapes = [(name, list(a.shape), list(b.shape)) for name, a, b in pairs if a.shape != b.shape]
+    types = [
+        (name, a.dtype, b.dtype)
+        for name, a, b in pairs
+        if b.is_floating_point() and not (a.is_floating_point() and a.itemsize > 1)
+    ]
+    problems = {
+        'missing': [name for name in expected if name not in found],
+        'unknown to the model': sorted(found.keys() - expected.keys()),
+        'of another shape': [f'{name}: {a} in the file, {b} in the model' for name, a, b in shapes],
+        'of another type': [f'{name}: {a} in the file, {b} in the model' for name, a, b in types],
+    }
+    differences += [f'{len(names)} {label} ({_shown(names)})' for label, names in problems.items() if names]
     if differences:
         raise CheckpointError(
-            f'The checkpoint does not fit this {name}: of {len(expected)} entries, ' + '; '.join(differences) + '.'
+            f'The checkpoint does not fit this {type(model).__name__}: of {len(expected)} entries, '
+            f'{"; ".join(differences)}.'
         )
-    # As the model will hold them: a number may be too large for its type
-    broken = [name for name in common if not bool(state_dict[name].to(own[name].dtype).isfinite().all())]
+    # After conversion to the model's type, because a value may be too large for it
+    broken = [name for name, a, b in pairs if not bool(a.to(b.dtype).isfinite().all())]
     if broken:
         raise CheckpointError(
-            f'The checkpoint is broken: {len(broken)} entries hold NaN or infinity ({", ".join(broken[:_SHOWN])}).'
+            f'The checkpoint is broken: {len(broken)} entries with NaN or infinity ({_shown(broken)}).'
         )
 
 
-def _optional_entries(state_dict: dict[str, Tensor], model: nn.Module) -> tuple[set[str], list[str]]:
-    """Names of the entries that the model may have or not, and what is wrong with those of the state dict."""
+def _check_optional(state_dict: dict[str, Tensor], model: nn.Module) -> tuple[set[str], list[str]]:
+    """Returns the names of the model's optional entries and the problems of those in the state dict."""
     optional, problems = set(), []
     for path, module in model.named_modules():
         names = {name: f'{path}.{name}' if path else name for name in getattr(module, 'optional_entries', ())}
@@ -285,9 +265,9 @@ def _optional_entries(state_dict: dict[str, Tensor], model: nn.Module) -> tuple[
 
 
 def load_checkpoint(model: nn.Module, path: str | Path, use_ema: bool = False) -> None:
-    """Load a checkpoint file, the authors', timm's or ours, into a model that it fits entirely.
+    """Loads a checkpoint file of the authors, of timm or of this package into a model that it fits completely.
 
-    Names are converted by the ``checkpoint_filter_fn`` of the module that defines the model, timm's convention.
+    The ``checkpoint_filter_fn`` of the module that defines the model converts the names, as in timm.
 
     Args:
         model: Any timm model.
@@ -295,21 +275,21 @@ def load_checkpoint(model: nn.Module, path: str | Path, use_ema: bool = False) -
         use_ema: See `load_state_dict`.
 
     Raises:
-        CheckpointError: The file cannot be read or does not fit. The model is then unchanged.
+        CheckpointError: The file cannot be read or does not fit. The model is unchanged.
     """
     load_weights(model, load_state_dict(path, use_ema))
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    """`load_checkpoint` from tensors by name, which may be the authors' names.
+    """Loads a state dict, which may have the authors' names, see `load_checkpoint`.
 
     Raises:
-        CheckpointError: They do not fit. The model is then unchanged.
+        CheckpointError: The state dict does not fit. The model is unchanged.
     """
     filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
-    own = model.state_dict()
-    # Filters convert by names, which may be the model's own already
-    if filter_fn and {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in state_dict.items()}:
+    own = {name: value.shape for name, value in model.state_dict().items()}
+    # A filter may misinterpret names that already are the model's
+    if filter_fn and own != {name: value.shape for name, value in state_dict.items()}:
         state_dict = convert_state_dict(state_dict, model, filter_fn)
     check_fit(state_dict, model)
     model.load_state_dict(state_dict)
@@ -318,7 +298,11 @@ def load_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
 def convert_state_dict(
     state_dict: dict[str, Tensor], model: nn.Module, filter_fn: Callable[..., Any]
 ) -> dict[str, Tensor]:
-    """A state dict through one of timm's filter functions, which convert names and shapes."""
+    """Applies one of timm's filter functions, which convert names and shapes.
+
+    Raises:
+        CheckpointError: The names are known, but the shapes cannot be converted.
+    """
     try:
         return filter_fn(dict(state_dict), model)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What the numbers in a mask stand for: class names, colours, and the tables from a dataset's labels to classes."""
+"""Classes of the datasets: names, colors, and tables from the labels of a dataset to classes."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -10,16 +10,16 @@ from cluster_zoo.errors import DataError
 __all__ = ['ADE20K', 'CAMVID', 'CITYSCAPES', 'CITYSCAPES_IDS', 'IGNORE_INDEX', 'PASCAL_CONTEXT_59', 'Classes']
 __all__ += ['label_table', 'numbered_classes', 'pascal_colours']
 
-IGNORE_INDEX = 255  # in the masks that a dataset yields: a pixel that is neither learned from nor measured on
-_LABELS = 1 << 16  # a mask has at most 16 bits a pixel
+IGNORE_INDEX = 255  # label of the pixels that losses and metrics ignore
+_LABELS = 1 << 16  # masks have at most 16 bits per pixel
 
 
 class Classes(NamedTuple):
-    """The classes of a dataset, in the order of their numbers.
+    """The K classes of a dataset, by index.
 
     Args:
         names: [K] names, lower case.
-        colours: [K, 3] uint8, distinct; black is left to pixels that are ignored.
+        colours: [K, 3] uint8, distinct, and not black, the color of ignored pixels.
     """
 
     names: tuple[str, ...]
@@ -27,41 +27,40 @@ class Classes(NamedTuple):
 
 
 def pascal_colours(count: int) -> np.ndarray:
-    """The first `count` colours of the PASCAL VOC colour map after its black: [count, 3] uint8.
+    """Returns the first colors of the PASCAL VOC color map after black: [count, 3] uint8.
 
-    The bits of a number go in turn to red, green and blue, the lowest ones to the brightest halves: neighbouring
-    numbers get colours that are easily told apart, and all 255 are distinct.
+    The bits of the index are distributed to red, green and blue in turn, the lowest bits to the highest.
     """
-    number = np.arange(1, count + 1)
+    index = np.arange(1, count + 1)
     colours = np.zeros((count, 3), np.uint8)
     for bit in range(8):
         channel, shift = bit % 3, 7 - bit // 3
-        colours[:, channel] |= ((number >> bit & 1) << shift).astype(np.uint8)
+        colours[:, channel] |= ((index >> bit & 1) << shift).astype(np.uint8)
     return colours
 
 
 def numbered_classes(count: int) -> Classes:
-    """Classes of which only the number is known, named by it."""
+    """Returns classes whose names are their indices."""
     return Classes(tuple(map(str, range(count))), pascal_colours(count))
 
 
 def label_table(labels: Mapping[int, int], count: int) -> np.ndarray:
-    """A mapping from a mask's labels to classes, as an array to look them up in.
+    """Converts a mapping from labels to classes to a lookup table.
 
     Args:
-        labels: Classes by label. 255 is ignored unless the mapping says otherwise.
+        labels: Class of each label. Label 255 is ignored unless the mapping contains it.
         count: Number of classes.
 
     Returns:
-        [65536] int16: the class of each label, -1 for labels that the mapping does not name.
+        int16 [65536], the class of each label, and -1 for labels that the mapping does not contain.
 
     Raises:
-        DataError: A label is not in 0 to 65535, or a class not in 0 to `count` - 1 (or 255, to ignore the label).
+        DataError: A label is not in 0 to 65535, or a class is neither in 0 to `count` - 1 nor 255, which ignores it.
     """
     for label, number in labels.items():
         if not 0 <= label < _LABELS or not (0 <= number < count or number == IGNORE_INDEX):
             raise DataError(
-                f'label {label} can not become class {number}: labels are 0 to {_LABELS - 1}, classes 0 to '
+                f'label {label} cannot be mapped to class {number}: labels are 0 to {_LABELS - 1}, classes 0 to '
                 f'{count - 1}, or {IGNORE_INDEX} to ignore the label'
             )
     table = np.full(_LABELS, -1, np.int16)
@@ -70,55 +69,27 @@ def label_table(labels: Mapping[int, int], count: int) -> np.ndarray:
     return table
 
 
-def _classes(names: str, colours: list[tuple[int, int, int]] | None = None) -> Classes:
+def _classes(names: str, colours: str = '') -> Classes:
+    """Parses names, separated by commas, and colors, in hexadecimal digits."""
     split = tuple(names.split(', '))
-    return Classes(split, pascal_colours(len(split)) if colours is None else np.array(colours, np.uint8))
+    if not colours:
+        return Classes(split, pascal_colours(len(split)))
+    return Classes(split, np.array(list(bytes.fromhex(colours)), np.uint8).reshape(-1, 3))
 
 
 CAMVID = _classes(
     'sky, building, pole, road, pavement, tree, sign, fence, car, pedestrian, bicyclist',
-    [
-        (128, 128, 128),
-        (128, 0, 0),
-        (192, 192, 128),
-        (128, 64, 128),
-        (0, 0, 192),
-        (128, 128, 0),
-        (192, 128, 128),
-        (64, 64, 128),
-        (64, 0, 128),
-        (64, 64, 0),
-        (0, 128, 192),
-    ],
+    '808080 800000 c0c080 804080 0000c0 808000 c08080 404080 400080 404000 0080c0',
 )
 
 CITYSCAPES = _classes(
     'road, sidewalk, building, wall, fence, pole, traffic light, traffic sign, vegetation, terrain, sky, person, '
     'rider, car, truck, bus, train, motorcycle, bicycle',
-    [
-        (128, 64, 128),
-        (244, 35, 232),
-        (70, 70, 70),
-        (102, 102, 156),
-        (190, 153, 153),
-        (153, 153, 153),
-        (250, 170, 30),
-        (220, 220, 0),
-        (107, 142, 35),
-        (152, 251, 152),
-        (70, 130, 180),
-        (220, 20, 60),
-        (255, 0, 0),
-        (0, 0, 142),
-        (0, 0, 70),
-        (0, 60, 100),
-        (0, 80, 100),
-        (0, 0, 230),
-        (119, 11, 32),
-    ],
+    '804080 f423e8 464646 66669c be9999 999999 faaa1e dcdc00 6b8e23 98fb98 4682b4 dc143c '
+    'ff0000 00008e 000046 003c64 005064 0000e6 770b20',
 )
 
-# The label ids of *_labelIds.png that are evaluated, in the order of their classes; the other 15 of 34 are not.
+# Ids in *_labelIds.png that are evaluated, by class index; the other 15 of 34 ids are ignored.
 _EVALUATED = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 CITYSCAPES_IDS = dict.fromkeys(range(34), IGNORE_INDEX) | {label: number for number, label in enumerate(_EVALUATED)}
 

@@ -1,6 +1,7 @@
-"""Which training sample comes when, as a pure function of a seed and a position: what makes --resume exact."""
+"""Sampling as a pure function of a seed and a position, so that a run can be resumed exactly."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,70 +11,59 @@ from torch.utils.data import Dataset, Sampler
 __all__ = ['IterationSampler', 'SeededDataset']
 
 
+@dataclass(eq=False)
 class IterationSampler(Sampler[tuple[int, int]]):
     """Samples of a run that counts iterations, each with a seed for its augmentation.
 
-    All processes read one endless sequence: epoch after epoch, each a shuffle of the dataset of its own, without a gap
-    between them. An iteration takes the next `batch_size * world_size` of it, of which each process has its
-    contiguous share. What comes at a position depends on the position and the seed only, so a run goes on exactly from
-    any iteration, also with other numbers of processes as long as `batch_size * world_size` stays.
+    All processes read one infinite sequence of shuffled epochs. Each iteration takes the next `batch_size * world_size`
+    samples, and each process a contiguous part of them. The sequence depends only on the seed, so a run can be resumed
+    at any iteration, even with another number of processes if `batch_size * world_size` stays the same.
 
     Args:
         length: Number of samples in the dataset.
         seed: Seed of the run, not negative.
-        start: Iteration to begin with, from 0.
-        iterations: Iteration to end before.
-        batch_size: Samples of an iteration in each process.
-        rank: Number of this process.
+        start: First iteration, from 0.
+        iterations: Iteration to stop before.
+        batch_size: Samples per iteration in each process.
+        rank: Index of this process.
         world_size: Number of processes.
 
     Yields:
-        `(index, seed)` pairs, `batch_size` of them an iteration.
+        Pairs `(index, seed)`, `batch_size` of them per iteration.
     """
 
-    def __init__(
-        self,
-        length: int,
-        seed: int = 0,
-        start: int = 0,
-        iterations: int = 1,
-        batch_size: int = 1,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if length < 1 or batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f'no batches of {batch_size} from {length} samples for process {rank} of {world_size}')
-        self.length = length
-        self.seed = seed
-        self.start = start
-        self.iterations = iterations
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
+    length: int
+    seed: int = 0
+    start: int = 0
+    iterations: int = 1
+    batch_size: int = 1
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.batch_size < 1 or not 0 <= self.rank < self.world_size:
+            raise ValueError(f'length and batch_size must be at least 1, and rank below world_size, got {self}')
 
     def __len__(self) -> int:
         return max(self.iterations - self.start, 0) * self.batch_size
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        shuffled, order = -1, []
+        shuffled_epoch = None
         for iteration in range(self.start, self.iterations):
             first = (iteration * self.world_size + self.rank) * self.batch_size
             for position in range(first, first + self.batch_size):
-                epoch, place = divmod(position, self.length)
-                if epoch != shuffled:
-                    shuffled, order = epoch, self._shuffle(epoch)
-                yield order[place], _mix(self.seed, 1, position)
-
-    def _shuffle(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(_mix(self.seed, 0, epoch))
-        return torch.randperm(self.length, generator=generator).tolist()
+                epoch, index = divmod(position, self.length)
+                if epoch != shuffled_epoch:
+                    generator = torch.Generator().manual_seed(_hash(self.seed, 0, epoch))
+                    order = torch.randperm(self.length, generator=generator).tolist()
+                    shuffled_epoch = epoch
+                yield order[index], _hash(self.seed, 1, position)
 
 
 class SeededDataset(Dataset):
-    """A dataset that is asked for `(index, seed)`: what is random in a sample depends on the seed alone.
+    """A dataset indexed by `(index, seed)`. The seed determines all random augmentation of the sample.
 
-    Only torch's generator of the CPU is seeded, for the time of the sample: neither the process that asks nor its
-    accelerators notice.
+    Only torch's CPU generator is seeded, and its state is restored afterwards.
     """
 
     def __init__(self, dataset: Dataset) -> None:
@@ -89,6 +79,6 @@ class SeededDataset(Dataset):
             return self.dataset[index]
 
 
-def _mix(*numbers: int) -> int:
-    """A seed that differs, as random numbers do, wherever one of the numbers differs."""
+def _hash(*numbers: int) -> int:
+    """Combines numbers to a 64-bit seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

@@ -1,7 +1,7 @@
-"""Transforms of an image with its mask, on torchvision's v2: the data preparation that all of the papers share.
+"""Joint transforms of an image and its mask, based on torchvision's v2: the data preparation of all papers.
 
-Images are resized bilinearly without antialiasing and masks to the nearest pixel: that is what the published models
-were trained and measured with. Everything random is drawn from torch's default generator.
+Images are resized bilinearly without antialiasing, masks by nearest neighbor, as for the published models. All random
+values are drawn from torch's default generator.
 """
 
 import math
@@ -33,28 +33,28 @@ def train_transform(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> v2.Transform:
-    """What a training sample goes through: resize, crop, flip, distort, normalise, pad.
+    """Creates the training transform: resize, crop, flip, distort, normalize, pad.
 
     Args:
-        crop: Size of the result, one number or (H, W).
-        scale: (long, short): the sides that an image is fitted into, keeping its shape; None for its own sides.
-        ratio: Range of the random factor that `scale` is multiplied by.
-        max_category: Share of a crop's labelled pixels that its commonest class may have.
+        crop: Output size, one number or (H, W).
+        scale: (long, short) sides that an image is resized into, keeping its aspect ratio; None for its own size.
+        ratio: Range of the random factor on `scale`.
+        max_category: Maximum fraction of a crop's labeled pixels that belong to one class.
         flip: Probability of a horizontal flip.
         distort: Whether to distort brightness, contrast, saturation and hue.
-        mean: Mean of each channel, for pixels in 0 to 1.
-        std: Standard deviation of each channel, for pixels in 0 to 1.
+        mean: Mean of each channel, for pixel values in 0 to 1.
+        std: Standard deviation of each channel, for pixel values in 0 to 1.
 
     Returns:
-        A transform of (uint8 image [3, H, W], mask [H, W]) to (float image [3, *crop], mask [*crop]). Where the image
-        is smaller than the crop, the image ends in zeros, which is the mean, and the mask in 255.
+        A transform of (uint8 image [3, H, W], mask [H, W]) to (float image [3, *crop], mask [*crop]). Images smaller
+        than the crop are padded with the mean, which is 0 after normalization, and masks with 255.
 
     Raises:
-        ValueError: A size, a range or a share is not one.
+        ValueError: A size, range or fraction is invalid.
     """
     crop = (crop, crop) if isinstance(crop, int) else tuple(crop)
     if len(crop) != 2 or min(crop) < 1:
-        raise ValueError(f'crop {crop} is no size: expected one number or (H, W), at least 1')
+        raise ValueError(f'crop must be one number or (H, W), at least 1, got {crop}')
     return v2.Compose(
         [
             RandomScale(scale, ratio),
@@ -75,52 +75,42 @@ def eval_transform(
     mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
     std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> v2.Transform:
-    """What an image goes through that is measured on: resize (the image only), normalise.
+    """Creates the evaluation transform: resize and normalize the image, and keep the mask.
 
     Args:
-        scale: (long, short): the sides that the image is fitted into, keeping its shape; None for its own.
-        multiple: Number that both sides are rounded up to a multiple of, by resizing; None for no rounding.
-        ratios: Factors on `scale`, each of which gives an image.
-        mean: Mean of each channel, for pixels in 0 to 1.
-        std: Standard deviation of each channel, for pixels in 0 to 1.
+        scale, multiple, ratios: See `EvaluationResize`.
+        mean: Mean of each channel, for pixel values in 0 to 1.
+        std: Standard deviation of each channel, for pixel values in 0 to 1.
 
     Returns:
         A transform of (uint8 image [3, H, W], mask [H, W]) to (float image [3, h, w], mask [H, W]), or of an image
-        alone. With several ratios there is a tuple of images in the image's place.
+        alone. With several ratios the image is a tuple of images.
 
     Raises:
-        ValueError: There is no such size.
+        ValueError: A size or ratio is invalid.
     """
     resize = EvaluationResize(scale, multiple, ratios)
     return v2.Compose([resize, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
 
 
 def keep_ratio_size(size: Sequence[int], scale: tuple[float, float]) -> tuple[int, int]:
-    """The largest size of an image's shape that fits into `scale`.
-
-    Args:
-        size: (H, W) of the image.
-        scale: The most that the longer and the shorter side may have, in either order.
-
-    Returns:
-        (h, w), rounded, at least 1.
-    """
+    """Returns the largest size (h, w) with the aspect ratio of `size` (H, W) that fits into the sides `scale`."""
     factor = min(max(scale) / max(size), min(scale) / min(size))
     return tuple(max(1, int(side * factor + 0.5)) for side in size)
 
 
 class RandomScale(v2.Transform):
-    """Fits image and mask into a size that is multiplied by a random factor; the shape is kept.
+    """Resizes image and mask by a random factor, keeping the aspect ratio.
 
     Args:
-        scale: (long, short) sides for a factor of 1; None for the image's own.
-        ratio: Range of the factor, drawn uniformly.
+        scale: (long, short) sides for a factor of 1; None for the image's own size.
+        ratio: Range of the factor, which is uniformly distributed.
     """
 
     def __init__(self, scale: tuple[int, int] | None, ratio: tuple[float, float]) -> None:
         super().__init__()
         if not 0 < ratio[0] <= ratio[1] or (scale is not None and min(scale) < 1):
-            raise ValueError(f'scale {scale} times {ratio} is no range of sizes')
+            raise ValueError(f'scale must be at least 1, and ratio a range above 0, got {scale} and {ratio}')
         self.scale = scale
         self.ratio = ratio
 
@@ -134,33 +124,30 @@ class RandomScale(v2.Transform):
 
 
 class CategoryLimitedCrop(v2.Transform):
-    """A random crop that is not nearly all of one class.
+    """Crops image and mask at random, avoiding crops that consist of almost one class.
 
-    Crops are drawn until the commonest class has at most its share of the labelled pixels; the tenth is taken as it is.
-    Sides that are shorter than the crop stay as they are.
+    Crops are drawn until the most frequent class has at most `max_category` of the labeled pixels; the tenth crop is
+    always used. Sides shorter than the crop are not changed.
 
     Args:
         size: (H, W) of the crop.
-        max_category: Share of the commonest class, 1 for any crop.
-        ignore_index: Label of the pixels that do not count.
+        max_category: Maximum fraction of the most frequent class; 1 for no limit.
     """
 
-    def __init__(self, size: tuple[int, int], max_category: float = 0.75, ignore_index: int = IGNORE_INDEX) -> None:
+    def __init__(self, size: tuple[int, int], max_category: float = 0.75) -> None:
         super().__init__()
         if not 0 < max_category <= 1:
-            raise ValueError(f'max_category is a share of the pixels, above 0 and at most 1, not {max_category}')
+            raise ValueError(f'max_category must be above 0 and at most 1, got {max_category}')
         self.size = size
         self.max_category = max_category
-        self.ignore_index = ignore_index
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        height, width = F.get_size(flat_inputs[0])
-        size = dict(height=min(height, self.size[0]), width=min(width, self.size[1]))
+        H, W = F.get_size(flat_inputs[0])
+        h, w = min(H, self.size[0]), min(W, self.size[1])
         mask = next((inpt for inpt in flat_inputs if isinstance(inpt, tv_tensors.Mask)), None)
         for _ in range(_CROP_TRIES):
-            top = int(torch.randint(height - size['height'] + 1, ()))
-            left = int(torch.randint(width - size['width'] + 1, ()))
-            window = dict(top=top, left=left, **size)
+            top, left = int(torch.randint(H - h + 1, ())), int(torch.randint(W - w + 1, ()))
+            window = dict(top=top, left=left, height=h, width=w)
             if mask is None or self._is_mixed(F.crop(mask, **window)):
                 break
         return window
@@ -168,49 +155,31 @@ class CategoryLimitedCrop(v2.Transform):
     def _is_mixed(self, mask: Tensor) -> bool:
         if self.max_category == 1:
             return True
-        labelled = mask[mask != self.ignore_index]
-        return len(labelled) > 0 and int(labelled.bincount().max()) <= self.max_category * len(labelled)
+        labeled = mask[mask != IGNORE_INDEX]
+        return len(labeled) > 0 and int(labeled.bincount().max()) <= self.max_category * len(labeled)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return F.crop(inpt, **params)
 
 
 class PhotometricDistortion(v2.Transform):
-    """Random brightness, contrast, saturation and hue, each with probability 0.5.
+    """Changes brightness, contrast, saturation and hue at random, each with probability 0.5.
 
-    The steps are those of the published pipelines, on the image's float values: brightness is added, contrast
-    multiplies the pixels, saturation multiplies S of HSV, and contrast comes before or after saturation and hue. (The
-    steps of torchvision's `ColorJitter` and `RandomPhotometricDistort` with these names blend with grey instead.)
-
-    Args:
-        brightness: Largest amount that is added, for pixels in 0 to 1.
-        contrast: Range of the factor.
-        saturation: Range of the factor.
-        hue: Largest part of the colour circle that hues are turned by.
+    The steps are those of mmsegmentation, applied to float images in 0 to 1: add up to 32/255 for brightness, multiply
+    the pixels by 0.5 to 1.5 for contrast, multiply S of HSV by 0.5 to 1.5 for saturation, and shift the hue by up to
+    18/180. Contrast comes before or after saturation and hue. torchvision's `ColorJitter` and
+    `RandomPhotometricDistort` blend with gray instead.
     """
-
-    def __init__(
-        self,
-        brightness: float = 32 / 255,
-        contrast: tuple[float, float] = (0.5, 1.5),
-        saturation: tuple[float, float] = (0.5, 1.5),
-        hue: float = 18 / 180,
-    ) -> None:
-        super().__init__()
-        self.brightness = brightness
-        self.contrast = contrast
-        self.saturation = saturation
-        self.hue = hue
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         steps = [
-            (adjust_brightness, (-self.brightness, self.brightness)),
-            (adjust_saturation, self.saturation),
-            (F.adjust_hue, (-self.hue, self.hue)),
+            (adjust_brightness, (-32 / 255, 32 / 255)),
+            (adjust_saturation, (0.5, 1.5)),
+            (F.adjust_hue, (-18 / 180, 18 / 180)),
         ]
-        steps.insert(1 if torch.rand(()) < 0.5 else 3, (adjust_contrast, self.contrast))
+        steps.insert(1 if torch.rand(()) < 0.5 else 3, (adjust_contrast, (0.5, 1.5)))
         drawn = [(step, float(torch.empty(()).uniform_(*bounds)), bool(torch.rand(()) < 0.5)) for step, bounds in steps]
-        return dict(steps=[(step, amount) for step, amount, taken in drawn if taken])
+        return dict(steps=[(step, amount) for step, amount, used in drawn if used])
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, tv_tensors.Mask):
@@ -232,61 +201,56 @@ def adjust_contrast(image: Tensor, factor: float) -> Tensor:
 
 
 def adjust_saturation(image: Tensor, factor: float) -> Tensor:
-    """Multiplies S of HSV of an image [..., 3, H, W] in 0 to 1, at most to 1; H and V stay."""
+    """Multiplies S of HSV of an image [..., 3, H, W] in 0 to 1, and limits it to 1."""
     value = image.amax(-3, keepdim=True)
     saturation = (value - image.amin(-3, keepdim=True)) / value.clamp(min=1e-12)
-    # S is linear in each channel's distance from V.
+    # S is linear in the distance of each channel from V.
     factor = torch.minimum(torch.full_like(saturation, factor), 1 / saturation.clamp(min=1e-12))
     return (value - (value - image) * factor).clamp(0, 1)
 
 
 class PadTo(v2.Transform):
-    """Adds pixels at the right and at the bottom up to a size: zeros to images, `ignore_index` to masks."""
+    """Pads image and mask to (H, W) at the right and at the bottom, images with 0 and masks with 255."""
 
-    def __init__(self, size: tuple[int, int], ignore_index: int = IGNORE_INDEX) -> None:
+    def __init__(self, size: tuple[int, int]) -> None:
         super().__init__()
         self.size = size
-        self.ignore_index = ignore_index
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         height, width = F.get_size(inpt)
         right, bottom = max(self.size[1] - width, 0), max(self.size[0] - height, 0)
-        fill = self.ignore_index if isinstance(inpt, tv_tensors.Mask) else 0
+        fill = IGNORE_INDEX if isinstance(inpt, tv_tensors.Mask) else 0
         return F.pad(inpt, [0, 0, right, bottom], fill=fill) if right or bottom else inpt
 
 
 class EvaluationResize(v2.Transform):
-    """Resizes the image and leaves the mask at its own size, which predictions are compared at.
+    """Resizes the image. The mask keeps its size, at which predictions are evaluated.
 
     Args:
-        scale: (long, short) sides that the image is fitted into; None for its own.
-        multiple: Number that both sides are then rounded up to a multiple of; None for no rounding. It is one resize,
-            to the rounded size: the shape changes by less than `multiple` pixels.
-        ratios: Factors on `scale`. With several of them, a tuple of images takes the image's place, each resized from
-            the original.
+        scale: (long, short) sides that the image is resized into, keeping its aspect ratio; None for its own size.
+        multiple: Both sides are rounded up to a multiple of this number; None for no rounding.
+        ratios: Factors on `scale`. With several factors the output is a tuple of images.
     """
 
     def __init__(
-        self,
-        scale: tuple[int, int] | None = None,
-        multiple: int | None = None,
-        ratios: Sequence[float] = (1.0,),
+        self, scale: tuple[int, int] | None = None, multiple: int | None = None, ratios: Sequence[float] = (1.0,)
     ) -> None:
         super().__init__()
         if (scale is not None and min(scale) < 1) or (multiple is not None and multiple < 1):
-            raise ValueError(f'scale {scale} rounded up to a multiple of {multiple} is no size')
+            raise ValueError(f'scale and multiple must be at least 1, got {scale} and {multiple}')
         if not ratios or min(ratios) <= 0:
-            raise ValueError(f'ratios {list(ratios)}: expected one or more factors above 0')
+            raise ValueError(f'ratios must be one or more factors above 0, got {list(ratios)}')
         self.scale = scale
-        self.multiple = multiple
+        self.multiple = multiple or 1
         self.ratios = ratios
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, tv_tensors.Mask):
             return inpt
-        views = tuple(F.resize(inpt, self._size(F.get_size(inpt), ratio), antialias=False) for ratio in self.ratios)
-        return views if len(views) > 1 else views[0]
-
-    def _size(self, size: list[int], ratio: float) -> list[int]:
-        size = keep_ratio_size(size, tuple(side * ratio for side in self.scale or size))
-        return [math.ceil(side / (self.multiple or 1)) * (self.multiple or 1) for side in size]
+        images = []
+        for ratio in self.ratios:
+            size = F.get_size(inpt)
+            size = keep_ratio_size(size, tuple(side * ratio for side in self.scale or size))
+            size = [math.ceil(side / self.multiple) * self.multiple for side in size]
+            images.append(F.resize(inpt, size, antialias=False))
+        return tuple(images) if len(images) > 1 else images[0]

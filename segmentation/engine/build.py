@@ -1,23 +1,22 @@
-"""The parts of a training run, each built from the options: data, model, optimizer and schedule.
-
-What timm or PyTorch refuse becomes an :class:`~cluster_zoo.training.options.OptionError` that names the option.
-"""
+"""Data, model, optimizer and schedule of a training run, built from the options."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from timm import utils
 from timm.layers import convert_sync_batchnorm
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2
 from timm.scheduler.scheduler import Scheduler
 
-from cluster_zoo.errors import DataError, OptionError, nearest
-from cluster_zoo.layers.nearest_centroid import centroid_heads
-from cluster_zoo.training.build import option_errors, set_centroid_learning
+from cluster_zoo.errors import DataError
+from cluster_zoo.training.model import set_centroid_learning
+from cluster_zoo.training.optim import check_optimizer_name
+from cluster_zoo.training.runtime import option_errors
 
 from ..data.datasets import SegmentationDataset, create_dataset
 from ..data.transforms import eval_transform, train_transform
@@ -25,10 +24,21 @@ from ..models.segmenter import Segmenter, create_segmenter
 from .optim import create_schedule, parameter_groups
 from .options import label_remap, model_options
 
+__all__ = ['build_datasets', 'build_eval_transform', 'build_model', 'build_optimizer', 'check_data', 'syncs_batch_norm']
+
+
+def _normalization(args: argparse.Namespace) -> dict[str, list[float]]:
+    return {name: getattr(args, name) for name in ('mean', 'std') if getattr(args, name) is not None}
+
+
+def build_eval_transform(args: argparse.Namespace, scales: tuple[float, ...] | list[float] = (1.0,)) -> Callable:
+    """Returns the transform of validation and test images."""
+    with option_errors('test images'):
+        return eval_transform(args.test_scale, args.test_multiple, scales, **_normalization(args))
+
 
 def build_datasets(args: argparse.Namespace) -> tuple[SegmentationDataset, SegmentationDataset]:
-    """Training and validation split. Sets ``args.num_classes``."""
-    normalisation = {name: getattr(args, name) for name in ('mean', 'std') if getattr(args, name) is not None}
+    """Opens the training and validation splits. Sets ``args.num_classes``."""
     with option_errors('training data'):
         transform = train_transform(
             tuple(args.crop) if len(args.crop) == 2 else args.crop[0],
@@ -37,13 +47,11 @@ def build_datasets(args: argparse.Namespace) -> tuple[SegmentationDataset, Segme
             args.max_category,
             args.flip,
             not args.no_distort,
-            **normalisation,
+            **_normalization(args),
         )
     common = dict(num_classes=args.num_classes, remap=label_remap(args), workers=max(args.workers, 1))
     train = create_dataset(args.dataset, args.data, args.train_split, transform, **common)
-    with option_errors('validation data'):
-        transform = eval_transform(args.test_scale, args.test_multiple, **normalisation)
-    val = create_dataset(args.dataset, args.data, args.val_split, transform, **common)
+    val = create_dataset(args.dataset, args.data, args.val_split, build_eval_transform(args), **common)
     args.num_classes = len(train.classes)
     if not args.no_check_data:
         check_data(args, train, val)
@@ -51,34 +59,31 @@ def build_datasets(args: argparse.Namespace) -> tuple[SegmentationDataset, Segme
 
 
 def check_data(args: argparse.Namespace, *datasets: SegmentationDataset) -> None:
-    """Opens every image and mask, in the first process, and fails in all of them."""
-    # Slow storage may take longer than the device's own queue lets the other processes wait.
+    """Reads all images and masks in the first process. An error is raised in all processes."""
+    # On slow storage this takes longer than the time limit of the default process group.
     group = dist.new_group(backend='gloo', timeout=timedelta(days=1)) if args.distributed else None
-    fault = [None]
+    message = [None]
     if utils.is_primary(args):
         try:
             for dataset in datasets:
                 dataset.check(max(args.workers, 1))
         except DataError as error:
-            fault = [str(error)]
+            message = [str(error)]
     if args.distributed:
-        dist.broadcast_object_list(fault, group=group)
-    if fault[0] is not None:
-        raise DataError(fault[0])
+        dist.broadcast_object_list(message, group=group)
+    if message[0] is not None:
+        raise DataError(message[0])
 
 
 def build_model(args: argparse.Namespace) -> Segmenter:
-    """The segmenter to train, with the weights that it starts from, on the device."""
+    """Builds the segmenter to train, with its initial weights, on the device."""
     arguments = model_options(args)
-    with option_errors('model'):
-        pretrained = True if args.pretrained_backbone == 'timm' else args.pretrained_backbone or False
+    pretrained = True if args.pretrained_backbone == 'timm' else args.pretrained_backbone or False
+    with option_errors('model', TypeError):
         model = create_segmenter(pretrained_backbone=pretrained, checkpoint_path=args.checkpoint, **arguments)
-    typed = [name for name in args.given if name.startswith('centroid_')]
-    if typed and not centroid_heads(model):
-        raise OptionError(f'--{typed[0].replace("_", "-")}: only --classifier dnc has centroids')
     set_centroid_learning(model, args)
     if args.grad_checkpointing:
-        with option_errors('--grad-checkpointing'):
+        with option_errors('--grad-checkpointing', AttributeError):
             model.set_grad_checkpointing()
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(device=args.device, memory_format=layout)
@@ -86,18 +91,16 @@ def build_model(args: argparse.Namespace) -> Segmenter:
 
 
 def syncs_batch_norm(args: argparse.Namespace) -> bool:
-    """Whether batch-norm sees the crops of all processes. Unless told, as all published systems were trained so."""
+    """Returns whether to synchronize batch norm: ``--sync-bn``, by default for published systems on GPUs."""
     wanted = bool(args.segmenter) and torch.device(args.device).type != 'cpu' if args.sync_bn is None else args.sync_bn
     return args.distributed and wanted
 
 
 def build_optimizer(args: argparse.Namespace, model: Segmenter) -> tuple[torch.optim.Optimizer, Scheduler]:
-    """The optimizer, with a learning rate for each group of parameters, and its schedule."""
-    known = list_optimizers()
-    if args.opt.lower().removeprefix('lookahead_') not in known:
-        raise OptionError(f'--opt: there is no optimizer {args.opt!r}{nearest(args.opt.lower(), known)}')
+    """Builds the optimizer, with parameter groups by learning rate and weight decay, and its schedule."""
+    check_optimizer_name(args.opt)
     groups = parameter_groups(model, args.weight_decay, not args.no_norm_decay, args.layer_decay, args.head_lr_scale)
-    with option_errors(f'--opt {args.opt}'):
+    with option_errors(f'--opt {args.opt}', TypeError):
         optimizer = create_optimizer_v2(groups, args.opt, args.lr, args.weight_decay, args.momentum, **args.opt_kwargs)
     with option_errors(f'--schedule {args.schedule}'):
         scheduler = create_schedule(

@@ -1,6 +1,4 @@
-"""A model's figures on a dataset: what both scripts run."""
-
-from __future__ import annotations
+"""Evaluation of a model on a dataset, for training and validation scripts."""
 
 import sys
 import time
@@ -12,9 +10,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+from cluster_zoo.features import eval_mode
 
 from ..data.datasets import SegmentationDataset
 from .inference import predict
@@ -23,7 +22,7 @@ from .overlays import OverlayWriter
 
 __all__ = ['evaluate']
 
-# So many batches of images at most wait for others of their size.
+# Maximum number of images, in batches, that wait for others of the same size
 _WAITING_BATCHES = 4
 
 
@@ -39,30 +38,29 @@ def evaluate(
     world_size: int = 1,
     overlays: OverlayWriter | None = None,
 ) -> dict[str, Any]:
-    """Predicts every image of a dataset once, at the size of its labels, and compares.
+    """Computes the metrics of a model on a dataset, at the size of the labels.
 
-    Images of equal size go through the model together. Where the dataset gives an image in several sizes, their
-    probabilities are averaged. Each process takes its share of the images; the pixels of all are counted together, so
-    that the figures do not depend on how many processes there are.
+    Images of equal size are batched. If the dataset returns an image in several sizes, the probabilities are averaged.
+    The images are split between the processes and the metrics computed from all of them, so that they do not depend on
+    the number of processes.
 
     Args:
-        model: A `Segmenter`, on the device. It is put into evaluation mode for as long as this takes.
-        dataset: Images, as the model wants them, with their labels; or the same image in several sizes, as a tuple.
-        device: Where to predict and to count.
-        autocast: Makes the context to predict in.
+        model: A `Segmenter` on the device, in evaluation mode during the call. It must not be wrapped in DDP, which
+            waits for processes that have fewer batches.
+        dataset: Returns (image, labels), or (tuple of the same image in several sizes, labels).
+        device: Device of the model.
+        autocast: Creates the context of the forward pass.
         protocol: Options of `inference.predict`, such as mode and flip (default: whole images).
-        batch_size: Images, and windows, that go through the model together.
-        workers: Processes that load images; 0: this one does.
-        rank: Number of this process, from 0.
-        world_size: How many processes take part. All of them have to call this.
-        overlays: Draws a few of the predictions.
+        batch_size: Images, and windows, per forward pass.
+        workers: Number of data loading processes; 0 loads in this process.
+        rank: Index of this process.
+        world_size: Number of processes. All of them must call this function.
+        overlays: Draws some of the predictions.
 
     Returns:
-        What `SegmentationMetrics.compute` returns, of all processes; ``images``, their number;
-        and ``images_per_second``, of all processes, with loading, without the first batch, which warms up.
+        The metrics of `SegmentationMetrics.compute`; ``images``, the number of images; and ``images_per_second`` of all
+        processes, which includes data loading but not the first batch (warm-up).
     """
-    if isinstance(model, DistributedDataParallel):
-        model = model.module  # it would wait, with each batch, for processes that have fewer
     metrics = SegmentationMetrics(
         len(dataset.classes), dataset.classes, dataset.ignore_index, device, distributed=world_size > 1
     )
@@ -70,39 +68,40 @@ def evaluate(
     loader = DataLoader(dataset, batch_size=None, sampler=indices, num_workers=workers)
     bar = tqdm(total=len(indices), desc='evaluate', leave=False, disable=rank > 0 or not sys.stderr.isatty())
     protocol = {'chunk': batch_size, **(protocol or {})}
-    training, tuning = model.training, torch.backends.cudnn.benchmark
-    model.eval()
-    # Whole images come in many sizes, and for each of them cuDNN would try its kernels anew
-    torch.backends.cudnn.benchmark = tuning and protocol.get('mode') == 'slide'
-    start, counted, first = time.monotonic(), len(indices), True
+    benchmark = torch.backends.cudnn.benchmark
+    # Whole images have many sizes, and cuDNN would benchmark its kernels for each of them.
+    torch.backends.cudnn.benchmark = benchmark and protocol.get('mode') == 'slide'
+    start, timed_images = time.monotonic(), len(indices)
     try:
-        for chosen, views, labels in _batches(zip(indices, loader), batch_size):
-            labels, size = labels.to(device), labels.shape[-2:]
-            with autocast():
-                each = (predict(model, images.to(device), size=size, **protocol) for images in views)
-                predictions = reduce(Tensor.add_, each).argmax(1)  # the largest mean is the largest sum
-            metrics.update(predictions, labels)
-            if overlays is not None:
-                for index, prediction in zip(chosen, predictions):
-                    overlays(index, prediction)
-            bar.update(len(chosen))
-            if first and len(chosen) < len(indices):
-                start, counted = time.monotonic(), len(indices) - len(chosen)
-            first = False
+        with eval_mode(model), bar:
+            for batch_indices, views, labels in _batches(zip(indices, loader), batch_size):
+                labels, size = labels.to(device), labels.shape[-2:]
+                with autocast():
+                    probabilities = (predict(model, images.to(device), size=size, **protocol) for images in views)
+                    predictions = reduce(Tensor.add_, probabilities).argmax(1)  # the sum has the argmax of the mean
+                metrics.update(predictions, labels)
+                if overlays is not None:
+                    for index, prediction in zip(batch_indices, predictions):
+                        overlays(index, prediction)
+                bar.update(len(batch_indices))
+                if timed_images == len(indices) and len(batch_indices) < len(indices):  # after the first batch
+                    start, timed_images = time.monotonic(), len(indices) - len(batch_indices)
     finally:
-        bar.close()
-        model.train(training)
-        torch.backends.cudnn.benchmark = tuning
-    figures = metrics.compute()
-    elapsed = time.monotonic() - start
-    return figures | dict(images=len(dataset), images_per_second=world_size * counted / elapsed)
+        torch.backends.cudnn.benchmark = benchmark
+    results = metrics.compute()
+    speed = world_size * timed_images / (time.monotonic() - start)
+    return results | dict(images=len(dataset), images_per_second=speed)
 
 
 def _batches(
-    samples: Iterable[tuple[int, tuple[Tensor | Sequence[Tensor], Tensor]]],
-    batch_size: int,
-) -> Iterator[tuple[list[int], list[Tensor], Tensor]]:
-    """Indices, images (one tensor a size) and labels, `batch_size` of equal sizes together, as they get complete."""
+    samples: Iterable[tuple[int, tuple[Tensor | Sequence[Tensor], Tensor]]], batch_size: int
+) -> Iterator[tuple[tuple[int, ...], list[Tensor], Tensor]]:
+    """Batches samples of equal sizes: yields indices, images (one tensor per size) and labels."""
+
+    def stack(samples: list[tuple[int, Sequence[Tensor], Tensor]]) -> tuple[tuple[int, ...], list[Tensor], Tensor]:
+        indices, images, labels = zip(*samples)
+        return indices, [torch.stack(views) for views in zip(*images)], torch.stack(labels)
+
     waiting: dict[tuple, list] = {}
     for index, (image, labels) in samples:
         views = [image] if isinstance(image, Tensor) else image
@@ -112,10 +111,5 @@ def _batches(
             if sum(map(len, waiting.values())) < _WAITING_BATCHES * batch_size:
                 continue
             key = max(waiting, key=lambda key: len(waiting[key]))
-        yield _stacked(waiting.pop(key))
-    yield from map(_stacked, waiting.values())
-
-
-def _stacked(samples: list[tuple[int, Sequence[Tensor], Tensor]]) -> tuple[list[int], list[Tensor], Tensor]:
-    indices, images, labels = zip(*samples)
-    return list(indices), [torch.stack(views) for views in zip(*images)], torch.stack(labels)
+        yield stack(waiting.pop(key))
+    yield from map(stack, waiting.values())

@@ -1,4 +1,4 @@
-"""Losses of dense prediction: cross-entropy over labelled pixels, and the Dice loss that guides CondNet."""
+"""Losses of dense prediction: cross-entropy over labeled pixels, and the Dice loss of CondNet's guidance logits."""
 
 import torch
 import torch.nn.functional as F
@@ -8,19 +8,18 @@ __all__ = ['cross_entropy', 'dice_loss']
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """Mean cross-entropy over the labelled pixels, in float32 at least.
+    """Computes the mean cross-entropy over labeled pixels, in float32 or higher precision.
 
-    The authors' framework divides the sum by the number of all pixels, ignored ones included, so loss and gradient
-    shrink with the share that padding and unlabelled regions take of a batch. This is the mean as PyTorch has it: what
-    a labelled pixel costs, which can be compared between crops, batches and datasets.
+    mmsegmentation divides by the number of all pixels instead, so that its loss depends on the fraction of ignored
+    pixels in a batch.
 
     Args:
         logits: [B, K, H, W].
         labels: int64 [B, H, W], values 0 .. K - 1 or ``ignore_index``.
-        ignore_index: Label of pixels that do not count.
+        ignore_index: Label of ignored pixels.
 
     Returns:
-        A scalar; 0 where no pixel is labelled, where a plain mean would be NaN and end the training.
+        A scalar; 0 if no pixel is labeled, where PyTorch's mean is NaN.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction='sum')
@@ -28,24 +27,24 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Te
 
 
 def dice_loss(logits: Tensor, labels: Tensor, ignore_index: int = 255, smooth: float = 1e-5) -> Tensor:
-    """One minus how well probabilities p and labels t overlap, the mean over classes and images (CondNet, section III).
+    """Computes the Dice loss of the guidance logits, the mean over classes and images (CondNet, section III).
 
-    For each class of each image, ``1 - (2 sum(p t valid) + smooth) / (sum(p^2) + sum(t^2) + smooth)`` over its pixels,
-    in float32 at least. A pixel without a label is not valid. As published, it still counts in both sums below the
-    line, with t of the last class: the authors' framework clamps labels to 0 .. K - 1.
+    With probabilities p and one-hot labels t, the loss of a class in an image is
+    ``1 - (2 sum(p t valid) + smooth) / (sum(p^2) + sum(t^2) + smooth)``. Ignored pixels are not valid. As in the
+    authors' code they count in the denominator, with t of the last class, because labels are clamped to 0 .. K - 1.
 
     Args:
-        logits: Guidance logits [B, K, h, w]; p is their softmax.
+        logits: Guidance logits [B, K, h, w].
         labels: int64 [B, h, w], values 0 .. K - 1 or ``ignore_index``.
-        ignore_index: Label of pixels without a class.
-        smooth: Added to both sides of the fraction, so that a class that does not occur has a loss too.
+        ignore_index: Label of ignored pixels.
+        smooth: Added to numerator and denominator.
 
     Returns:
-        A scalar, 0 .. 1.
+        A scalar, 0 .. 1, in float32 or higher precision.
     """
     p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)
     valid = (labels != ignore_index).unsqueeze(1)
     t = torch.zeros_like(p).scatter_(1, labels.unsqueeze(1).clamp(0, p.shape[1] - 1), 1.0)
     overlap = (p * t * valid).sum(dim=(2, 3))
-    total = p.square().sum(dim=(2, 3)) + t.sum(dim=(2, 3))  # t is 0 or 1, so its own square
+    total = p.square().sum(dim=(2, 3)) + t.sum(dim=(2, 3))  # t^2 = t
     return (1 - (2 * overlap + smooth) / (total + smooth)).mean()

@@ -1,6 +1,4 @@
-"""How well predictions agree with labels: intersection over union and accuracy, of classes and overall."""
-
-from __future__ import annotations
+"""Segmentation metrics: intersection over union and accuracy, per class and overall."""
 
 import math
 from collections.abc import Sequence
@@ -12,20 +10,20 @@ from torch import Tensor
 try:
     from torchmetrics.classification import MulticlassConfusionMatrix
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("Measuring needs torchmetrics: pip install 'cluster_zoo[segmentation]'") from error
+    raise ModuleNotFoundError("Metrics need torchmetrics: pip install 'cluster_zoo[segmentation]'") from error
 
-__all__ = ['SegmentationMetrics']
+__all__ = ['SegmentationMetrics', 'table']
 
 
 class SegmentationMetrics:
-    """Counts pixels by true and predicted class, over all images of a dataset, and then divides.
+    """Accumulates the confusion matrix of all images and computes metrics from it.
 
     Args:
-        num_classes: Number of classes, K.
-        classes: Their names (default: their numbers).
-        ignore_index: Label of the pixels that do not count.
-        device: Where to count.
-        distributed: Add up the counts of all processes; then all have to call :meth:`compute`.
+        num_classes: Number of classes K.
+        classes: Names of the classes (default: their indices).
+        ignore_index: Label of ignored pixels.
+        device: Device of the confusion matrix.
+        distributed: Sum over all processes. All of them must call :meth:`compute`.
     """
 
     def __init__(
@@ -38,8 +36,8 @@ class SegmentationMetrics:
     ) -> None:
         self.classes = list(map(str, range(num_classes) if classes is None else classes))
         if len(set(self.classes)) != num_classes:
-            raise ValueError(f'{num_classes} classes have {len(set(self.classes))} different names')
-        # The dataset has checked its labels; torchmetrics' own check of every batch takes longer than counting.
+            raise ValueError(f'{num_classes} classes need distinct names, got {len(set(self.classes))}')
+        # The dataset checks its labels, and the validation of torchmetrics is slower than counting.
         self.confusion = MulticlassConfusionMatrix(
             num_classes, ignore_index=ignore_index, validate_args=False, sync_on_compute=distributed
         ).to(device)
@@ -54,14 +52,14 @@ class SegmentationMetrics:
         self.confusion.update(prediction, labels)
 
     def compute(self) -> dict[str, Any]:
-        """The figures of all images so far, in percent.
+        """Computes the metrics of all images, in percent.
 
         Returns:
-            ``mIoU`` (mean over the classes that occur or are predicted), ``aAcc`` (accuracy of pixels), ``mAcc`` (mean
-            accuracy of the classes that occur), and ``IoU`` and ``Acc`` of each class by its name. A figure without
-            pixels to compute it from is nan, and left out of the means.
+            ``mIoU`` (mean over classes that occur or are predicted), ``aAcc`` (pixel accuracy), ``mAcc`` (mean accuracy
+            of the classes that occur), and dictionaries ``IoU`` and ``Acc`` by class name. Metrics without pixels are
+            NaN, and are not part of the means.
         """
-        counts = self.confusion.compute().double().cpu().reshape(len(self.classes), -1)  # one class has no axes
+        counts = self.confusion.compute().double().cpu().reshape(len(self.classes), -1)  # a scalar for one class
         hits, true, predicted = counts.diag(), counts.sum(1), counts.sum(0)
         iou, acc = 100 * hits / (true + predicted - hits), 100 * hits / true
         return dict(
@@ -74,13 +72,10 @@ class SegmentationMetrics:
 
 
 def table(metrics: dict[str, Any]) -> str:
-    """The figures of each class as lines of text, and those over all classes below."""
+    """Formats metrics as text: a line per class, and a line with the means."""
     width = max(map(len, (*metrics['IoU'], 'class')))
-    rows = [(name, iou, metrics['Acc'][name]) for name, iou in metrics['IoU'].items()]
     lines = [f'{"class":<{width}}  {"IoU":>6}  {"Acc":>6}']
-    lines += [f'{name:<{width}}  {_figure(iou)}  {_figure(acc)}' for name, iou, acc in rows]
+    for name, iou in metrics['IoU'].items():
+        cells = ('-' if math.isnan(value) else f'{value:.2f}' for value in (iou, metrics['Acc'][name]))
+        lines.append(f'{name:<{width}}  ' + '  '.join(f'{cell:>6}' for cell in cells))
     return '\n'.join([*lines, f'mIoU {metrics["mIoU"]:.2f}  aAcc {metrics["aAcc"]:.2f}  mAcc {metrics["mAcc"]:.2f}'])
-
-
-def _figure(value: float) -> str:
-    return f'{"-" if math.isnan(value) else f"{value:.2f}":>6}'

@@ -1,4 +1,4 @@
-"""What an optimizer gets of a segmenter, and how its learning rate goes with the iterations."""
+"""Parameter groups and learning-rate schedules of segmenters."""
 
 import itertools
 import math
@@ -15,7 +15,6 @@ from timm.scheduler.scheduler import Scheduler
 __all__ = ['SCHEDULES', 'CosineRestartScheduler', 'create_schedule', 'parameter_groups']
 
 SCHEDULES = ('poly', 'cosine', 'cosine_restarts')
-_HEAD = ('head.', 'auxiliary.')
 
 
 def parameter_groups(
@@ -25,81 +24,66 @@ def parameter_groups(
     layer_decay: float | None = None,
     head_lr_scale: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Parameters that share a learning rate and a weight decay.
+    """Groups parameters by learning rate and weight decay.
 
     Args:
         model: A segmenter.
-        weight_decay: Of the parameters that decay.
-        decay_norms: Whether all of them do. If not, everything of one dimension (norms, biases) and what
-            ``model.no_weight_decay()`` names (positions, class token) has none. That biases have none either is timm's
-            convention; the authors' code lets them decay, and leaves out norms only.
-        layer_decay: Factor of the learning rate from each layer to the one before, by ``model.group_matcher``. The
-            decoder and the classifier are the last layer.
-        head_lr_scale: Factor of the learning rate of decoder, classifier and auxiliary head.
+        weight_decay: Weight decay.
+        decay_norms: Whether all parameters decay. Otherwise those with one dimension (norms, biases) and those of
+            ``model.no_weight_decay()`` do not, which is timm's convention. (In the authors' code biases decay.)
+        layer_decay: Factor on the learning rate from each layer to the previous one, see ``model.group_matcher``. The
+            heads are the last layer.
+        head_lr_scale: Factor on the learning rate of the heads.
 
     Returns:
-        Groups with ``params``, ``weight_decay`` and ``lr_scale``, which timm's schedules multiply the rate with.
+        Groups with ``params``, ``weight_decay`` and ``lr_scale``, a factor that timm's schedules apply.
     """
     layers: dict[str, int] = {}
     if layer_decay is not None:
         layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     last = max(layers.values(), default=0)
-    kept = () if decay_norms else model.no_weight_decay()
+    no_decay = () if decay_norms else model.no_weight_decay()
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         scale = layer_decay ** (last - layers.get(name, last)) if layer_decay is not None else 1.0
-        if name.startswith(_HEAD):
+        if name.startswith(('head.', 'auxiliary.')):
             scale *= head_lr_scale
-        decays = decay_norms or (parameter.ndim > 1 and not any(fnmatch(name, pattern) for pattern in kept))
+        decays = decay_norms or (parameter.ndim > 1 and not any(fnmatch(name, pattern) for pattern in no_decay))
         decay = weight_decay if decays else 0.0
         group = groups.setdefault((scale, decay), dict(params=[], weight_decay=decay, lr_scale=scale))
         group['params'].append(parameter)
     return list(groups.values())
 
 
-class CosineRestartScheduler(Scheduler):
-    """Cosine cycles of any lengths, each from its own share of the learning rate to the minimum.
+class CosineRestartScheduler(CosineLRScheduler):
+    """Cosine periods of given lengths and initial learning rates, as for RegionProxy.
 
-    timm's cosine schedule multiplies both from one cycle to the next by a factor; RegionProxy's are a table.
+    timm's cosine schedule multiplies both by a constant factor from one period to the next.
 
     Args:
-        optimizer: Whose learning rate it sets.
-        periods: Iterations of each cycle.
-        weights: Where each starts, between the minimum (0) and the learning rate (1).
-        lr_min: The minimum.
-        warmup_t: Iterations of linear warm-up, within the first cycle.
-        warmup_lr_init: Where warm-up starts.
+        optimizer: The optimizer.
+        periods: Iterations of each period. The first one includes the warm-up.
+        weights: Initial learning rate of each period, between ``lr_min`` (0) and the learning rate (1).
+        **kwargs: Options of timm's schedule, such as ``lr_min`` and ``warmup_t``.
     """
 
     def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        periods: Sequence[int],
-        weights: Sequence[float],
-        lr_min: float = 0.0,
-        warmup_t: int = 0,
-        warmup_lr_init: float = 0.0,
+        self, optimizer: torch.optim.Optimizer, periods: Sequence[int], weights: Sequence[float], **kwargs: Any
     ):
-        super().__init__(optimizer, param_group_field='lr', t_in_epochs=False)
+        super().__init__(optimizer, sum(periods), t_in_epochs=False, **kwargs)
         self.starts = [0, *itertools.accumulate(periods)]
         self.weights = list(weights)
-        self.lr_min = lr_min
-        self.warmup_t = warmup_t
-        self.warmup_lr_init = warmup_lr_init
-        if warmup_t:
-            self.update_groups(warmup_lr_init)
 
     def _get_lr(self, t: int) -> list[float]:
         if t < self.warmup_t:
-            passed = t / self.warmup_t
-            return [self.warmup_lr_init + passed * (lr - self.warmup_lr_init) for lr in self.base_values]
+            return super()._get_lr(t)
+        fraction = 0.0
         for start, end, weight in zip(self.starts, self.starts[1:], self.weights):
-            if t < end:
-                share = weight * 0.5 * (1 + math.cos(math.pi * (t - start) / (end - start)))
-                return [self.lr_min + share * (lr - self.lr_min) for lr in self.base_values]
-        return [self.lr_min for _ in self.base_values]
+            if start <= t < end:
+                fraction = weight * 0.5 * (1 + math.cos(math.pi * (t - start) / (end - start)))
+        return [self.lr_min + fraction * (lr - self.lr_min) for lr in self.base_values]
 
 
 def create_schedule(
@@ -114,37 +98,37 @@ def create_schedule(
     periods: Sequence[int] | None = None,
     restart_weights: Sequence[float] | None = None,
 ) -> Scheduler:
-    """A schedule by iterations: ``step_update(n)`` sets the rate of the iteration after the first n.
+    """Creates a schedule that is updated once per iteration: call ``step_update(n)`` after n iterations.
 
     Args:
         name: ``'poly'``: ``min_lr + (lr - min_lr) (1 - n / iterations) ** power``; ``'cosine'``;
             ``'cosine_restarts'``, see `CosineRestartScheduler`.
-        optimizer: Whose learning rate it sets; the scale of each group (``lr_scale``) applies to ``min_lr`` too.
-        iterations: Of the whole run.
-        power: Of ``'poly'``.
-        min_lr: Where the rate ends.
-        warmup: Iterations in which the rate rises linearly to its full value, within the schedule.
-        warmup_ratio: Share of the learning rate that warm-up starts from.
-        periods: Iterations of the cycles of ``'cosine_restarts'``.
-        restart_weights: Height of each of them.
+        optimizer: The optimizer. The factor ``lr_scale`` of a group applies to ``min_lr``, too.
+        iterations: Number of iterations of the run.
+        power: Exponent of ``'poly'``.
+        min_lr: Final learning rate.
+        warmup: Iterations of linear warm-up at the start of the schedule.
+        warmup_ratio: Learning rate at the start of the warm-up, as a fraction of the full one.
+        periods: Iterations of the periods of ``'cosine_restarts'`` (default: one period).
+        restart_weights: Initial learning rate of each period, as a fraction (default: 1).
 
     Raises:
-        ValueError: Unknown name, warm-up as long as the run, or cycles that do not make up the run.
+        ValueError: The name is unknown, the warm-up is too long, or the periods do not add up to the run.
     """
     if not 0 <= warmup < iterations:
         raise ValueError(f'Warm-up of {warmup} iterations does not fit a run of {iterations}.')
-    warming = dict(warmup_t=warmup, warmup_lr_init=warmup_ratio * optimizer.param_groups[0]['lr'])
+    options = dict(lr_min=min_lr, warmup_t=warmup, warmup_lr_init=warmup_ratio * optimizer.param_groups[0]['lr'])
     if name == 'poly':
-        return PolyLRScheduler(optimizer, iterations, power=power, lr_min=min_lr, t_in_epochs=False, **warming)
+        return PolyLRScheduler(optimizer, iterations, power=power, t_in_epochs=False, **options)
     if name == 'cosine':
-        return CosineLRScheduler(optimizer, iterations, lr_min=min_lr, t_in_epochs=False, **warming)
+        return CosineLRScheduler(optimizer, iterations, t_in_epochs=False, **options)
     if name != 'cosine_restarts':
         raise ValueError(f'There is no schedule {name!r}: expected one of {", ".join(SCHEDULES)}.')
     periods = list(periods or [iterations])
     weights = list(restart_weights or [1.0] * len(periods))
     if len(weights) != len(periods) or sum(periods) != iterations or min(periods) < 1:
         raise ValueError(
-            f'Cosine cycles of {periods} iterations with weights {weights} do not make up a run of {iterations}: '
-            'the cycles have to add up to it, with one weight each.'
+            f'Periods of {periods} iterations with weights {weights} do not fit a run of {iterations}: the periods '
+            'must add up to it, with one weight each.'
         )
-    return CosineRestartScheduler(optimizer, periods, weights, lr_min=min_lr, **warming)
+    return CosineRestartScheduler(optimizer, periods, weights, **options)

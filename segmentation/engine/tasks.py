@@ -1,4 +1,4 @@
-"""timm's training task for dense prediction: what a segmenter's outputs cost, and what its centroids learn from."""
+"""timm training task for dense prediction: losses of all outputs of a segmenter, and updates of its centroids."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ __all__ = ['SegmentationTask']
 
 
 class _DenseTask(ClassificationTask):
-    """The losses of a segmenter's outputs; wrapping and compiling are those of timm's classification."""
+    """Computes the losses. A separate class, because `CentroidTaskMixin` must come before it."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class _DenseTask(ClassificationTask):
         losses = dict(cross_entropy=self.criterion(outputs['logits'], target, self.ignore_index))
         loss = losses['cross_entropy']
         if (guidance := outputs.get('guidance')) is not None:
-            labels = self.labels_at(target, guidance.shape[-2:])
+            labels = unwrap_model(self.trainable_module).labels_at(target, guidance.shape[-2:], self.ignore_index)
             losses['guidance_loss'] = dice_loss(guidance, labels, self.ignore_index)
             loss = loss + self.guidance_weight * losses['guidance_loss']
         if (auxiliary := outputs.get('auxiliary')) is not None:
@@ -45,31 +45,26 @@ class _DenseTask(ClassificationTask):
             loss = loss + self.auxiliary_weight * losses['auxiliary_loss']
         return dict(loss=loss, output=outputs['logits'], **losses)
 
-    def labels_at(self, labels: Tensor, size: tuple[int, int]) -> Tensor:
-        """Labels [B, H, W] of a batch at the size of a feature map, [B, h, w]."""
-        return unwrap_model(self.trainable_module).labels_at(labels, tuple(size), self.ignore_index)
-
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> '_DenseTask':
-        # Processes may evaluate different numbers of images, and each forward pass of DDP waits for all of them.
+        # Evaluate without DDP, which waits for processes that have fewer batches.
         self.eval_model = self.get_eval_model()
         return super().prepare_distributed(device_ids, **ddp_kwargs)
 
 
 class SegmentationTask(CentroidTaskMixin, _DenseTask):
-    """A segmenter with its loss: cross-entropy, and what its outputs have beside the logits.
+    """Training task of a segmenter.
 
-    That is ``guidance_weight`` times the Dice loss of a conditional classifier's guidance logits (CondNet), and
-    ``auxiliary_weight`` times the cross-entropy of an auxiliary head. The centroids of a nearest-centroid classifier
-    learn from every pixel of the feature map, each with the label nearest to it. Averaged weights, several processes
-    and compilation are timm's.
+    The loss is the cross-entropy, plus ``guidance_weight`` times the Dice loss of the guidance logits (CondNet), plus
+    ``auxiliary_weight`` times the cross-entropy of the auxiliary head. Centroids are updated with every pixel of the
+    feature map and its nearest label. EMA, distributed training and compilation work as in timm's tasks.
 
     Args:
         model: A :class:`~segmentation.models.segmenter.Segmenter`.
-        guidance_weight: Of the Dice loss.
-        auxiliary_weight: Of the auxiliary head's loss.
-        ignore_index: Label of pixels that do not count.
-        device: Of the task.
-        dtype: Of the task.
+        guidance_weight: Weight of the Dice loss.
+        auxiliary_weight: Weight of the auxiliary loss.
+        ignore_index: Label of ignored pixels.
+        device: Device of the task.
+        dtype: Dtype of the task.
 
     Example:
         >>> task = SegmentationTask(create_segmenter('fcn', 'resnet18', 11, classifier='dnc'))
@@ -79,5 +74,5 @@ class SegmentationTask(CentroidTaskMixin, _DenseTask):
     """
 
     def centroid_target(self, target: Tensor, shape: torch.Size) -> Tensor:
-        """Labels [B, H, W] for the features [B, h, w] of a head."""
-        return self.labels_at(target, shape[1:])
+        """Resizes labels [B, H, W] to the shape [B, h, w] of a feature map."""
+        return unwrap_model(self.trainable_module).labels_at(target, tuple(shape[1:]), self.ignore_index)

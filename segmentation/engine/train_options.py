@@ -1,7 +1,7 @@
-"""Command-line options of ``segmentation/train.py``; the ones shared with ``validate.py`` are in ``options``.
+"""Command-line options of ``segmentation/train.py``; `options` has those that it shares with ``validate.py``.
 
-Values come, weakest first, from how Semantic FPN with Context Cluster was trained on ADE20K, the published system that
-``--segmenter`` names, the ``--config`` file and the flags on the command line.
+Values come, in increasing priority, from the training of Semantic FPN with Context Cluster on ADE20K, the published
+system of ``--segmenter``, the ``--config`` file and the command line.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cluster_zoo.errors import OptionError
-from cluster_zoo.training.options import ParseKwargs, Parser
+from cluster_zoo.training.options import add_device_options
+from cluster_zoo.training.parser import ParseKwargs, Parser
 from cluster_zoo.training.train_options import add_centroid_learning_options
 
 from ..models.configs import SegmenterConfig, segmenter_config
 from .optim import SCHEDULES
-from .options import add_data_options, add_model_options, add_runtime_options, add_test_options, config_options
+from .options import add_data_options, add_model_options, add_test_options, config_options
 
-# Whose names are those of the option
+# Fields of SegmenterConfig with the names of options
 _SAME = (
     *('iterations', 'lr', 'momentum', 'weight_decay', 'schedule', 'power', 'min_lr', 'warmup', 'head_lr_scale'),
     *('guidance_weight', 'auxiliary_weight'),
@@ -40,16 +41,17 @@ _ABOVE_0 = ('lr', 'head_lr_scale', 'clip_grad')
 
 
 class TrainParser(Parser):
-    """A parser whose defaults are those of a published system, if ``--segmenter`` names one."""
+    """A parser that takes its defaults from the published system of ``--segmenter``."""
 
     def resolve(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parses a command line.
 
         Returns:
-            One value an option, and ``args.given`` with the names of those that were typed.
+            One value per option; ``args.given`` is the list of options on the command line.
 
         Raises:
-            OptionError: As of the base class; there is no such published system; options contradict each other.
+            OptionError: As in the base class; or there is no such published system, a value is out of range, or options
+                exclude each other.
         """
         args = super().resolve(argv)
         if args.segmenter:
@@ -60,17 +62,17 @@ class TrainParser(Parser):
 
 
 def published_defaults(config: SegmenterConfig) -> dict[str, Any]:
-    """How a published system was trained, as values of the options; what it is made of, `create_segmenter` knows."""
+    """Returns the options that a published system was trained with. `create_segmenter` sets those of the model."""
     shared = config_options(config)
-    del shared['num_classes']  # the dataset's, which may be another
+    del shared['num_classes']  # that of the dataset, which may differ
     return {
         **{name: getattr(config, name) for name in _SAME},
         **shared,
-        # The published batch is that of all processes.
+        # The published batch size is the sum over all processes.
         'batch_size': max(1, config.batch_size // int(os.environ.get('WORLD_SIZE', 1))),
         'crop': [config.crop],
         'scale': list(config.scale),
-        'opt': dict(sgd='momentum').get(config.optimizer, config.optimizer),  # timm's sgd is Nesterov's
+        'opt': dict(sgd='momentum').get(config.optimizer, config.optimizer),  # timm's sgd has Nesterov momentum
         'no_norm_decay': not config.decay_norms,
         'periods': list(config.periods) or None,
         'restart_weights': list(config.restart_weights) or None,
@@ -78,7 +80,7 @@ def published_defaults(config: SegmenterConfig) -> dict[str, Any]:
 
 
 def _bounds(args: argparse.Namespace) -> Iterator[tuple[bool, str]]:
-    """Rules for `_check`: whether a number is below its bound, and what to say then. None, unset, never is."""
+    """Yields for each bound whether a value violates it, and the message. None is always valid."""
     flags = {name: f'--{name.replace("_", "-")}' for name in vars(args)}
     for least, names in _AT_LEAST.items():
         for name in names:
@@ -92,20 +94,20 @@ def _bounds(args: argparse.Namespace) -> Iterator[tuple[bool, str]]:
 def _check(args: argparse.Namespace) -> None:
     ranges = (args.scale, args.ratio)
     rules = (
-        (not args.data, 'where are the images? Give their folder or tar: train.py DATA'),
+        (not args.data, 'no data given: name the folder of the dataset, or its .tar'),
         *_bounds(args),
         (args.layer_decay is not None and not 0 < args.layer_decay <= 1, '--layer-decay must be above 0, at most 1'),
         (not 0 <= args.model_ema_decay < 1, '--model-ema-decay must be at least 0, below 1'),
         (not 0 <= args.seed < 2**32, '--seed must be at least 0, below 2**32'),
         (args.std is not None and not min(args.std) > 0, '--std must be above 0'),
-        (args.warmup >= args.iterations, f'--warmup {args.warmup} must be less than the {args.iterations} iterations'),
+        (args.warmup >= args.iterations, f'--warmup {args.warmup} must be less than --iterations {args.iterations}'),
         (len(args.crop) > 2 or min(args.crop) < 1, '--crop takes a side, or height and width, in pixels'),
         (min(map(min, ranges)) <= 0, '--scale and --ratio must be above 0'),
         (args.ratio[0] > args.ratio[1], '--ratio takes the lower bound first'),
-        (args.resume == 'auto' and not args.experiment, '--resume auto needs --experiment, to know where to look'),
+        (args.resume == 'auto' and not args.experiment, '--resume auto needs --experiment, the name of the run folder'),
         (
             args.schedule != 'cosine_restarts' and bool({'periods', 'restart_weights'} & set(args.given)),
-            '--periods and --restart-weights are of --schedule cosine_restarts',
+            '--periods and --restart-weights need --schedule cosine_restarts',
         ),
     )
     for broken, message in rules:
@@ -121,37 +123,44 @@ def _add_start_options(parser: argparse.ArgumentParser) -> None:
         const='timm',
         default='',
         metavar='FILE',
-        help="start from a classifier's weights: those that timm has for the backbone's name, or of a file",
+        help="start from a classifier's weights: timm's for this backbone, or a file",
     )
     add('--checkpoint', default='', metavar='FILE', help='start from the weights of a segmenter')
     add(
         '--sync-bn',
         action=argparse.BooleanOptionalAction,
-        help='synchronise batch-norm over processes, on GPUs (default: with --segmenter, as published)',
+        help='synchronize batch norm over processes, on GPUs (default: with --segmenter, as published)',
     )
-    add('--grad-checkpointing', action='store_true', help='trade compute for activation memory')
-    add('--model-ema', action='store_true', help='keep an average of the weights, and validate that')
-    add('--model-ema-decay', type=float, default=0.9998, metavar='F', help='its decay (default: 0.9998)')
-    add('--model-ema-warmup', action='store_true', help='raise the decay from 0 in the first updates')
+    add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
+    add('--model-ema', action='store_true', help='keep an exponential moving average of the weights and validate it')
+    add('--model-ema-decay', type=float, default=0.9998, metavar='F', help='decay of the average (default: 0.9998)')
+    add('--model-ema-warmup', action='store_true', help='warm up the decay from 0')
 
 
 def _add_training_data_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add('--train-split', default='train', metavar='NAME', help='training split')
     add('--val-split', default='val', metavar='NAME', help='validation split')
-    add('--no-check-data', action='store_true', help='do not open every image before training starts')
+    add('--no-check-data', action='store_true', help='do not read all images before the training')
     add('--crop', type=int, nargs='+', default=[512], metavar='N', help='training crop: side, or height and width')
-    add('--scale', type=int, nargs=2, default=[2048, 512], metavar='N', help='size that images are fitted into')
-    add('--ratio', type=float, nargs=2, default=[0.5, 2.0], metavar='F', help='range of random factors on --scale')
-    add('--max-category', type=float, default=0.75, metavar='F', help='most of a crop that one class may fill')
+    add(
+        '--scale',
+        type=int,
+        nargs=2,
+        default=[2048, 512],
+        metavar='N',
+        help='long and short side to fit images into',
+    )
+    add('--ratio', type=float, nargs=2, default=[0.5, 2.0], metavar='F', help='range of random factors of --scale')
+    add('--max-category', type=float, default=0.75, metavar='F', help='maximum fraction of a crop for one class')
     add('--flip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip (default: 0.5)')
     add('--no-distort', action='store_true', help='no photometric distortion')
 
 
 def _add_optimizer_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('optimizer').add_argument
-    add('-b', '--batch-size', type=int, default=16, metavar='N', help='crops a process in a batch (default: 16)')
-    add('--grad-accum-steps', type=int, default=1, metavar='N', help='batches whose gradients make one iteration')
+    add('-b', '--batch-size', type=int, default=16, metavar='N', help='batch size per process (default: 16)')
+    add('--grad-accum-steps', type=int, default=1, metavar='N', help='number of batches per iteration')
     add('--opt', default='adamw', metavar='NAME', help="one of timm's optimizers (default: adamw)")
     add('--opt-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='further optimizer arguments')
     add('--momentum', type=float, default=0.9, metavar='M', help='momentum')
@@ -160,14 +169,26 @@ def _add_optimizer_options(parser: argparse.ArgumentParser) -> None:
         '--no-norm-decay',
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="no weight decay of norms, positions, class tokens and biases (which the authors' code lets decay)",
+        help='no weight decay of norms, position embeddings, class tokens and biases',
     )
-    add('--layer-decay', type=float, metavar='F', help='learning rate of a layer over that of the next one')
-    add('--head-lr-scale', type=float, default=1.0, metavar='F', help='learning rate of all but the backbone, times')
+    add('--layer-decay', type=float, metavar='F', help='layer-wise learning rate decay')
+    add(
+        '--head-lr-scale',
+        type=float,
+        default=1.0,
+        metavar='F',
+        help='learning rate factor of the heads',
+    )
     add('--clip-grad', type=float, metavar='F', help='clip gradients (default: no clipping)')
-    add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='what --clip-grad bounds')
-    add('--guidance-weight', type=float, default=0.2, metavar='F', help="Dice loss of --classifier cond's guidance")
-    add('--auxiliary-weight', type=float, default=0.4, metavar='F', help='loss of the --auxiliary head')
+    add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='gradient clipping mode')
+    add(
+        '--guidance-weight',
+        type=float,
+        default=0.2,
+        metavar='F',
+        help='weight of the guidance loss of cond',
+    )
+    add('--auxiliary-weight', type=float, default=0.4, metavar='F', help='weight of the loss of the --auxiliary head')
 
 
 def _add_schedule_options(parser: argparse.ArgumentParser) -> None:
@@ -176,11 +197,17 @@ def _add_schedule_options(parser: argparse.ArgumentParser) -> None:
     add('--lr', type=float, default=1e-4, metavar='LR', help='learning rate (default: 1e-4)')
     add('--schedule', default='poly', choices=SCHEDULES, help='default: poly')
     add('--power', type=float, default=0.9, metavar='F', help='exponent of poly (default: 0.9)')
-    add('--min-lr', type=float, default=0.0, metavar='LR', help='learning rate that schedules end at')
-    add('--periods', type=int, nargs='+', metavar='N', help='iterations of each of the cosine_restarts')
-    add('--restart-weights', type=float, nargs='+', metavar='F', help='where each starts, as a share of --lr')
+    add('--min-lr', type=float, default=0.0, metavar='LR', help='final learning rate')
+    add('--periods', type=int, nargs='+', metavar='N', help='iterations of each period of cosine_restarts')
+    add(
+        '--restart-weights',
+        type=float,
+        nargs='+',
+        metavar='F',
+        help='initial rate of each, as a fraction of --lr',
+    )
     add('--warmup', type=int, default=0, metavar='N', help='iterations of linear warm-up')
-    add('--warmup-ratio', type=float, default=1e-6, metavar='F', help='share of --lr that warm-up starts from')
+    add('--warmup-ratio', type=float, default=1e-6, metavar='F', help='initial rate of warm-up, as a fraction of --lr')
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -189,29 +216,35 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the model')
     add('--log-interval', type=int, default=50, metavar='N', help='iterations between log lines')
     add('--val-interval', type=int, default=8000, metavar='N', help='iterations between validations (default: 8000)')
-    add('-vb', '--validation-batch-size', type=int, default=1, metavar='N', help='images of a validation batch')
-    add('--overlays', type=int, default=0, metavar='N', help='pictures of predictions that each validation draws')
+    add('-vb', '--validation-batch-size', type=int, default=1, metavar='N', help='batch size of validation')
+    add('--overlays', type=int, default=0, metavar='N', help='images to draw predictions of in each validation')
     add(
         '--recovery-interval', type=int, default=0, metavar='N', help='iterations between recovery checkpoints, 0: none'
     )
-    add('--checkpoint-hist', type=int, default=1, metavar='N', help='checkpoints to keep beside the last (default: 1)')
+    add(
+        '--checkpoint-hist',
+        type=int,
+        default=1,
+        metavar='N',
+        help='checkpoints to keep besides the last (default: 1)',
+    )
     add(
         '--resume',
         default='',
         metavar='FILE',
-        help='go on from a checkpoint of this script; auto: from the last one of --experiment, if there is one',
+        help='resume from a checkpoint of this script; auto: from the newest one of --experiment, if any',
     )
     add('--output', default='', metavar='DIR', help='parent of the run folder (default: ./output/segmentation)')
     add('--experiment', default='', metavar='NAME', help='name of the run folder (default: time, head and backbone)')
     add('--local_rank', '--local-rank', type=int, default=0, metavar='N', help='set by torch.distributed.launch')
 
 
-def train_parser() -> TrainParser:
-    """The parser of ``segmentation/train.py``."""
+def train_parser(prog: str = 'segmentation/train.py') -> TrainParser:
+    """Returns the parser of ``segmentation/train.py``."""
     parser = TrainParser(
-        prog='segmentation/train.py',
+        prog=prog,
         usage='%(prog)s DATA [options]',
-        description='Train a segmenter. Defaults are those of Semantic FPN with Context Cluster on ADE20K.',
+        description='Train a segmenter. The defaults are those of Semantic FPN with Context Cluster on ADE20K.',
     )
     add = parser.add_argument
     add('-c', '--config', default='', metavar='FILE', help='YAML file of option values; flags win over it')
@@ -222,7 +255,7 @@ def train_parser() -> TrainParser:
     _add_optimizer_options(parser)
     _add_schedule_options(parser)
     add_test_options(parser)
-    add_runtime_options(parser)
+    add_device_options(parser)
     _add_run_options(parser)
     parser.set_defaults(dataset='ade20k')
     return parser

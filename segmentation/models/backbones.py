@@ -1,7 +1,7 @@
-"""Backbones for dense heads: models of timm, cluster_zoo's among them, that give maps instead of classes.
+"""Backbones of dense heads: timm models, those of cluster_zoo included, that return feature maps.
 
-A backbone maps images [B, C, H, W] to a list of maps. ``channels`` and ``strides`` say what they are, and both sides of
-the image have to be multiples of ``divisor``.
+A backbone maps images [B, C, H, W] to a list of maps with ``channels`` channels each. Both sides of the image must be
+multiples of ``divisor``.
 """
 
 import sys
@@ -10,12 +10,11 @@ from typing import Any
 
 import timm
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import GroupNorm1, LayerNorm2d
-from timm.models import checkpoint, is_model, list_models
+from timm.models import checkpoint, is_model, is_model_in_modules, list_models
 from timm.models.convnext import ConvNeXt
 from timm.models.resnet import ResNet
-from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -23,91 +22,70 @@ from cluster_zoo.errors import nearest
 from cluster_zoo.models.context_cluster import ContextCluster
 from cluster_zoo.weights import check_fit, load_state_dict
 
+from .timm_internals import PaddedSwinBlock, embed_tokens
+
 __all__ = ['Pyramid', 'TokenGrids', 'create_backbone']
 
-LEVELS = 4  # of a pyramid, strides 4, 8, 16, 32 unless dilated
+LEVELS = 4  # maps of a pyramid, at strides 4, 8, 16 and 32 without dilation
 
 
 class Pyramid(nn.Module):
-    """The last four stages of a network, each through a norm of its own where the published systems have one.
+    """The last four stages of a network, each followed by a norm.
 
     Args:
         model: A timm model with stages, without classifier.
-        norm_layer: Makes the norm of a stage from its channels; None for none.
-        divisor: What both sides of an image have to be a multiple of.
+        norm_layer: Norm of each stage.
+        divisor: Both sides of an image must be multiples of this number.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        norm_layer: type[nn.Module] | None = None,
-        divisor: int = 1,
-        device=None,
-        dtype=None,
+        self, model: nn.Module, norm_layer: type[nn.Module] = nn.Identity, divisor: int = 1, device=None, dtype=None
     ):
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
         self.divisor = divisor
-        info = model.feature_info[-LEVELS:]
-        self.channels = [stage['num_chs'] for stage in info]
-        self.strides = [stage['reduction'] for stage in info]
-        model.prune_intermediate_layers(LEVELS, prune_norm=True, prune_head=True)  # what stays is used
+        stages = model.feature_info[-LEVELS:]
+        self.channels = [stage['num_chs'] for stage in stages]
+        self.strides = [stage['reduction'] for stage in stages]
+        model.prune_intermediate_layers(LEVELS, prune_norm=True, prune_head=True)  # removes unused parameters
         self.model = model
-        self.norms = nn.ModuleList(norm_layer(c, **dd) if norm_layer else nn.Identity() for c in self.channels)
+        self.norms = nn.ModuleList(norm_layer(c, device=device, dtype=dtype) for c in self.channels)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """[B, C, H, W] -> four maps [B, channels[i], H / strides[i], W / strides[i]], finest first."""
+        """[B, C, H, W] -> four maps [B, channels[i], H / strides[i], W / strides[i]], finest first"""
         features = self.model.forward_intermediates(x, indices=LEVELS, intermediates_only=True)
         return [norm(feature) for norm, feature in zip(self.norms, features)]
 
 
-class PaddedSwinBlock(SwinTransformerBlock):
-    """A Swin block that fills a map up to whole windows before it shifts it, as its authors and the dense systems do.
-
-    timm shifts first. The results differ where a map is no multiple of its windows, as in most dense use.
-    """
-
-    def _attn(self, x: Tensor) -> Tensor:
-        H, W = x.shape[1:3]
-        h, w = self.window_size
-        return super()._attn(F.pad(x, (0, 0, 0, -W % w, 0, -H % h)))[:, :H, :W]
-
-
 class TokenGrids(nn.Module):
-    """The patch tokens of a vision transformer as grids, after an early block and after the last with its norm.
+    """The patch tokens of a vision transformer as grids: after an early block, and after the final norm.
 
     Args:
-        model: A vision transformer of timm that takes images of any size, without classifier.
-        early: The early block, from 0; -1 is what the first block gets, the stem's output.
+        model: A timm vision transformer with dynamic image size, without classifier.
+        early: Index of the early block; -1 for the input of the first block.
 
     Raises:
-        ValueError: There is no such block.
+        ValueError: The index is out of range.
     """
 
     def __init__(self, model: VisionTransformer, early: int):
         super().__init__()
         if not -1 <= early < len(model.blocks):
-            raise ValueError(f'early is a block, 0 to {len(model.blocks) - 1}, or -1 for the stem; got {early}.')
+            raise ValueError(f'early must be a block, 0 to {len(model.blocks) - 1}, or -1 for the stem; got {early}.')
         self.model = model
         self.early = early
         self.divisor = model.feature_info[-1]['reduction']
         self.channels = [model.embed_dim] * 2
-        self.strides = [self.divisor] * 2
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """[B, C, H, W] -> two grids [B, D, H / divisor, W / divisor]"""
         model = self.model
-        x = model.patch_embed(x)
-        h, w = x.shape[1:3]
-        x = model.norm_pre(model._pos_embed(x))
+        x, size = embed_tokens(model, x)  # forward_intermediates does not return the input of the first block
         early = x
         for i, block in enumerate(model.blocks):
             x = checkpoint(block, x) if model.grad_checkpointing else block(x)
             if i == self.early:
                 early = x
-        tokens = (early, model.norm(x))
-        prefix = model.num_prefix_tokens
-        return [t[:, prefix:].transpose(1, 2).reshape(t.shape[0], -1, h, w) for t in tokens]
+        return [t[:, model.num_prefix_tokens :].transpose(1, 2).unflatten(2, size) for t in (early, model.norm(x))]
 
 
 def create_backbone(
@@ -119,82 +97,71 @@ def create_backbone(
     dtype=None,
     **options: Any,
 ) -> Pyramid | TokenGrids:
-    """A registered model as a backbone.
+    """Creates a backbone from a registered model.
 
     Args:
-        name: A model that timm knows.
-        tokens: Whether the head wants the tokens of a vision transformer; else it wants a pyramid.
-        early: See `TokenGrids`; None is the block after a third of them, or the stem of a hybrid.
-        pretrained: True for the weights that timm finds under this name, or a classifier's checkpoint file.
-        **options: For ``timm.create_model``.
+        name: Name of a timm model.
+        tokens: Whether the head reads the tokens of a vision transformer instead of a pyramid.
+        early: See `TokenGrids`. The default is the block after the first third, and the stem of a hybrid.
+        pretrained: True for timm's pretrained weights of this name, or the checkpoint file of a classifier.
+        **options: Arguments of ``timm.create_model``.
 
     Raises:
-        RuntimeError: timm knows no weights of this name, or cannot fetch them (OSError).
-        ValueError: No such model, or one that does not give what the head wants; the message says which do.
-        CheckpointError: The pretrained weights cannot be read or do not fit.
+        RuntimeError: timm has no pretrained weights of this name, or cannot download them (OSError).
+        ValueError: The model is unknown, does not take an option, or does not fit the head.
+        CheckpointError: The checkpoint file cannot be read or does not fit.
     """
-    if ':' not in name and not is_model(name):  # 'hf-hub:...' and 'local-dir:...' are for timm to find
+    if ':' not in name and not is_model(name):  # timm resolves 'hf-hub:...' and 'local-dir:...' itself
         raise ValueError(f'There is no model {name!r}{nearest(name.split(".")[0], list_models())}.')
     dd = {'device': device, 'dtype': dtype}
-    needed = {}
-    if family(name) == 'swin_transformer':
-        # Shifted windows at every size, as in the published systems: at timm's fixed size the last stage has no shift.
-        needed = dict(strict_img_size=False, always_partition=True)
-    elif family(name) in ('vision_transformer', 'vision_transformer_hybrid', 'deit'):
-        needed = dict(dynamic_img_size=True)
+    defaults = {}
+    if is_model_in_modules(name, ['swin_transformer']):
+        # Shift windows at every size, as the published systems do: at a fixed size, timm does not in the last stage.
+        defaults = dict(strict_img_size=False, always_partition=True)
+    elif is_model_in_modules(name, ['vision_transformer', 'vision_transformer_hybrid', 'deit']):
+        defaults = dict(dynamic_img_size=True)
     try:
-        model = timm.create_model(name, pretrained=pretrained is True, num_classes=0, **needed | options, **dd)
-    except (AssertionError, TypeError) as error:  # of an unknown option, and what timm has against a value
+        model = timm.create_model(name, pretrained=pretrained is True, num_classes=0, **defaults | options, **dd)
+    except (AssertionError, TypeError) as error:  # how timm rejects an unknown option or a value
         given = ', '.join(f'{key}={value}' for key, value in options.items()) or 'none'
         raise ValueError(f'{name} does not take these options, {given}: {error}'.removesuffix(': ')) from error
-    if isinstance(model, VisionTransformer) != tokens or not hasattr(model, 'prune_intermediate_layers'):
-        raise ValueError(_pairing(name, tokens))
+    strides = [stage['reduction'] for stage in getattr(model, 'feature_info', [])[-LEVELS:]]
+    has_stages = hasattr(model, 'prune_intermediate_layers') and len(strides) == LEVELS and strides[0] < strides[-1]
+    if tokens and not isinstance(model, VisionTransformer):
+        raise ValueError(
+            f'region_proxy needs a vision transformer, and {name} is not one: use vit_*, deit_* or a hybrid such as '
+            'vit_small_r26_s32_384, or another head (semantic_fpn, upernet, deeplabv3plus, fcn).'
+        )
+    if not tokens and not has_stages:
+        raise ValueError(
+            f'This head needs a backbone with four stages, which {name} does not have: use coc_*, fec_*, resnet*, '
+            'swin_*, convnext_* or another timm model with stages, or the head region_proxy for a vision transformer.'
+        )
+    if early is not None and not tokens:
+        raise ValueError('early is an option of the head region_proxy only.')
     if not isinstance(pretrained, bool):
         _load_classifier(model, pretrained)
     if tokens:
-        hybrid = hasattr(model.patch_embed, 'backbone')
-        return TokenGrids(model, early if early is not None else (-1 if hybrid else len(model.blocks) // 3))
-    if early is not None:
-        raise ValueError('early is an option of region_proxy alone.')
-    stages = model.feature_info[-LEVELS:]
-    if len(stages) < LEVELS or stages[0]['reduction'] == stages[-1]['reduction']:
-        raise ValueError(_pairing(name, tokens))
+        default = -1 if hasattr(model.patch_embed, 'backbone') else len(model.blocks) // 3
+        return TokenGrids(model, default if early is None else early)
+    if isinstance(model, SwinTransformer):
+        for stage in model.layers:
+            stage.blocks = nn.Sequential(*map(PaddedSwinBlock, stage.blocks))
+        return Pyramid(model, LayerNorm2d, divisor=model.patch_embed.patch_size[0], **dd)
     if isinstance(model, ContextCluster):
         return Pyramid(model, GroupNorm1, **dd)
-    if isinstance(model, SwinTransformer):
-        for block in model.modules():
-            if isinstance(block, SwinTransformerBlock):
-                block.__class__ = PaddedSwinBlock  # the same parameters; timm's builder knows one class alone
-        return Pyramid(model, LayerNorm2d, divisor=model.patch_embed.patch_size[0], **dd)
     if isinstance(model, ConvNeXt):
         return Pyramid(model, LayerNorm2d, divisor=32, **dd)
     return Pyramid(model, divisor=1 if isinstance(model, ResNet) else 32, **dd)
 
 
-def family(name: str) -> str:
-    """The module that defines a registered model, such as 'resnet'; '' for one that is not registered."""
-    return timm.models.model_entrypoint(name).__module__.rpartition('.')[2] if is_model(name) else ''
-
-
-def _pairing(name: str, tokens: bool) -> str:
-    if tokens:
-        return (
-            f'region_proxy reads the tokens of a vision transformer, and {name} is none: take vit_*, deit_* or a '
-            'hybrid such as vit_small_r26_s32_384, or one of the heads semantic_fpn, upernet, deeplabv3plus and fcn.'
-        )
-    return (
-        f'This head reads a pyramid of four stages, which {name} does not give: take coc_*, fec_*, resnet*, swin_*, '
-        'convnext_* or another model of timm with stages, or the head region_proxy for a vision transformer.'
-    )
-
-
 def _load_classifier(model: nn.Module, path: str | Path) -> None:
-    """The checkpoint of a classifier into the same model without its head, which the file may have or not."""
+    """Loads the checkpoint of a classifier into the same model without classifier."""
     state_dict = load_state_dict(path)
     filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
     if filter_fn:
         state_dict = filter_fn(state_dict, model)
-    # Of models whose head is more than a linear layer, as ConvNeXt's, only that layer is left out: the rest has to fit.
+    # Only the classification layer is dropped. Other layers of a head, such as those of ConvNeXt, must fit.
     classifiers = model.pretrained_cfg.get('classifier') or 'head'
     prefixes = tuple(f'{name}.' for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
     state_dict = {name: value for name, value in state_dict.items() if not name.startswith(prefixes)}

@@ -1,7 +1,7 @@
-"""Classifiers: from a map of features to class logits.
+"""Classifiers: maps of features [B, C, h, w] to a dictionary with ``logits`` [B, K, h, w].
 
-A classifier is built from the width of the features and the number of classes, and maps [B, C, h, w] to a dictionary of
-``logits`` [B, K, h, w] and whatever its loss needs beside them.
+A classifier is built from the number of channels C and the number of classes K. It may return more than logits for its
+own loss.
 """
 
 import torch
@@ -14,11 +14,11 @@ __all__ = ['CLASSIFIERS', 'CentroidClassifier', 'ConditionalClassifier', 'PlainC
 
 
 class PlainClassifier(nn.Module):
-    """The same linear classifier for every pixel of every image.
+    """A 1 x 1 convolution.
 
     Args:
-        in_channels: Width C of the features.
-        num_classes: Classes K.
+        in_channels: Number of feature channels C.
+        num_classes: Number of classes K.
     """
 
     def __init__(self, in_channels: int, num_classes: int, device=None, dtype=None):
@@ -33,25 +33,25 @@ class PlainClassifier(nn.Module):
 
 
 class ConditionalClassifier(nn.Module):
-    """A linear classifier that each image makes for itself, from its own mean features of every class.
+    """Computes the weights of a linear classifier from each image's own mean features per class.
 
     'CondNet: Conditional Classifier for Scene Segmentation', IEEE SPL 2021, https://arxiv.org/abs/2109.10322.
-    The guidance logits, a first guess that says which pixels are averaged, have a loss of their own.
+    The guidance logits select the pixels of a class, and have their own loss.
 
     Args:
-        in_channels: Width C of the features.
-        num_classes: Classes K.
+        in_channels: Number of feature channels C.
+        num_classes: Number of classes K.
     """
 
     def __init__(self, in_channels: int, num_classes: int, device=None, dtype=None):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.in_channels, self.num_classes = in_channels, num_classes
-        self.guidance = nn.Conv2d(in_channels, num_classes, 1, **dd)
-        # As published: a group is a class, and its C + 1 outputs are not that class' weights and bias, see forward.
-        self.filters = nn.Conv2d(
-            num_classes * in_channels, num_classes * (in_channels + 1), 1, groups=num_classes, **dd
-        )
+        C, K = in_channels, num_classes
+        self.num_classes = num_classes
+        self.guidance = nn.Conv2d(C, K, 1, **dd)
+        # One group per class, as in the authors' code. The outputs of a group are not the filter of its class: forward
+        # reads all outputs as one vector, first the K * C weights, then the K biases.
+        self.filters = nn.Conv2d(K * C, K * (C + 1), 1, groups=K, **dd)
         for conv in (self.guidance, self.filters):
             nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
             nn.init.zeros_(conv.bias)
@@ -62,26 +62,26 @@ class ConditionalClassifier(nn.Module):
         K = self.num_classes
         guidance = self.guidance(x)
         points = x.flatten(2)
-        share = guidance.flatten(2).softmax(1)
-        root = (h * w) ** -0.5  # half of the division for each factor: float16 could not hold the sum over a large map
-        embeddings = torch.einsum('bkn,bcn->bkc', share * root, points * root)
+        attention = guidance.flatten(2).softmax(1)
+        # Both factors share the division by h * w, because float16 overflows on the sum over a large map.
+        root = (h * w) ** -0.5
+        embeddings = torch.einsum('bkn,bcn->bkc', attention * root, points * root)
         filters = self.filters(embeddings.reshape(B, K * C, 1, 1)).flatten(1)
-        # The published layout: first all weights, class after class, then all biases.
         weight, bias = filters[:, : K * C].reshape(B, K, C), filters[:, K * C :].unsqueeze(-1)
         logits = torch.baddbmm(bias.to(points.dtype), weight.to(points.dtype), points)
         return {'logits': logits.reshape(B, K, h, w), 'guidance': guidance}
 
 
 class CentroidClassifier(nn.Module):
-    """Every pixel belongs to the class of its nearest sub-centroid; there are no class weights.
+    """Assigns every pixel to the class of its nearest sub-centroid.
 
-    'Visual Recognition with Deep Nearest Centroids', ICLR 2023, https://arxiv.org/abs/2209.07383, section 3. The
-    centroids follow the features in training: ``head.learn(labels)`` with labels [B, h, w].
+    'Visual Recognition with Deep Nearest Centroids', ICLR 2023, https://arxiv.org/abs/2209.07383, section 3. Centroids
+    are not trained by gradients: call ``head.learn(labels)`` with labels [B, h, w] after each backward pass.
 
     Args:
-        in_channels: Width C of the features.
-        num_classes: Classes K.
-        sub_centroids: Sub-centroids of each class.
+        in_channels: Number of feature channels C.
+        num_classes: Number of classes K.
+        sub_centroids: Number of sub-centroids per class.
         common_start: See `cluster_zoo.layers.nearest_centroid.NearestCentroidHead`.
     """
 

@@ -1,10 +1,10 @@
-"""The names of the authors' dense checkpoints, those of mmsegmentation, as ours."""
-
-from collections.abc import Callable
+"""Converts the authors' dense checkpoints, which have the names of mmsegmentation."""
 
 from torch import Tensor, nn
 
 from cluster_zoo.weights.conversion import Names, context_cluster, renamed, swin
+
+__all__ = ['convert_segmenter']
 
 _HEADS: Names = (
     (r'^neck\.', 'head.decoder.'),
@@ -35,48 +35,40 @@ _RESNET: Names = (
     (r'^stem\.7\.', 'bn1.'),  # the last norm of the deep stem
     (r'^stem\.', 'conv1.'),
 )
+# The authors number the norm of a Context Cluster stage like the stage itself: 0, 2, 4, 6.
+_CONTEXT_CLUSTER_NORMS: Names = ((r'^norm([0246])\.', lambda m: f'norms.{int(m[1]) // 2}.'),)
+_SWIN_NORMS: Names = ((r'^norm([0-3])\.', r'norms.\1.'),)
 
 
-def segmenter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A dense checkpoint of the authors, backbone and head, under the names of `Segmenter`.
+def convert_segmenter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Converts a checkpoint of a whole segmentation model to the names of `Segmenter`.
 
     Args:
-        state_dict: The checkpoint, or one that has this package's names already.
-        model: The segmenter that it is for. Without an auxiliary head, that of the checkpoint is left out with the norm
-            of its level; and so is the plain classifier that frameworks put beside a conditional or a nearest-centroid
-            one.
+        state_dict: An authors' checkpoint, or one that has this package's names.
+        model: The segmenter to load it into. Entries that it does not use are dropped: an auxiliary head with the norm
+            of its level, and the plain classifier that mmsegmentation saves next to other classifiers.
     """
     if any(name.startswith('decode_head.') for name in state_dict):
         heads = {name: value for name, value in state_dict.items() if not name.startswith('backbone.')}
         backbone = {name.removeprefix('backbone.'): x for name, x in state_dict.items() if name.startswith('backbone.')}
-        backbone = {f'backbone.{name}': value for name, value in _backbone(backbone).items()}
-        state_dict = renamed(heads, _HEADS) | backbone
+        state_dict = renamed(heads, _HEADS)
+        for name, value in _convert_backbone(backbone).items():
+            state_dict[f'backbone.{name}' if name.startswith('norms.') else f'backbone.model.{name}'] = value
     modules = dict(model.named_modules())
     unused = [name for name in ('auxiliary', 'head.classifier.conv') if modules.get(name) is None]
-    # Norms of levels that the heads do not read
     unused += [name for name, module in modules.items() if 'norms.' in name and isinstance(module, nn.Identity)]
     prefixes = tuple(f'{name}.' for name in unused)
     return {name: value for name, value in state_dict.items() if not name.startswith(prefixes)}
 
 
-def _backbone(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    names: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
-        'network.0.0.norm1.weight': _context_cluster,
-        'stages.0.blocks.0.attn.w_msa.qkv.weight': _swin,
-        'layers.0.ln1.weight': lambda x: renamed(x, _VISION_TRANSFORMER),
-        'stem.0.weight': lambda x: renamed(x, _RESNET),
-    }
-    convert = next((convert for name, convert in names.items() if name in state_dict), None)
-    if convert is not None:
-        state_dict = convert(state_dict)
-    return {name if name.startswith('norms.') else f'model.{name}': value for name, value in state_dict.items()}
-
-
-def _context_cluster(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    # The authors number a stage's norm as the stage itself: 0, 2, 4, 6.
-    state_dict = renamed(state_dict, ((r'^norm([0246])\.', lambda m: f'norms.{int(m[1]) // 2}.'),))
-    return context_cluster(state_dict)
-
-
-def _swin(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    return renamed(swin(state_dict), ((r'^norm([0-3])\.', r'norms.\1.'),))
+def _convert_backbone(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Converts by the kind of backbone, which an entry that no other kind has identifies."""
+    if 'network.0.0.norm1.weight' in state_dict:
+        return context_cluster(renamed(state_dict, _CONTEXT_CLUSTER_NORMS))
+    if 'stages.0.blocks.0.attn.w_msa.qkv.weight' in state_dict:
+        return renamed(swin(state_dict), _SWIN_NORMS)
+    if 'layers.0.ln1.weight' in state_dict:
+        return renamed(state_dict, _VISION_TRANSFORMER)
+    if 'stem.0.weight' in state_dict:
+        return renamed(state_dict, _RESNET)
+    return state_dict

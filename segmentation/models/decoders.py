@@ -1,8 +1,8 @@
-"""Decoders: from the levels of a backbone to one map of features, which a classifier turns into logits.
+"""Decoders: combine the feature maps of a backbone into one map for a classifier.
 
-A decoder is built from the channels of the levels, has its output's width in ``channels`` and the levels it reads in
-``levels``, and maps the list of all [B, C_i, H_i, W_i], finest first, to [B, channels, h, w]. All interpolation is
-without aligned corners.
+A decoder is built from the channels of the feature maps ("levels"). Its attribute ``channels`` is the number of output
+channels, and ``levels`` are the indices of the maps that it reads. It maps a list of [B, C_i, H_i, W_i], finest first,
+to [B, channels, h, w]. Interpolation does not align corners.
 """
 
 from collections.abc import Sequence
@@ -13,33 +13,25 @@ import torch.nn.functional as F
 from timm.layers import ConvNormAct
 from torch import Tensor
 
-__all__ = ['FCN', 'DeepLabV3Plus', 'SemanticFPN', 'SeparableConvNormAct', 'UPerNet', 'init_weights']
+__all__ = ['FCN', 'DeepLabV3Plus', 'SemanticFPN', 'SeparableConvNormAct', 'UPerNet', 'init_weights', 'resize']
 
 
 def resize(x: Tensor, size: Sequence[int], mode: str = 'bilinear') -> Tensor:
     """[B, C, H, W] -> [B, C, *size]"""
-    if list(x.shape[-2:]) == list(size):
-        return x
-    return F.interpolate(x, size=size, mode=mode, align_corners=False if mode == 'bilinear' else None)
+    return x if list(x.shape[-2:]) == list(size) else F.interpolate(x, size=size, mode=mode)
 
 
 def init_weights(module: nn.Module) -> None:
-    """Convolutions that a ReLU follows as He et al. have them, others as Glorot and Bengio; biases zero."""
+    """Initializes convolutions: Kaiming where a ReLU follows, Xavier elsewhere; biases are zero."""
     if isinstance(module, ConvNormAct):
         nn.init.kaiming_normal_(module.conv.weight, mode='fan_out', nonlinearity='relu')
-    elif isinstance(module, nn.Conv2d) and module.bias is not None:  # in a ConvNormAct there is none
+    elif isinstance(module, nn.Conv2d) and module.bias is not None:  # a convolution of ConvNormAct has no bias
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
 
 
 class SeparableConvNormAct(nn.Module):
-    """Depthwise and pointwise convolution, each with batch norm and ReLU.
-
-    Args:
-        in_channels: Channels in.
-        out_channels: Channels out.
-        dilation: Of the depthwise 3 x 3 convolution.
-    """
+    """Depthwise 3 x 3 and pointwise convolution, each followed by batch norm and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, dilation: int = 1, device=None, dtype=None):
         super().__init__()
@@ -53,36 +45,28 @@ class SeparableConvNormAct(nn.Module):
 
 
 class SemanticFPN(nn.Module):
-    """Feature pyramid whose levels are brought to the finest and added: 'Panoptic Feature Pyramid Networks', CVPR 2019.
+    """Sums the upsampled levels of a feature pyramid: 'Panoptic Feature Pyramid Networks', CVPR 2019.
 
     Args:
         in_channels: Channels of the four levels.
-        channels: Width of the output.
-        pyramid_channels: Width of the pyramid.
+        channels: Number of output channels.
+        pyramid_channels: Channels of the pyramid.
     """
 
     def __init__(
-        self,
-        in_channels: Sequence[int],
-        channels: int = 128,
-        pyramid_channels: int = 256,
-        device=None,
-        dtype=None,
+        self, in_channels: Sequence[int], channels: int = 128, pyramid_channels: int = 256, device=None, dtype=None
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.channels = channels
         self.levels = range(len(in_channels))
-        self.lateral_convs = nn.ModuleList(nn.Conv2d(c, pyramid_channels, 1, **dd) for c in in_channels)
-        self.fpn_convs = nn.ModuleList(
-            nn.Conv2d(pyramid_channels, pyramid_channels, 3, padding=1, **dd) for _ in in_channels
-        )
+        P = pyramid_channels
+        self.lateral_convs = nn.ModuleList(nn.Conv2d(c, P, 1, **dd) for c in in_channels)
+        self.fpn_convs = nn.ModuleList(nn.Conv2d(P, P, 3, padding=1, **dd) for _ in in_channels)
+        # Level i has i convolutions, each followed by a 2x upsampling; level 0 has one convolution, not upsampled.
         self.scale_heads = nn.ModuleList(
-            # A level at 1 / 2^i of the finest has i steps of convolution and upsampling; the finest one convolution.
-            nn.ModuleList(
-                ConvNormAct(pyramid_channels if step == 0 else channels, channels, 3, **dd) for step in range(max(i, 1))
-            )
-            for i in range(len(in_channels))
+            nn.ModuleList(ConvNormAct(channels if step else P, channels, 3, **dd) for step in range(max(i, 1)))
+            for i in self.levels
         )
         self.apply(init_weights)
 
@@ -102,12 +86,12 @@ class SemanticFPN(nn.Module):
 
 
 class UPerNet(nn.Module):
-    """Pyramid pooling over the last level, then a feature pyramid: 'Unified Perceptual Parsing', ECCV 2018.
+    """Pyramid pooling of the last level and a feature pyramid: 'Unified Perceptual Parsing', ECCV 2018.
 
     Args:
         in_channels: Channels of the levels.
-        channels: Width of all convolutions and of the output.
-        pool_scales: Sides of the mean grids that the last level is pooled to.
+        channels: Channels of all convolutions and of the output.
+        pool_scales: Output sizes of the average pooling of the last level.
     """
 
     def __init__(
@@ -133,7 +117,7 @@ class UPerNet(nn.Module):
         self.apply(init_weights)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Levels -> [B, channels, h, w], h and w those of the finest."""
+        """Levels -> [B, channels, h, w], the size of the finest level"""
         last, size = features[-1], features[0].shape[-2:]
         pooled = [resize(module(last), last.shape[-2:]) for module in self.psp_modules]
         levels = [lateral(x) for lateral, x in zip(self.lateral_convs, features)]
@@ -148,10 +132,10 @@ class DeepLabV3Plus(nn.Module):
     """Atrous pyramid pooling with separable convolutions, refined by the first level: DeepLabV3+, ECCV 2018.
 
     Args:
-        in_channels: Channels of the levels; the first and the last are used.
-        channels: Width of the pooling and of the output.
-        low_level_channels: What the first level is reduced to.
-        rates: Dilations of the pooling, in points of the last level; the first is that of a 1 x 1 convolution, 1.
+        in_channels: Channels of the levels. Only the first and the last level are read.
+        channels: Channels of the pooling branches and of the output.
+        low_level_channels: Channels that the first level is projected to.
+        rates: Dilations of the pooling branches. The first branch is a 1 x 1 convolution.
     """
 
     def __init__(
@@ -167,14 +151,14 @@ class DeepLabV3Plus(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         self.channels = channels
         self.levels = (0, len(in_channels) - 1)
-        last = in_channels[-1]
+        first, last = in_channels[0], in_channels[-1]
         self.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), ConvNormAct(last, channels, 1, **dd))
         self.aspp_modules = nn.ModuleList(
             [ConvNormAct(last, channels, 1, **dd)]
             + [SeparableConvNormAct(last, channels, dilation=rate, **dd) for rate in rates[1:]]
         )
         self.bottleneck = ConvNormAct((len(rates) + 1) * channels, channels, 3, **dd)
-        self.c1_bottleneck = ConvNormAct(in_channels[0], low_level_channels, 1, **dd)
+        self.c1_bottleneck = ConvNormAct(first, low_level_channels, 1, **dd)
         self.sep_bottleneck = nn.Sequential(
             SeparableConvNormAct(channels + low_level_channels, channels, **dd),
             SeparableConvNormAct(channels, channels, **dd),
@@ -182,10 +166,10 @@ class DeepLabV3Plus(nn.Module):
         self.apply(init_weights)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Levels -> [B, channels, h, w], h and w those of the first."""
+        """Levels -> [B, channels, h, w], the size of the first level"""
         first, last = features[0], features[-1]
-        pooled = [resize(self.image_pool(last), last.shape[-2:])]
-        x = self.bottleneck(torch.cat(pooled + [module(last) for module in self.aspp_modules], dim=1))
+        pooled = resize(self.image_pool(last), last.shape[-2:])
+        x = self.bottleneck(torch.cat([pooled, *(module(last) for module in self.aspp_modules)], dim=1))
         x = torch.cat([resize(x, first.shape[-2:]), self.c1_bottleneck(first)], dim=1)
         return self.sep_bottleneck(x)
 
@@ -194,11 +178,11 @@ class FCN(nn.Module):
     """Convolutions on one level: 'Fully Convolutional Networks for Semantic Segmentation', CVPR 2015.
 
     Args:
-        in_channels: Channels of the levels; one is used.
-        channels: Width of the convolutions and of the output.
+        in_channels: Channels of the levels.
+        channels: Channels of the convolutions and of the output.
         num_convs: Number of 3 x 3 convolutions.
-        concat_input: Whether a last convolution sees the level beside what the others made of it.
-        level: The level, counted from the finest or, if negative, from the last.
+        concat_input: Whether one more convolution reads the level concatenated with the output of the others.
+        level: Index of the level; negative indices count from the last.
     """
 
     def __init__(
@@ -214,14 +198,16 @@ class FCN(nn.Module):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
         self.channels = channels
-        self.levels = (range(len(in_channels))[level],)
-        last = in_channels[level]
-        self.convs = nn.Sequential(*(ConvNormAct(channels if i else last, channels, 3, **dd) for i in range(num_convs)))
-        self.conv_cat = ConvNormAct(last + channels, channels, 3, **dd) if concat_input else None
+        self.levels = (level % len(in_channels),)
+        width = in_channels[level]
+        self.convs = nn.Sequential(
+            *(ConvNormAct(channels if i else width, channels, 3, **dd) for i in range(num_convs))
+        )
+        self.conv_cat = ConvNormAct(width + channels, channels, 3, **dd) if concat_input else None
         self.apply(init_weights)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """Levels -> [B, channels, h, w], h and w those of the level."""
+        """Levels -> [B, channels, h, w], the size of the level"""
         x = features[self.levels[0]]
         out = self.convs(x)
         return out if self.conv_cat is None else self.conv_cat(torch.cat([x, out], dim=1))

@@ -1,10 +1,10 @@
-"""One model for all dense systems: a backbone, a head, and in training perhaps an auxiliary head.
+"""Segmentation model: a backbone, a head, and optionally an auxiliary head for training.
 
-A head is a decoder with a classifier, or RegionProxy. `create_segmenter` puts them together by name.
+A head is a decoder with a classifier, or RegionProxy. `create_segmenter` builds models by name.
 """
 
+import inspect
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_model
+from timm.models import is_model_in_modules
 from torch import Tensor
 
 from cluster_zoo.errors import CheckpointError, nearest
@@ -21,10 +22,10 @@ from cluster_zoo.weights.cache import WEIGHTS, sha256, verified_weights
 from cluster_zoo.weights.configs import CONFIG
 from cluster_zoo.weights.download import fetch
 
-from . import conversion
-from .backbones import Pyramid, TokenGrids, create_backbone, family
+from .backbones import Pyramid, TokenGrids, create_backbone
 from .classifiers import CLASSIFIERS, PlainClassifier
 from .configs import CONFIGS
+from .conversion import convert_segmenter
 from .decoders import FCN, DeepLabV3Plus, SemanticFPN, UPerNet, resize
 from .region_proxy import RegionProxy
 
@@ -35,12 +36,12 @@ HEADS = (*DECODERS, 'region_proxy')
 
 
 class DenseHead(nn.Module):
-    """Decoder, dropout of whole channels, classifier.
+    """Decoder, channel dropout, classifier.
 
     Args:
-        decoder: Maps the levels to features, see `decoders`.
+        decoder: Maps the backbone's feature maps to one map, see `decoders`.
         classifier: Maps features to logits, see `classifiers`.
-        dropout: Probability of dropping a channel of the features.
+        dropout: Probability of dropping a channel.
     """
 
     def __init__(self, decoder: nn.Module, classifier: nn.Module, dropout: float = 0.1):
@@ -50,26 +51,22 @@ class DenseHead(nn.Module):
         self.classifier = classifier
 
     def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
-        """Levels -> what the classifier gives, at the decoder's size."""
+        """Feature maps -> the classifier's outputs, at the decoder's output size"""
         return self.classifier(self.dropout(self.decoder(features)))
 
 
 class Segmenter(nn.Module):
-    """Classifies every pixel.
+    """Classifies every pixel of an image.
 
     Args:
-        backbone: Maps images to levels, see `backbones`.
-        head: Maps levels to a dictionary with ``logits`` of any size.
-        num_classes: Classes K.
-        auxiliary: A second head, for its loss in training alone.
+        backbone: Maps images to feature maps, see `backbones`.
+        head: Maps feature maps to a dictionary with ``logits`` of any size.
+        num_classes: Number of classes K.
+        auxiliary: A second head, whose loss is used in training only.
     """
 
     def __init__(
-        self,
-        backbone: Pyramid | TokenGrids,
-        head: nn.Module,
-        num_classes: int,
-        auxiliary: nn.Module | None = None,
+        self, backbone: Pyramid | TokenGrids, head: nn.Module, num_classes: int, auxiliary: nn.Module | None = None
     ):
         super().__init__()
         self.num_classes = num_classes
@@ -78,35 +75,35 @@ class Segmenter(nn.Module):
         self.auxiliary = auxiliary
 
     def forward(self, x: Tensor, all_outputs: bool = False) -> Tensor | dict[str, Tensor]:
-        """Images to logits.
+        """Computes the logits of each pixel.
 
         Args:
-            x: Images [B, C, H, W] of any size; inside, zeros at the bottom and at the right fill them up where the
-                backbone needs a multiple.
-            all_outputs: Return what losses need too.
+            x: Images [B, C, H, W] of any size. They are padded with zeros at the bottom and at the right to a multiple
+                of the backbone's divisor.
+            all_outputs: Whether to return all outputs that have a loss.
 
         Returns:
-            Logits [B, K, H, W]; or a dictionary of ``logits``, ``auxiliary`` [B, K, H, W] where there is such a head,
-            and what the classifier gives beside its logits, at the decoder's size (``guidance`` [B, K, h, w]).
+            Logits [B, K, H, W]. With ``all_outputs`` a dictionary of ``logits``, ``auxiliary`` [B, K, H, W] of the
+            auxiliary head, and the classifier's other outputs at the decoder's output size (``guidance`` [B, K, h, w]).
         """
-        size = x.shape[-2:]
+        H, W = x.shape[-2:]
         x = pad_to_multiple(x, self.backbone.divisor)
         features = self.backbone(x)
         outputs = self.head(features)
-        outputs['logits'] = _at_image(outputs['logits'], x.shape[-2:], size)
-        if not all_outputs:
-            return outputs['logits']
-        if self.auxiliary is not None:
-            outputs['auxiliary'] = _at_image(self.auxiliary(features)['logits'], x.shape[-2:], size)
-        return outputs
+        if all_outputs and self.auxiliary is not None:
+            outputs['auxiliary'] = self.auxiliary(features)['logits']
+        for name in ('logits', 'auxiliary'):
+            if name in outputs:
+                outputs[name] = resize(outputs[name], x.shape[-2:])[..., :H, :W]
+        return outputs if all_outputs else outputs['logits']
 
     def labels_at(self, labels: Tensor, size: tuple[int, int], ignore_index: int = 255) -> Tensor:
-        """Labels for outputs of another size, the nearest ones.
+        """Resizes labels to the size of a feature map, by nearest neighbor.
 
         Args:
-            labels: Integer [B, H, W], of the image's size.
-            size: Sides of the outputs (h, w).
-            ignore_index: Label of what the image was filled up with.
+            labels: Integer labels [B, H, W] of images.
+            size: Size (h, w) of the feature map, which may cover the padding of the images.
+            ignore_index: Label of the padding.
 
         Returns:
             Labels [B, h, w].
@@ -117,35 +114,29 @@ class Segmenter(nn.Module):
         return F.interpolate(labels.unsqueeze(1).float(), size=size, mode='nearest').squeeze(1).to(labels.dtype)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that group parameters by depth, for layer-wise learning rates: the backbone's, then all the rest."""
+        """Returns the patterns of layer-wise learning rates: those of the backbone, then one for everything else."""
         groups = self.backbone.model.group_matcher(coarse=coarse)
-        moved = {name: _inside(pattern) for name, pattern in groups.items()}
-        return moved | dict(dense=r'^(?:backbone\.norms|head|auxiliary)\.')
+        groups = {name: _add_backbone_prefix(pattern) for name, pattern in groups.items()}
+        return groups | dict(dense=r'^(?:backbone\.norms|head|auxiliary)\.')
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay leaves alone, beside biases and other vectors."""
+        """Returns the backbone's parameters that have no weight decay."""
         model = self.backbone.model
         return {f'backbone.model.{name}' for name in getattr(model, 'no_weight_decay', set)()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the backbone's blocks in the backward pass instead of keeping what they computed."""
+        """Recomputes the backbone's blocks in the backward pass instead of keeping their activations."""
         self.backbone.model.set_grad_checkpointing(enable)
 
 
-def _at_image(logits: Tensor, padded: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    return resize(logits, padded)[..., : size[0], : size[1]]
-
-
-def _inside(pattern: str | list[tuple[str, Any]]) -> str | list[tuple[str, Any]]:
-    """A pattern for the names of a module, as one for the same names inside the segmenter's backbone."""
+def _add_backbone_prefix(pattern: str | list[tuple[str, Any]]) -> str | list[tuple[str, Any]]:
+    """Adapts a pattern of parameter names of a timm model to the names of the model in a segmenter."""
     if isinstance(pattern, str):
         return rf'^backbone\.model\.(?:{pattern.replace("^", "")})'
-    return [(_inside(one), order) for one, order in pattern]
+    return [(_add_backbone_prefix(one), order) for one, order in pattern]
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: Segmenter) -> dict[str, Tensor]:
-    """A published checkpoint under this package's names; one of ours as it is."""
-    return conversion.segmenter(state_dict, model)
+checkpoint_filter_fn = convert_segmenter  # timm's name, by which `load_checkpoint` finds the conversion
 
 
 def create_segmenter(
@@ -159,26 +150,26 @@ def create_segmenter(
     cache_dir: str | Path | None = None,
     **options: Any,
 ) -> Segmenter:
-    """Builds a segmenter by names.
+    """Creates a segmentation model.
 
     Args:
         head: 'semantic_fpn', 'upernet', 'deeplabv3plus', 'fcn' or 'region_proxy'; or the name of a published system,
-            see `list_segmenters`, which settles all that follows unless it is given.
+            see `list_segmenters`, which sets the defaults of all following arguments.
         backbone: Name of a registered model: coc_*, fec_*, timm's ResNets, Swin, ConvNeXt and others with stages; a
             vision transformer or a hybrid for region_proxy.
-        num_classes: Classes K.
-        pretrained: Load the authors' weights of a published system, which are downloaded at the first use.
-        pretrained_backbone: True for the weights that timm finds for the backbone, or a classifier's checkpoint file.
-        checkpoint_path: Weights of the whole segmenter: this package's or the authors'.
-        cache_dir: Folder of the cache of released weights, in place of its own.
-        **options: ``classifier`` 'plain', 'cond' or 'dnc', ``channels``, ``dropout``, ``auxiliary``, for a decoder;
-            ``sub_centroids`` and ``common_start`` for 'dnc'; ``early`` for region_proxy; what the decoder has beside
-            these, as ``pyramid_channels``; and any other for the backbone, as ``proposals``, ``drop_path_rate``,
-            ``img_size`` or ``output_stride``.
+        num_classes: Number of classes K.
+        pretrained: Load the authors' weights of a published system. They are downloaded at the first use.
+        pretrained_backbone: True for timm's pretrained weights of the backbone, or the checkpoint file of a classifier.
+        checkpoint_path: Checkpoint of a whole segmentation model, of this package or of the authors.
+        cache_dir: Folder of the download cache.
+        **options: Options of a decoder head are ``classifier`` 'plain', 'cond' or 'dnc', ``channels``, ``dropout``,
+            ``auxiliary``, and the decoder's own, such as ``pyramid_channels``; of the classifier 'dnc'
+            ``sub_centroids`` and ``common_start``; of region_proxy ``early``. All others are passed to the backbone,
+            such as ``proposals``, ``drop_path_rate``, ``img_size`` or ``output_stride``.
 
     Raises:
-        ValueError: A name is unknown, an option is wrong, or backbone and head do not fit; the message says what does.
-        CheckpointError: Weights cannot be read or do not fit.
+        ValueError: A name is unknown, an option is invalid, or the backbone does not fit the head.
+        CheckpointError: Weights cannot be downloaded or read, or do not fit.
 
     Example:
         >>> model = create_segmenter('semantic_fpn', 'coc_small', 150, classifier='cond', proposals=5)
@@ -187,7 +178,7 @@ def create_segmenter(
     """
     if pretrained:
         if head not in CONFIGS:
-            raise ValueError(f'There are no weights for {head!r}: pretrained is for the systems of list_segmenters().')
+            raise ValueError(f'There are no weights for {head!r}: pretrained needs a name of list_segmenters().')
         checkpoint_path = verified_weights(fetch_segmenter(head, root=cache_dir))
     if head in CONFIGS:
         config = CONFIGS[head]
@@ -196,47 +187,21 @@ def create_segmenter(
         options = {**config.options, **options}
     if head not in HEADS:
         raise ValueError(
-            f'There is no head {head!r}{nearest(head, [*HEADS, *CONFIGS])}: heads are {", ".join(HEADS)}, and '
-            'list_segmenters() names published systems.'
+            f'There is no head {head!r}{nearest(head, [*HEADS, *CONFIGS])}: choose from {", ".join(HEADS)}, or a '
+            'published system of list_segmenters().'
         )
     if backbone is None or num_classes is None:
         raise ValueError(f'The head {head} needs a backbone and num_classes.')
     if num_classes < 1:
-        raise ValueError(f'A segmenter needs num_classes of at least 1, got {num_classes}.')
-    build = _region_proxy if head == 'region_proxy' else partial(_decoder, head)
-    model = build(backbone, num_classes, pretrained=pretrained_backbone, **options)
+        raise ValueError(f'num_classes must be at least 1, got {num_classes}.')
+    create = _create_region_proxy if head == 'region_proxy' else partial(_create_decoder_segmenter, head)
+    model = create(backbone, num_classes, pretrained=pretrained_backbone, **options)
     if checkpoint_path:
         load_checkpoint(model, checkpoint_path)
     return model
 
 
-def fetch_segmenter(name: str, member: str | None = None, force: bool = False, root: str | Path | None = None) -> Path:
-    """The authors' weights of a published system, from the cache or downloaded into it.
-
-    Args:
-        name: See `list_segmenters`.
-        member, force, root: See `cluster_zoo.weights.download.fetch`.
-
-    Returns:
-        A folder with ``model.safetensors`` under this package's names.
-
-    Raises:
-        CheckpointError: The authors have published none, or the download fails or is refused.
-    """
-    url = CONFIGS[name].source
-    if url is None:
-        raise CheckpointError(f'The authors of {name} have published no weights.')
-    return fetch(name, url, partial(_install, name), member, force, root)
-
-
-def _install(name: str, path: Path, folder: Path, source: dict[str, str]) -> None:
-    """Fill a folder of the cache with a published system, from the authors' file."""
-    save_model(create_segmenter(name, checkpoint_path=path), folder / WEIGHTS)
-    config = dict(segmenter=name, sha256=sha256(folder / WEIGHTS), source=source)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
-
-
-def _region_proxy(
+def _create_region_proxy(
     backbone: str,
     num_classes: int,
     early: int | None = None,
@@ -247,22 +212,19 @@ def _region_proxy(
     **options: Any,
 ) -> Segmenter:
     if classifier != 'plain' or auxiliary:
-        raise ValueError('region_proxy has a classifier of its own, and no auxiliary head.')
+        raise ValueError('region_proxy has its own classifier and no auxiliary head: omit classifier and auxiliary.')
     dd = {'device': device, 'dtype': dtype}
     tokens = create_backbone(backbone, tokens=True, early=early, **options, **dd)
     return Segmenter(tokens, RegionProxy(tokens.channels, num_classes, **dd), num_classes)
 
 
-def _decoder(
+def _create_decoder_segmenter(
     head: str,
     backbone: str,
     num_classes: int,
     classifier: str = 'plain',
-    channels: int | None = None,
     dropout: float = 0.1,
     auxiliary: bool = False,
-    sub_centroids: int | None = None,
-    common_start: float | None = None,
     device=None,
     dtype=None,
     **options: Any,
@@ -270,35 +232,63 @@ def _decoder(
     dd = {'device': device, 'dtype': dtype}
     if classifier not in CLASSIFIERS:
         raise ValueError(
-            f'There is no classifier {classifier!r}{nearest(classifier, CLASSIFIERS)}: {list(CLASSIFIERS)}.'
+            f'There is no classifier {classifier!r}{nearest(classifier, CLASSIFIERS)}: choose from '
+            f'{", ".join(CLASSIFIERS)}.'
         )
-    of_centroids = _given(sub_centroids=sub_centroids, common_start=common_start)
-    if of_centroids and classifier != 'dnc':
-        raise ValueError(f"{', '.join(of_centroids)}: only the classifier 'dnc' has centroids.")
-    if channels is not None and channels < 1:
-        raise ValueError(f'A decoder needs channels of at least 1, got {channels}.')
+    centroid_options = _pop_given(options, ['sub_centroids', 'common_start'])
+    if centroid_options and classifier != 'dnc':
+        raise ValueError(f"{', '.join(centroid_options)}: only the classifier 'dnc' has centroids.")
     decoder_cls = DECODERS[head]
-    of_decoder = _given(channels=channels) | {name: options.pop(name) for name in _own(decoder_cls) & set(options)}
-    if head in ('deeplabv3plus', 'fcn') and family(backbone) == 'resnet':
-        options.setdefault('output_stride', 8)  # as published; the other decoders want all strides
+    _, *parameters = inspect.signature(decoder_cls).parameters  # the first is in_channels
+    decoder_options = _pop_given(options, parameters)
+    if decoder_options.get('channels', 1) < 1:
+        raise ValueError(f'channels must be at least 1, got {decoder_options["channels"]}.')
+    if head in ('deeplabv3plus', 'fcn') and is_model_in_modules(backbone, ['resnet']):
+        options.setdefault('output_stride', 8)  # of the published systems; other decoders need all strides
+
     levels = create_backbone(backbone, **options, **dd)
-    decoder = decoder_cls(levels.channels, **of_decoder, **dd)
-    second, read = None, set(decoder.levels)
+    decoder = decoder_cls(levels.channels, **decoder_options, **dd)
+    used_levels = {*decoder.levels}
+    auxiliary_head = None
     if auxiliary:
-        narrow = FCN(levels.channels, channels=256, num_convs=1, concat_input=False, level=2, **dd)
-        second = DenseHead(narrow, PlainClassifier(narrow.channels, num_classes, **dd), dropout)
-        read |= set(narrow.levels)
-    for i in set(range(len(levels.norms))) - read:
-        levels.norms[i] = nn.Identity()  # a parameter that no gradient reaches would stop distributed training
-    last = CLASSIFIERS[classifier](decoder.channels, num_classes, **of_centroids, **dd)
-    return Segmenter(levels, DenseHead(decoder, last, dropout), num_classes, second)
+        fcn = FCN(levels.channels, channels=256, num_convs=1, concat_input=False, level=2, **dd)
+        auxiliary_head = DenseHead(fcn, PlainClassifier(fcn.channels, num_classes, **dd), dropout)
+        used_levels |= {*fcn.levels}
+    for i in {*range(len(levels.norms))} - used_levels:
+        levels.norms[i] = nn.Identity()  # a parameter without gradient would stop distributed training
+    decoder_head = DenseHead(
+        decoder, CLASSIFIERS[classifier](decoder.channels, num_classes, **centroid_options, **dd), dropout
+    )
+    return Segmenter(levels, decoder_head, num_classes, auxiliary_head)
 
 
-def _given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
+def _pop_given(options: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """Moves the named options that are present to a new dictionary, without those that are None."""
+    found = {name: options.pop(name) for name in names if name in options}
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def _own(decoder_cls: Callable[..., nn.Module]) -> set[str]:
-    """Options that a decoder has beside those that all have."""
-    names = decoder_cls.__init__.__annotations__
-    return set(names) - {'in_channels', 'channels', 'return'}
+def fetch_segmenter(name: str, member: str | None = None, force: bool = False, root: str | Path | None = None) -> Path:
+    """Returns the authors' weights of a published system, from the cache or after a download.
+
+    Args:
+        name: See `list_segmenters`.
+        member, force, root: See `cluster_zoo.weights.download.fetch`.
+
+    Returns:
+        A folder with ``model.safetensors``, converted to this package's names.
+
+    Raises:
+        CheckpointError: The authors have released no weights, or the download fails or is refused.
+    """
+    url = CONFIGS[name].source
+    if url is None:
+        raise CheckpointError(f'No pretrained weights for {name}: the authors have released none.')
+    return fetch(name, url, partial(_install, name), member, force, root)
+
+
+def _install(name: str, path: Path, folder: Path, source: dict[str, str]) -> None:
+    """Converts an authors' checkpoint of a published system to a folder of the cache."""
+    save_model(create_segmenter(name, checkpoint_path=path), folder / WEIGHTS)
+    config = dict(segmenter=name, sha256=sha256(folder / WEIGHTS), source=source)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')

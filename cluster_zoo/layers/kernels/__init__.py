@@ -1,12 +1,12 @@
-"""Faster versions of the functions of `clustering`, and where they are chosen.
+"""Faster versions of the functions of `clustering`, and the choice among them.
 
-The environment variable ``CLUSTER_ZOO_KERNELS`` says which ones run:
+The environment variable ``CLUSTER_ZOO_KERNELS`` selects the version:
 
-- ``auto``, the default: on a GPU those of `gpu` if Triton is there and can use it, on a CPU those of `cpu`;
+- ``auto``, the default: on a GPU those of `gpu` if Triton is installed and supports it, on a CPU those of `cpu`;
 - ``plain``: the functions of `clustering` themselves;
-- ``triton``: those of `gpu` wherever the tensors are. On a CPU that needs Triton's interpreter, ``TRITON_INTERPRET=1``.
+- ``triton``: those of `gpu` on any device. On a CPU this needs Triton's interpreter, ``TRITON_INTERPRET=1``.
 
-float64, an export and TorchScript always take the plain functions.
+float64, torch.export, tracing and TorchScript always use the plain functions.
 """
 
 import os
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import clustering
+from ..clustering import HeadWeights, PointSets
 from . import cpu
 
 __all__ = ['cluster', 'feature_norms', 'nearest_center', 'products']
@@ -26,7 +27,7 @@ _HAS_TRITON = find_spec('triton') is not None
 
 
 def _gpu() -> ModuleType:
-    from . import gpu  # here because it imports Triton, which takes long and may be missing
+    from . import gpu  # imported here because it imports Triton, which is slow and may not be installed
 
     return gpu
 
@@ -39,14 +40,17 @@ def _chosen(x: Tensor) -> str:
     if choice == 'plain' or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return 'plain'
     narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if narrow and (choice == 'triton' or (x.device.type == 'cuda' and _HAS_TRITON and _gpu().RUNS)):
+    if narrow and (choice == 'triton' or (x.device.type == 'cuda' and _HAS_TRITON and _gpu().is_supported())):
         return 'gpu'
     return 'cpu' if x.device.type == 'cpu' and not torch.compiler.is_compiling() else 'plain'
 
 
+# TorchScript skips a branch on `is_scripting` only if it has no other condition.
+
+
 def feature_norms(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
     """See `clustering.feature_norms`."""
-    if not torch.jit.is_scripting():  # TorchScript leaves out this branch, but not half a condition
+    if not torch.jit.is_scripting():
         chosen = _chosen(points)
         if chosen == 'gpu':
             return _gpu().feature_norms(points, weight, bias, heads)
@@ -61,31 +65,18 @@ def products(points: Tensor, others: Tensor) -> Tensor:
 
 
 def cluster(
-    points: Tensor,
-    lengths: Tensor,
-    centers: Tensor,
+    sets: PointSets,
     query: Tensor,
     offset: Tensor,
-    beta: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
+    norms: Tensor,
+    weights: HeadWeights,
     weighted: bool = True,
-    point_mask: Tensor | None = None,
-    center_mask: Tensor | None = None,
 ) -> Tensor:
     """See `clustering.cluster`."""
     if not torch.jit.is_scripting():  # noqa: SIM102
-        if _chosen(points) == 'gpu':
-            return _gpu().cluster(
-                points, lengths, centers, query, offset, beta, v_weight, v_bias, proj_weight, proj_bias, weighted,
-                point_mask, center_mask,
-            )  # fmt: skip
-    return clustering.cluster(
-        points, lengths, centers, query, offset, beta, v_weight, v_bias, proj_weight, proj_bias, weighted,
-        point_mask, center_mask,
-    )  # fmt: skip
+        if _chosen(sets.points) == 'gpu':
+            return _gpu().cluster(sets, query, offset, norms, weights, weighted)
+    return clustering.cluster(sets, query, offset, norms, weights, weighted)
 
 
 def nearest_center(points: Tensor, query: Tensor, offset: Tensor, center_mask: Tensor | None = None) -> Tensor:

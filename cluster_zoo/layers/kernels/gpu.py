@@ -1,20 +1,21 @@
-"""Clustering on a GPU: nothing of the size of centers times points is ever written to memory.
+"""Triton implementation of the clustering functions. It never stores a tensor of the size of centers times points.
 
 Four operations make up `clustering.cluster` and all of its gradients. With points x_n of S sets, E heads, M centers a
-head, and the one center i(e, n) that point n joins in head e:
+head, and i(e, n) the index of the center that point n joined in head e:
 
-- `assign`: i(e, n), the argument of the maximum over m of ``query[e, m] . x_n + offset[e, m]``, and that maximum;
-- `select`: ``query[e, i] . x_n + offset[e, i]`` for i as given;
-- `aggregate`: the sum of ``weight[e, n] x_n`` over the members n of each center, and that of the weights;
+- `assign`: i(e, n), the argmax over m of ``query[e, m] . x_n + offset[e, m]``, and the maximum;
+- `select`: ``query[e, i] . x_n + offset[e, i]`` for a given i;
+- `aggregate`: the sum of ``weight[e, n] x_n`` over the members n of each center, and the sum of the weights;
 - `dispatch`: ``bias + sum over e of weight[e, n] values[e, i(e, n)]`` for each point.
 
-Each gradient is again one of them, because sending points to centers and centers to points are each other's transpose;
-so they can be differentiated any number of times. A fifth, `lengths`, takes the norms of rows. No operation adds
-atomically: the same input gives the same bits.
+The gradient of each is again one of them, because aggregation and dispatch are each other's transpose. So they can be
+differentiated any number of times. A fifth operation, `row_norms`, computes norms. No operation uses atomic additions:
+the same input gives the same bits.
 
-Factors in float32 are multiplied as they are, or in TF32 where ``torch.set_float32_matmul_precision`` allows it.
+float32 is multiplied in float32, or in TF32 if ``torch.set_float32_matmul_precision`` allows it.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -24,27 +25,32 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import clustering
+from ..clustering import HeadWeights, PointSets
 from . import gpu_kernels as kernels
 
-__all__ = ['RUNS', 'aggregate', 'assign', 'cluster', 'dispatch', 'feature_norms', 'lengths', 'nearest_center', 'select']
+__all__ = ['cluster', 'feature_norms', 'is_supported', 'nearest_center']
 
-# What Triton supports of CUDA begins with compute capability 8.0; a ROCm device reports 9.0 and more
-RUNS = all(torch.cuda.get_device_capability(i) >= (8, 0) for i in range(torch.cuda.device_count()))
 
-# The dtype in which numbers are multiplied; the interpreter takes the bits of bfloat16 for integers
-_FACTORS = {
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16,
-}
+@torch.compiler.assume_constant_result
+@functools.cache
+def is_supported() -> bool:
+    """Whether Triton supports all GPUs: compute capability 8.0 or higher (ROCm devices report 9.0 or higher)."""
+    return all(torch.cuda.get_device_capability(i) >= (8, 0) for i in range(torch.cuda.device_count()))
+
+
+def _factors(dtype: torch.dtype) -> tl.dtype:
+    """The dtype in which numbers are multiplied; Triton's interpreter cannot multiply bfloat16."""
+    if dtype == torch.bfloat16:
+        return tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
+    return {torch.float32: tl.float32, torch.float16: tl.float16}[dtype]
 
 
 def _tiles(x: Tensor, E: int, M: int) -> dict[str, Any]:
-    """Sizes and dtype of tiles for points or values x [..., C], from its shape and dtype alone.
+    """Tile sizes and dtype for points or values x [..., C]. They depend on shape and dtype alone.
 
-    Powers of two, at least 16 on each side of a matrix product. At most 64 centers in a tile, and 64 points and
-    channels, or 32 in float32, so that tiles stay in the registers of compute capability 8.0 and above, and two rounds
-    of them take 48 KiB of shared memory at the most. Not tuned on a device yet.
+    Powers of two, at least 16 on each side of a matrix product. A tile has at most 64 centers, 64 points and 64
+    channels (32 points and channels in float32): so it fits in the registers from compute capability 8.0, and two tiles
+    take at most 48 KiB of shared memory. The sizes have not been tuned on a device.
     """
     C, block = x.shape[-1], 128 // x.element_size()
     width = min(64, max(2, triton.next_power_of_2(M)))
@@ -54,16 +60,21 @@ def _tiles(x: Tensor, E: int, M: int) -> dict[str, Any]:
         WIDTH=width,
         BLOCK_N=block,
         BLOCK_C=min(block, max(16, triton.next_power_of_2(C))),
-        FACTORS=_FACTORS[x.dtype],
+        FACTORS=_factors(x.dtype),
         PRECISION='tf32' if torch.backends.cuda.matmul.fp32_precision == 'tf32' else 'ieee',
         num_warps=4,
         num_stages=2,
     )
 
 
+def _row_tiles(D: int) -> dict[str, int]:
+    block_d = triton.next_power_of_2(D)
+    return dict(D=D, BLOCK_D=block_d, BLOCK=max(1, 4096 // block_d))
+
+
 @torch.library.custom_op('cluster_zoo::assign', mutates_args=())
 def assign(points: Tensor, query: Tensor, offset: Tensor, center_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The center whose probe is highest, the first of equals, and the probe's value.
+    """The center of the highest score for each point, the first of equals, and the score.
 
     Args:
         points: [S, N, C].
@@ -72,7 +83,7 @@ def assign(points: Tensor, query: Tensor, offset: Tensor, center_mask: Tensor | 
         center_mask: bool [S, M], true for centers that may be chosen.
 
     Returns:
-        int32 [S, E, N], values 0 .. M - 1 (0 where no center may be chosen), and float32 [S, E, N].
+        int32 [S, E, N], values 0 .. M - 1 (0 if no center may be chosen), and float32 [S, E, N].
     """
     (S, N, _), (E, M) = points.shape, query.shape[1:3]
     index = points.new_empty((S, E, N), dtype=torch.int32)
@@ -89,7 +100,7 @@ def assign(points: Tensor, query: Tensor, offset: Tensor, center_mask: Tensor | 
 
 @torch.library.custom_op('cluster_zoo::select', mutates_args=())
 def select(points: Tensor, index: Tensor, query: Tensor, offset: Tensor | None) -> Tensor:
-    """The value of one probe a point and head, float32 [S, E, N]; arguments as in `assign`, which gives the index."""
+    """The score of one given center for each point and head, float32 [S, E, N]; arguments as in `assign`."""
     (S, N, _), (E, M) = points.shape, query.shape[1:3]
     score = points.new_empty((S, E, N), dtype=torch.float32)
     tiles = _tiles(points, E, M)
@@ -104,7 +115,7 @@ def select(points: Tensor, index: Tensor, query: Tensor, offset: Tensor | None) 
 
 @torch.library.custom_op('cluster_zoo::aggregate', mutates_args=())
 def aggregate(points: Tensor, index: Tensor, weight: Tensor, centers: int) -> tuple[Tensor, Tensor]:
-    """Sums of each center's members and of their weights.
+    """Weighted sums of each center's members, and sums of their weights.
 
     Args:
         points: [S, N, C].
@@ -118,7 +129,7 @@ def aggregate(points: Tensor, index: Tensor, weight: Tensor, centers: int) -> tu
     (S, N, C), E, M = points.shape, index.shape[1], centers
     tiles = _tiles(points, E, M)
     blocks = triton.cdiv(E, tiles['HEADS']) * triton.cdiv(M, tiles['WIDTH']), triton.cdiv(C, tiles['BLOCK_C'])
-    # Few large sets are cut into spans of at least 256 points, until there are some four programs a multiprocessor
+    # A few large sets are split into spans of at least 256 points, to run about four programs on each multiprocessor.
     splits = max(1, min(512 // max(1, S * blocks[0] * blocks[1]), N // 256))
     span = triton.cdiv(triton.cdiv(N, splits), tiles['BLOCK_N']) * tiles['BLOCK_N']
     splits = triton.cdiv(N, span)
@@ -142,7 +153,7 @@ def dispatch(values: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None)
         bias: Added to every point, [C].
 
     Returns:
-        [S, N, C], of the values' dtype.
+        [S, N, C], in the dtype of the values.
     """
     (S, E, M, C), N = values.shape, index.shape[2]
     out = values.new_empty((S, N, C))
@@ -156,25 +167,23 @@ def dispatch(values: Tensor, index: Tensor, weight: Tensor, bias: Tensor | None)
     return out
 
 
-@torch.library.custom_op('cluster_zoo::lengths', mutates_args=())
-def lengths(rows: Tensor) -> Tensor:
+@torch.library.custom_op('cluster_zoo::row_norms', mutates_args=())
+def row_norms(rows: Tensor) -> Tensor:
     """Euclidean norms, at least 1e-12: [..., D] -> float32 [...]."""
-    D = rows.shape[-1]
     out = rows.new_empty(rows.shape[:-1], dtype=torch.float32)
-    tiles = dict(D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK=max(1, 4096 // triton.next_power_of_2(D)))
+    tiles = _row_tiles(rows.shape[-1])
     with torch.cuda.device_of(rows):
-        kernels.lengths[(triton.cdiv(out.numel(), tiles['BLOCK']),)](rows.contiguous(), out, out.numel(), **tiles)
+        kernels.row_norms[(triton.cdiv(out.numel(), tiles['BLOCK']),)](rows.contiguous(), out, out.numel(), **tiles)
     return out
 
 
-@torch.library.custom_op('cluster_zoo::lengths_backward', mutates_args=())
-def lengths_backward(gradient: Tensor, rows: Tensor, norms: Tensor) -> Tensor:
-    """``gradient * rows / norms``: float32 [...], [..., D] and the `lengths` float32 [...] -> [..., D]."""
-    D = rows.shape[-1]
+@torch.library.custom_op('cluster_zoo::row_norms_backward', mutates_args=())
+def row_norms_backward(gradient: Tensor, rows: Tensor, norms: Tensor) -> Tensor:
+    """``gradient * rows / norms``: float32 [...], [..., D] and the norms, float32 [...] -> [..., D]."""
     out = rows.new_empty(rows.shape)
-    tiles = dict(D=D, BLOCK_D=triton.next_power_of_2(D), BLOCK=max(1, 4096 // triton.next_power_of_2(D)))
+    tiles = _row_tiles(rows.shape[-1])
     with torch.cuda.device_of(rows):
-        kernels.lengths_backward[(triton.cdiv(norms.numel(), tiles['BLOCK']),)](
+        kernels.row_norms_backward[(triton.cdiv(norms.numel(), tiles['BLOCK']),)](
             gradient.contiguous(), rows.contiguous(), norms, out, norms.numel(), **tiles
         )
     return out
@@ -206,22 +215,22 @@ def _(values, index, weight, bias):
     return values.new_empty((values.shape[0], index.shape[2], values.shape[3]))
 
 
-@lengths.register_fake
+@row_norms.register_fake
 def _(rows):
     return rows.new_empty(rows.shape[:-1], dtype=torch.float32)
 
 
-@lengths_backward.register_fake
+@row_norms_backward.register_fake
 def _(gradient, rows, norms):
     return rows.new_empty(rows.shape)
 
 
 # Gradients --------------------------------------------------------------------------------------------------------
-# Autograd casts them to the dtype of their tensors.
+# Autograd casts each to the dtype of its tensor.
 
 
-def _probe_gradients(points: Tensor, index: Tensor, query: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `assign` and `select` hand to points, query and offset."""
+def _score_gradients(points: Tensor, index: Tensor, query: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of points, query and offset in `assign` and `select`."""
     d_points = dispatch(query.to(points.dtype), index, gradient, None)
     return d_points, *aggregate(points, index, gradient, query.shape[2])
 
@@ -231,7 +240,7 @@ def _assign_setup(ctx, inputs, output):
 
 
 def _assign_backward(ctx, _, gradient):
-    return *_probe_gradients(*ctx.saved_tensors, gradient), None
+    return *_score_gradients(*ctx.saved_tensors, gradient), None
 
 
 def _select_setup(ctx, inputs, output):
@@ -240,11 +249,11 @@ def _select_setup(ctx, inputs, output):
 
 
 def _select_backward(ctx, gradient):
-    d_points, d_query, d_offset = _probe_gradients(*ctx.saved_tensors, gradient)
+    d_points, d_query, d_offset = _score_gradients(*ctx.saved_tensors, gradient)
     return d_points, None, d_query, d_offset if ctx.with_offset else None
 
 
-def _aggregate_setup(ctx, inputs, output):
+def _save_three(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3])
 
 
@@ -255,10 +264,6 @@ def _aggregate_backward(ctx, d_sums, d_totals):
     return d_points, None, d_weight, None
 
 
-def _dispatch_setup(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:3])
-
-
 def _dispatch_backward(ctx, gradient):
     values, index, weight = ctx.saved_tensors
     d_values, _ = aggregate(gradient, index, weight, values.shape[2])
@@ -266,22 +271,22 @@ def _dispatch_backward(ctx, gradient):
     return d_values, None, select(gradient, index, values, None), d_bias
 
 
-def _lengths_setup(ctx, inputs, output):
+def _row_norms_setup(ctx, inputs, output):
     ctx.save_for_backward(inputs[0], output)
 
 
-def _lengths_gradient(ctx, gradient):
+def _row_norms_backward(ctx, gradient):
     rows, norms = ctx.saved_tensors
-    if torch.is_grad_enabled():  # the gradient shall have a gradient
+    if torch.is_grad_enabled():  # create_graph=True: the gradient must be differentiable
         return (gradient / norms).unsqueeze(-1) * rows
-    return lengths_backward(gradient, rows, norms)
+    return row_norms_backward(gradient, rows, norms)
 
 
 assign.register_autograd(_assign_backward, setup_context=_assign_setup)
 select.register_autograd(_select_backward, setup_context=_select_setup)
-aggregate.register_autograd(_aggregate_backward, setup_context=_aggregate_setup)
-dispatch.register_autograd(_dispatch_backward, setup_context=_dispatch_setup)
-lengths.register_autograd(_lengths_gradient, setup_context=_lengths_setup)
+aggregate.register_autograd(_aggregate_backward, setup_context=_save_three)
+dispatch.register_autograd(_dispatch_backward, setup_context=_save_three)
+row_norms.register_autograd(_row_norms_backward, setup_context=_row_norms_setup)
 
 
 # The functions of `clustering` ------------------------------------------------------------------------------------
@@ -289,32 +294,25 @@ lengths.register_autograd(_lengths_gradient, setup_context=_lengths_setup)
 
 def feature_norms(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> Tensor:
     """See `clustering.feature_norms`."""
-    return lengths(F.linear(points, weight, bias).unflatten(-1, (heads, -1))).transpose(1, 2)
+    return row_norms(F.linear(points, weight, bias).unflatten(-1, (heads, -1))).transpose(1, 2)
 
 
 def cluster(
-    points: Tensor,
-    lengths: Tensor,
-    centers: Tensor,
+    sets: PointSets,
     query: Tensor,
     offset: Tensor,
-    beta: Tensor,
-    v_weight: Tensor,
-    v_bias: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
+    norms: Tensor,
+    weights: HeadWeights,
     weighted: bool = True,
-    point_mask: Tensor | None = None,
-    center_mask: Tensor | None = None,
 ) -> Tensor:
-    """See `clustering.cluster`; similarities stay float32."""
-    points = clustering.autocast(points)
-    index, score = assign(points, clustering.autocast(query), offset, center_mask)
-    similarity, weight = clustering.similarities(score, lengths, beta, weighted, point_mask)
+    """See `clustering.cluster`; similarities are float32."""
+    points, centers = clustering.autocast(sets.points), sets.centers
+    index, score = assign(points, clustering.autocast(query), offset, sets.center_mask)
+    similarity, weight = clustering.similarities(score, norms, weights.beta, weighted, sets.point_mask)
     sums, totals = aggregate(points, index, weight, centers.shape[1])
     means = (sums + centers.unsqueeze(1)) / (1 + totals).unsqueeze(-1)
-    values = clustering.center_values(means.to(points.dtype).flatten(1, 2), v_weight, v_bias, proj_weight)
-    return dispatch(values.unflatten(1, query.shape[1:3]), index, similarity, proj_bias)
+    values = clustering.center_values(means.to(points.dtype).flatten(1, 2), weights)
+    return dispatch(values.unflatten(1, query.shape[1:3]), index, similarity, weights.proj_bias)
 
 
 def nearest_center(points: Tensor, query: Tensor, offset: Tensor, center_mask: Tensor | None = None) -> Tensor:

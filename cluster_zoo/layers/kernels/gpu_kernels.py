@@ -1,12 +1,12 @@
-"""Triton kernels of the clustering step: a tile of points meets a tile of centers.
+"""Triton kernels of the clustering operations, on tiles of points and tiles of centers.
 
-A tile of centers is HEADS heads with WIDTH centers each, one beside the other, so that few centers in several heads
-still fill a matrix product. Membership in a tile is a matrix with at most one entry a point and head, made in registers
-from the index of each point's center.
+A tile of centers contains HEADS heads with WIDTH centers each, side by side, so that a few centers in several heads
+fill a matrix product. The assignment matrix of a tile has at most one entry per point and head. It is built in
+registers from the index of each point's center.
 
-All tensors are contiguous. Names of shapes are those of `clustering`; s, n, m, c are positions along S, N, M, C.
-A program first moves its pointers to its set s, in 64-bit arithmetic; within a set 32 bits are enough. Factors of
-products are of dtype FACTORS, sums float32.
+All tensors are contiguous. Shapes are named as in `clustering`; s, n, m, c are indices along S, N, M, C. A program
+first moves its pointers to its set s, in 64-bit arithmetic; 32 bits are enough within a set. Products are computed in
+the dtype FACTORS, sums in float32.
 """
 
 import triton
@@ -14,7 +14,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _probe_values(
+def _scores(
     points_ptr,
     query_ptr,
     offset_ptr,
@@ -69,7 +69,7 @@ def _members(
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """What points n weigh in a tile of centers, float32 [BLOCK_N, HEADS * WIDTH]."""
+    """Assignment matrix of points n and a tile of centers, float32 [BLOCK_N, HEADS * WIDTH]."""
     head = first_head + tl.arange(0, HEADS)
     position = head[None, :] * N + n[:, None]
     real = (head < E)[None, :] & (n < N)[:, None]
@@ -114,11 +114,11 @@ def assign(
     highest = tl.full((BLOCK_N, HEADS), -float('inf'), tl.float32)
     index = tl.zeros((BLOCK_N, HEADS), tl.int32)
     for first_center in range(0, M, WIDTH):
-        value = _probe_values(
+        value = _scores(
             points_ptr, query_ptr, offset_ptr, n, first_head, first_center, N, E, M, C, HEADS, WIDTH, BLOCK_N,
             BLOCK_C, FACTORS, PRECISION,
         )  # fmt: skip
-        value = tl.where(value == value, value, float('inf'))  # not a number counts as highest, as in torch.max
+        value = tl.where(value == value, value, float('inf'))  # NaN is the maximum, as in torch.max
         m = first_center + tl.arange(0, WIDTH)
         allowed = m < M
         if center_mask_ptr is not None:
@@ -128,7 +128,7 @@ def assign(
         index = tl.where(top > highest, first_center + at, index)
         highest = tl.maximum(highest, top)
     score = tl.where(highest == float('inf'), float('nan'), highest)
-    score = tl.where(highest == -float('inf'), 0.0, score)  # no center that counts; keeps gradients finite
+    score = tl.where(highest == -float('inf'), 0.0, score)  # all centers masked: finite gradients
     head = first_head + tl.arange(0, HEADS)
     position = head[None, :] * N + n[:, None]
     real = (head < E)[None, :] & (n < N)[:, None]
@@ -154,7 +154,7 @@ def select(
     FACTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program (s and block of points, block of heads), as `assign`, but the center of each point is known."""
+    """Program (s and block of points, block of heads): as `assign`, for given centers."""
     blocks = tl.cdiv(N, BLOCK_N)
     s = (tl.program_id(0) // blocks).to(tl.int64)
     points_ptr += s * N * C
@@ -171,7 +171,7 @@ def select(
     index = tl.load(index_ptr + position, mask=real, other=-1)
     score = tl.zeros((BLOCK_N, HEADS), tl.float32)
     for first_center in range(0, M, WIDTH):
-        value = _probe_values(
+        value = _scores(
             points_ptr, query_ptr, offset_ptr, n, first_head, first_center, N, E, M, C, HEADS, WIDTH, BLOCK_N,
             BLOCK_C, FACTORS, PRECISION,
         )  # fmt: skip
@@ -286,32 +286,32 @@ def dispatch(
 
 
 @triton.jit
-def lengths(rows_ptr, lengths_ptr, count, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+def row_norms(rows_ptr, norms_ptr, count, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Program (block of rows)."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
     real = (row < count)[:, None] & (d < D)[None, :]
     rows = tl.load(rows_ptr + row[:, None] * D + d[None, :], mask=real, other=0.0).to(tl.float32)
-    tl.store(lengths_ptr + row, tl.maximum(tl.sqrt(tl.sum(rows * rows, 1)), 1e-12), mask=row < count)
+    tl.store(norms_ptr + row, tl.maximum(tl.sqrt(tl.sum(rows * rows, 1)), 1e-12), mask=row < count)
 
 
 @triton.jit
-def lengths_backward(
+def row_norms_backward(
     gradient_ptr,
     rows_ptr,
-    lengths_ptr,
+    norms_ptr,
     out_ptr,
     count,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Program (block of rows): gradient * row / length, 0 where the length is the least one."""
+    """Program (block of rows): gradient * row / norm, 0 where the norm is clamped."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)
     real = (row < count)[:, None] & (d < D)[None, :]
     rows = tl.load(rows_ptr + row[:, None] * D + d[None, :], mask=real, other=0.0).to(tl.float32)
     gradient = tl.load(gradient_ptr + row, mask=row < count, other=0.0)
-    lengths = tl.load(lengths_ptr + row, mask=row < count, other=1.0)
-    scale = tl.where(lengths > 1e-12, gradient / lengths, 0.0)
+    norms = tl.load(norms_ptr + row, mask=row < count, other=1.0)
+    scale = tl.where(norms > 1e-12, gradient / norms, 0.0)
     tl.store(out_ptr + row[:, None] * D + d[None, :], (scale[:, None] * rows).to(out_ptr.dtype.element_ty), mask=real)

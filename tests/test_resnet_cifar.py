@@ -1,4 +1,4 @@
-"""ResNet-18 in its form for CIFAR, and that the model with centroids differs from it in the head alone."""
+"""ResNet-18 for CIFAR; the model with centroids differs from it only in the head."""
 
 import pytest
 import timm
@@ -15,8 +15,8 @@ def _seed():
     torch.manual_seed(0)
 
 
-def test_published_size():
-    """The ResNet-18 for CIFAR that many repositories train has 11,173,962 parameters."""
+def test_number_of_parameters():
+    """The usual ResNet-18 for CIFAR has 11,173,962 parameters."""
     with torch.device('meta'):
         model = timm.create_model('resnet18_cifar')
     assert sum(parameter.numel() for parameter in model.parameters()) == 11_173_962
@@ -25,7 +25,7 @@ def test_published_size():
 
 @pytest.mark.parametrize('name', ['resnet18_cifar', 'dnc_resnet18_cifar'])
 def test_resolutions(name):
-    """Nothing before the second stage makes the image smaller."""
+    """The stem and the first stage keep the resolution of the image."""
     model = timm.create_model(name, **SMALL).eval()
     x = torch.randn(2, 3, 32, 48)
     levels = model.forward_intermediates(x, intermediates_only=True)
@@ -37,7 +37,7 @@ def test_resolutions(name):
     assert model(x).shape == (2, 10)
 
 
-def test_the_stem_by_hand():
+def test_forward_by_hand():
     model = timm.create_model('resnet18_cifar', **SMALL).eval()
     x = torch.randn(1, 3, 32, 32)
     stem = torch.relu(model.bn1(nn.functional.conv2d(x, model.conv1.weight, padding=1)))
@@ -45,7 +45,7 @@ def test_the_stem_by_hand():
     torch.testing.assert_close(model.forward_head(model.forward_features(x), pre_logits=True), expected)
 
 
-def test_centroids_differ_in_the_head_alone():
+def test_only_the_head_differs():
     linear, centroids = (timm.create_model(name, **SMALL).eval() for name in ('resnet18_cifar', 'dnc_resnet18_cifar'))
     backbone = {name: value for name, value in linear.state_dict().items() if not name.startswith('fc.')}
     assert centroids.load_state_dict(backbone, strict=False).unexpected_keys == []

@@ -1,4 +1,4 @@
-"""cluster_zoo.training.resume: generators that can be put back, and a stop that waits for the update at hand."""
+"""cluster_zoo.training.resume and signals: states of generators, requests to stop, the command that resumes."""
 
 import io
 import os
@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from cluster_zoo.training.resume import Stop, newest_checkpoint, resume_command, rng_state, seed_epoch, set_rng_state
+from cluster_zoo.training.resume import get_rng_state, newest_checkpoint, resume_command, seed_all, set_rng_state
+from cluster_zoo.training.signals import StopRequest
 
 
 def _draw():
@@ -19,9 +20,9 @@ def _draw():
 
 
 def test_generators_go_on_where_they_were():
-    seed_epoch(1, 0, 0)
+    seed_all(1, 0, 0)
     _draw()  # numpy, Python and torch keep a second normal number for later
-    state = rng_state()
+    state = get_rng_state()
     expected = _draw()
     _draw()
     file = io.BytesIO()
@@ -34,17 +35,17 @@ def test_generators_go_on_where_they_were():
 def test_every_epoch_and_process_has_its_own_seed():
     draws = set()
     for seed, rank, epoch in [(1, 0, 0), (1, 0, 1), (1, 1, 0), (2, 0, 0), (0, 1, 0), (0, 0, 1)]:
-        seed_epoch(seed, rank, epoch)
+        seed_all(seed, rank, epoch)
         draws.add(str(_draw()))
     assert len(draws) == 6
-    seed_epoch(1, 0, 1)
+    seed_all(1, 0, 1)
     assert str(_draw()) in draws
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
 def test_signal_is_a_request(number):
     before = signal.getsignal(number)
-    with Stop() as stop:
+    with StopRequest() as stop:
         assert not stop.requested()
         os.kill(os.getpid(), number)
         assert stop.requested() and stop.signal == number
@@ -52,22 +53,22 @@ def test_signal_is_a_request(number):
 
 
 def test_second_interrupt_stops_at_once():
-    with Stop() as stop:
+    with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # the same key press, passed on by a launcher
-        stop.since -= 2
+        stop.received -= 2
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_resume_command(monkeypatch, tmp_path):
-    monkeypatch.setattr('sys.argv', ['train.py'])
+def test_resume_command(tmp_path):
     argv = ['--local-rank=0', 'my data', '--resume', 'a', '--output=b', '-b', '8', '--experiment', 'c']
     folder = tmp_path / 'out put' / 'run'
-    words = shlex.split(resume_command(argv, folder, 'x.pth.tar', 2))
+    words = shlex.split(resume_command(['train.py'], argv, folder, 'x.pth.tar', 2))
     assert words[:6] == ['torchrun', '--nproc-per-node=2', 'train.py', 'my data', '-b', '8']
     assert words[6:] == ['--output', str(folder.parent), '--experiment', 'run', '--resume', 'x.pth.tar']
-    assert shlex.split(resume_command(argv, folder, 'x.pth.tar', 0))[:2] == [sys.executable, 'train.py']
+    installed = shlex.split(resume_command(['-m', 'cluster_zoo', 'train'], argv, folder, 'x.pth.tar', 0))
+    assert installed[:5] == [sys.executable, '-m', 'cluster_zoo', 'train', 'my data']
 
 
 def test_newest_checkpoint(tmp_path):

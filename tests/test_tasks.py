@@ -14,7 +14,7 @@ from timm.task import (
 from torch import nn
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.layers.nearest_centroid import CentroidLearning
+from cluster_zoo.layers.centroid_learning import CentroidLearning
 from cluster_zoo.training.tasks import CentroidTaskMixin, NearestCentroidTask, centroid_heads, with_centroid_learning
 
 TINY = dict(channels=(8, 16, 24, 32), num_classes=5)

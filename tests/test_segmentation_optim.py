@@ -1,4 +1,4 @@
-"""Learning rates by iteration against their formulas, and which parameters get which."""
+"""Learning rates per iteration, compared with formulas, and parameter groups."""
 
 import math
 
@@ -13,7 +13,7 @@ LR = 0.02
 
 
 def rates(name: str, iterations: int, scale: float = 1.0, **options) -> list[float]:
-    """The rate of every iteration, as a training loop would have it."""
+    """Returns the learning rate of each iteration of a training loop."""
     group = dict(params=[torch.nn.Parameter(torch.zeros(1))], lr_scale=scale)
     optimizer = create_optimizer_v2([group], 'adamw', lr=LR)
     schedule = create_schedule(name, optimizer, iterations, **options)
@@ -34,7 +34,7 @@ def test_poly(power, min_lr):
     assert rates('poly', 50, power=power, min_lr=min_lr) == pytest.approx(expected, rel=1e-12)
 
 
-def test_poly_is_torchs():
+def test_poly_equals_torch():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=50, power=0.9)
     expected = []
@@ -51,7 +51,7 @@ def test_cosine():
 
 
 def test_cosine_restarts():
-    """RegionProxy's cycles, of a thousandth of their length."""
+    """The periods of RegionProxy, divided by 1000."""
     periods, weights = (20, 40, 100), (1, 0.5, 0.25)
     expected = []
     for period, weight in zip(periods, weights):
@@ -76,7 +76,7 @@ def test_scaled_groups(name):
 
 
 @pytest.mark.parametrize('name', SCHEDULES)
-def test_any_iteration_can_be_the_first(name):
+def test_resumed_schedule(name):
     optimizer = create_optimizer_v2([torch.nn.Parameter(torch.zeros(1))], 'sgd', lr=LR)
     create_schedule(name, optimizer, 30, warmup=4).step_update(17)
     assert optimizer.param_groups[0]['lr'] == rates(name, 30, warmup=4)[17]
@@ -85,19 +85,19 @@ def test_any_iteration_can_be_the_first(name):
 @pytest.mark.parametrize(
     ('name', 'options', 'message'),
     [
-        ('poli', {}, 'expected one of poly'),
-        ('poly', dict(warmup=20), 'Warm-up of 20 iterations does not fit a run of 20'),
-        ('cosine_restarts', dict(periods=[5, 10]), 'add up to it'),
-        ('cosine_restarts', dict(periods=[5, 15], restart_weights=[1]), 'one weight each'),
-        ('cosine_restarts', dict(periods=[0, 20]), 'do not make up'),
+        ('poli', {}, 'poli'),
+        ('poly', dict(warmup=20), 'Warm-up of 20'),
+        ('cosine_restarts', dict(periods=[5, 10]), '5, 10'),
+        ('cosine_restarts', dict(periods=[5, 15], restart_weights=[1]), 'one weight'),
+        ('cosine_restarts', dict(periods=[0, 20]), '0, 20'),
     ],
 )
-def test_impossible_schedules(name, options, message):
+def test_invalid_schedules(name, options, message):
     with pytest.raises(ValueError, match=message):
         rates(name, 20, **options)
 
 
-# ---- Groups of parameters ----
+# ---- Parameter groups ----
 
 
 @pytest.fixture(scope='module')
@@ -106,14 +106,14 @@ def model():
 
 
 def settings(model, groups) -> dict[str, tuple[float, float]]:
-    """Scale and decay of each parameter, by name."""
+    """Returns learning-rate scale and weight decay of each parameter."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = [(names[p], (group['lr_scale'], group['weight_decay'])) for group in groups for p in group['params']]
     assert len(found) == len(dict(found)) == len(names)
     return dict(found)
 
 
-def test_one_group_as_published(model):
+def test_one_group_by_default(model):
     [group] = parameter_groups(model, 0.01)
     assert (group['lr_scale'], group['weight_decay']) == (1.0, 0.01)
     assert len(group['params']) == len(list(model.parameters()))
@@ -128,7 +128,7 @@ def test_head_scale_and_no_decay_of_norms(model):
     assert {decay for _, decay in found.values()} == {0.0, 0.01}
 
 
-def test_layer_decay_is_timms(model):
+def test_layer_decay_equals_timm(model):
     expected = param_groups_layer_decay(model, 0.05, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay())
     found = settings(model, parameter_groups(model, 0.05, decay_norms=False, layer_decay=0.5))
     assert found == settings(model, expected)
@@ -144,7 +144,7 @@ def test_layer_decay_and_head_scale():
     assert found['backbone.model.conv1.0.weight'][0] < found['backbone.model.layer4.0.conv1.weight'][0] < 1
 
 
-def test_frozen_parameters_are_left_out(model):
+def test_frozen_parameters_are_excluded():
     model = create_segmenter('fcn', 'resnet10t', 3, channels=16)
     model.backbone.requires_grad_(False)
     [group] = parameter_groups(model, 0.05)

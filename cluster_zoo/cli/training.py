@@ -1,0 +1,52 @@
+"""``cluster-zoo train``, ``validate`` and ``segment``: the scripts of the checkout, for an installed package."""
+
+import importlib
+from collections.abc import Sequence
+
+from ..errors import OptionError
+from .parser import Commands
+
+_SCRIPTS = {
+    ('train',): 'cluster_zoo.training.train',
+    ('validate',): 'cluster_zoo.training.validate',
+    ('segment', 'train'): 'segmentation.train',
+    ('segment', 'validate'): 'segmentation.validate',
+}
+
+
+def add_parser(commands: Commands) -> None:
+    """Registers the commands for the help of ``cluster-zoo``. Their own parsers are those of the scripts."""
+    commands.add_parser('train', help='train an image classifier', add_help=False)
+    commands.add_parser('validate', help='measure accuracy and speed of image classifiers', add_help=False)
+    segment = commands.add_parser(
+        'segment',
+        help='train or validate a segmenter',
+        description='Train or validate a segmenter.',
+        epilog='examples:\n'
+        '  cluster-zoo segment train DATA --dataset camvid --head semantic_fpn --backbone coc_tiny\n'
+        '  cluster-zoo segment validate DATA --checkpoint output/segmentation/NAME/model_best.pth.tar\n',
+    ).add_subparsers(title='commands', metavar='COMMAND', required=True)
+    segment.add_parser('train', help='train a segmenter', add_help=False)
+    segment.add_parser('validate', help='measure accuracy and speed of a segmenter', add_help=False)
+
+
+def run_script(argv: Sequence[str]) -> int | None:
+    """Runs the script that a command line names.
+
+    Args:
+        argv: Arguments of ``cluster-zoo``.
+
+    Returns:
+        The exit status of the script; None if the command line names another command.
+
+    Raises:
+        OptionError: A package that the script needs is not installed.
+    """
+    for words, module in _SCRIPTS.items():
+        if tuple(argv[: len(words)]) == words:
+            try:
+                main = importlib.import_module(module).main
+            except ModuleNotFoundError as error:
+                raise OptionError(str(error)) from error
+            return main(argv[len(words) :], prog=' '.join(['cluster-zoo', *words]))
+    return None

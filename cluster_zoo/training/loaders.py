@@ -1,0 +1,184 @@
+"""Datasets and loaders of a run, built from the options."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
+from torchvision import transforms
+
+from ..data import check_dataset, create_dataset
+from ..errors import DataError
+from .posterize import allow_zero_bits
+from .runtime import model_dtype, option_errors
+from .train_options import is_mixing
+
+__all__ = [
+    'build_datasets',
+    'build_loaders',
+    'build_mixup',
+    'dataset_options',
+    'loader_options',
+    'uses_prefetcher',
+]
+
+
+def uses_prefetcher(args: argparse.Namespace) -> bool:
+    """Returns whether timm's prefetcher normalizes images. On a CPU the workers normalize them in parallel."""
+    if getattr(args, 'tf_preprocessing', False) or getattr(args, 'aug_splits', 0):
+        return True  # timm supports these two with the prefetcher only
+    return not args.no_prefetcher and torch.device(args.device).type != 'cpu'
+
+
+def dataset_options(args: argparse.Namespace, in_chans: int) -> dict[str, Any]:
+    """Returns the arguments of ``create_dataset`` that all splits share."""
+    return dict(
+        name=args.dataset,
+        root=args.data_dir or args.data,
+        class_map=args.class_map,
+        download=args.dataset_download,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        input_img_mode=args.input_img_mode or ('RGB' if in_chans == 3 else 'L'),
+        input_key=args.input_key,
+        target_key=args.target_key,
+        trust_remote_code=args.dataset_trust_remote_code,
+        strict=args.strict,
+    )
+
+
+def build_datasets(args: argparse.Namespace, data_config: dict[str, Any]) -> tuple[Any, Any]:
+    """Opens the training and validation splits and checks them against ``args.num_classes``."""
+    options = dataset_options(args, data_config['input_size'][0])
+    train = create_dataset(
+        split=args.train_split,
+        is_training=True,
+        repeats=args.epoch_repeats,
+        num_samples=args.train_num_samples,
+        **options,
+    )
+    val = create_dataset(split=args.val_split, num_samples=args.val_num_samples, **options)
+    check_dataset(train, args.num_classes, args.train_split)
+    check_dataset(val, args.num_classes, args.val_split, like=train)
+    return train, val
+
+
+def loader_options(args: argparse.Namespace, data_config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of ``create_loader`` that all splits share."""
+    return dict(
+        input_size=data_config['input_size'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=args.workers,
+        pin_memory=args.pin_mem,
+        device=torch.device(args.device),
+        use_prefetcher=uses_prefetcher(args),
+        img_dtype=model_dtype(args),
+    )
+
+
+def build_mixup(args: argparse.Namespace) -> Mixup | None:
+    """Returns mixup and cutmix, as a collate function if there is a prefetcher; None if both are off."""
+    if not is_mixing(args):
+        return None
+    return (FastCollateMixup if uses_prefetcher(args) else Mixup)(
+        mixup_alpha=args.mixup,
+        cutmix_alpha=args.cutmix,
+        cutmix_minmax=args.cutmix_minmax,
+        prob=args.mixup_prob,
+        switch_prob=args.mixup_switch_prob,
+        mode=args.mixup_mode,
+        label_smoothing=args.smoothing,
+        num_classes=args.num_classes,
+    )
+
+
+def build_loaders(
+    args: argparse.Namespace,
+    datasets: tuple[Any, Any],
+    data_config: dict[str, Any],
+    mixup: Mixup | None,
+) -> tuple[Any, Any]:
+    """Builds the loaders of the training and validation splits."""
+    train, val = datasets
+    options = loader_options(args, data_config) | dict(
+        distributed=args.distributed,
+        # With new workers in each epoch, their generators do not depend on the epoch that a run was resumed at.
+        persistent_workers=False,
+    )
+    with option_errors('training data', KeyError):
+        train_loader = create_loader(
+            AugMixDataset(train, num_splits=args.aug_splits) if args.aug_splits > 1 else train,
+            batch_size=args.batch_size,
+            is_training=True,
+            collate_fn=mixup if isinstance(mixup, FastCollateMixup) else None,
+            use_multi_epochs_loader=args.use_multi_epochs_loader,
+            worker_seeding=args.worker_seeding,
+            interpolation=data_config['interpolation'] if args.no_aug else args.train_interpolation,
+            **_augmentation(args),
+            **_scheduled_sizes(args),
+            **options,
+        )
+    if args.train_crop_mode == 'pad' and not args.no_aug:
+        height, width = data_config['input_size'][-2:]
+        # Replaces timm's crop, the first transform
+        train.transform.transforms[0] = transforms.Compose(
+            [
+                transforms.Resize((height, width)),
+                transforms.RandomCrop((height, width), padding=(width // 8, height // 8)),
+            ]
+        )
+    allow_zero_bits(train_loader.dataset)
+    val_loader = create_loader(
+        val,
+        batch_size=args.validation_batch_size or args.batch_size,
+        interpolation=data_config['interpolation'],
+        crop_pct=data_config['crop_pct'],
+        **options,
+    )
+    if len(train_loader) == 0:
+        raise DataError(
+            f'the {len(train)} images of the {args.train_split} split do not fill one batch of {args.batch_size} on '
+            f'each of {args.world_size} processes: lower --batch-size'
+        )
+    return train_loader, val_loader
+
+
+def _augmentation(args: argparse.Namespace) -> dict[str, Any]:
+    return dict(
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        re_split=args.resplit,
+        train_crop_mode=None if args.train_crop_mode == 'pad' else args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        color_jitter_prob=args.color_jitter_prob,
+        grayscale_prob=args.grayscale_prob or 0.0,
+        gaussian_blur_prob=args.gaussian_blur_prob or 0.0,
+        auto_augment=args.aa,
+        num_aug_repeats=args.aug_repeats,
+        num_aug_splits=args.aug_splits,
+    )
+
+
+def _scheduled_sizes(args: argparse.Namespace) -> dict[str, Any]:
+    if not args.train_img_sizes:
+        return {}
+    return dict(
+        input_size_choices=args.train_img_sizes,
+        batch_size_choices=args.train_batch_sizes,
+        batch_choice_weights=args.train_size_probs,
+        batch_choice_seed=args.seed,
+        batch_choice_schedule=args.train_size_schedule,
+        batch_schedule_epochs=args.epochs,
+        batch_schedule_spread=args.train_size_schedule_spread,
+        batch_schedule_random_mix=args.train_size_random_mix,
+        num_batches=args.train_batches_per_epoch,
+    )

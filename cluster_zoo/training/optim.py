@@ -1,0 +1,118 @@
+"""Task, optimizer and learning rate schedule of a run, built from the options."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+import torch
+import torch.nn as nn
+from timm import utils
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
+
+from ..errors import OptionError, nearest
+from ..layers.nearest_centroid import centroid_heads
+from .model import check_model_name
+from .runtime import model_dtype, option_errors
+from .tasks import with_centroid_learning
+from .train_options import is_mixing
+
+__all__ = ['build_optimizer', 'build_scheduler', 'build_task', 'check_optimizer_name']
+
+_logger = logging.getLogger(__name__)
+
+
+def build_task(args: argparse.Namespace, model: nn.Module) -> TrainingTask:
+    """Builds timm's task: the model, its loss and, for distillation, its teacher. Centroids learn in any task."""
+    criterion = dict(
+        loss_type='jsd' if args.jsd_loss else 'bce' if args.bce_loss else 'ce',
+        smoothing=args.smoothing,
+        soft_targets=is_mixing(args),
+        jsd_splits=args.aug_splits,
+    )
+    if args.bce_loss:
+        criterion |= dict(
+            bce_sum=args.bce_sum,
+            bce_target_thresh=args.bce_target_thresh,
+            pos_weight=args.bce_pos_weight,
+        )
+    task_cls, options = ClassificationTask, {}
+    if args.kd_model_name is not None:
+        check_model_name(args.kd_model_name, '--kd-model-name')
+        task_cls, options = _distillation(args)
+    if centroid_heads(model):
+        task_cls = with_centroid_learning(task_cls)
+    with option_errors(f'--kd-model-name {args.kd_model_name}'):
+        task = task_cls(
+            model,
+            criterion_kwargs=criterion,
+            device=torch.device(args.device),
+            dtype=model_dtype(args),
+            verbose=utils.is_primary(args),
+            **options,
+        )
+    # On a CPU, unlike on a GPU, autocast would compute and accumulate the loss in bfloat16.
+    task.criterion.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
+    return task
+
+
+def _distillation(args: argparse.Namespace) -> tuple[type[TrainingTask], dict[str, Any]]:
+    """Task class of ``--kd-distill-type`` and its arguments."""
+    options = dict(
+        teacher_model=args.kd_model_name,
+        distill_loss_weight=args.distill_loss_weight,
+        task_loss_weight=args.task_loss_weight,
+    )
+    if args.kd_distill_type == 'feature':
+        options |= dict(
+            student_feature_dim=args.kd_student_feature_dim,
+            teacher_feature_dim=args.kd_teacher_feature_dim,
+        )
+        return FeatureDistillationTask, options
+    options['temperature'] = args.kd_temperature
+    if args.kd_distill_type == 'token':
+        return TokenDistillationTask, options | dict(distill_type=args.kd_token_distill_type)
+    return LogitDistillationTask, options | dict(loss_type=args.kd_loss_type)
+
+
+def check_optimizer_name(name: str) -> None:
+    """Raises `OptionError`, with the nearest names, for an optimizer that timm does not have."""
+    known = list_optimizers()
+    if name.lower().removeprefix('lookahead_') not in known:
+        raise OptionError(f'--opt: there is no optimizer {name!r}{nearest(name.lower(), known)}')
+
+
+def build_optimizer(args: argparse.Namespace, task: TrainingTask) -> torch.optim.Optimizer:
+    """Builds the optimizer. Sets ``args.lr`` from the base rate and the images of an update if it is not given."""
+    if args.lr is None:
+        ratio = args.batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
+        adaptive = any(name in args.opt.lower() for name in ('ada', 'lamb'))
+        scale = args.lr_base_scale or ('sqrt' if adaptive else 'linear')
+        args.lr = args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
+        _logger.info(f'Learning rate {args.lr:.4g}: {args.lr_base:g} at {args.lr_base_size} images, {scale} scaling.')
+    check_optimizer_name(args.opt)
+    with option_errors(f'--opt {args.opt}', TypeError):
+        return create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+
+
+def build_scheduler(
+    args: argparse.Namespace,
+    optimizer: torch.optim.Optimizer,
+    updates_per_epoch: int,
+) -> tuple[Any, int]:
+    """Builds the scheduler.
+
+    Returns:
+        The scheduler, None for ``--sched none``, and the number of epochs including warm-up prefix and cool-down.
+    """
+    with option_errors(f'--sched {args.sched}'):
+        return create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates_per_epoch)

@@ -1,0 +1,109 @@
+"""Device, precision and processes of a run, and errors of options."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from timm import utils
+from timm.layers import set_fast_norm
+
+from ..errors import OptionError, UserError
+
+__all__ = [
+    'available_workers',
+    'build_precision',
+    'model_dtype',
+    'option_errors',
+    'set_up_device',
+    'set_up_processes',
+    'set_up_runtime',
+]
+
+
+@contextmanager
+def option_errors(option: str, *also: type[Exception]) -> Iterator[None]:
+    """Raises what timm and PyTorch raise for the value of an option as an `OptionError` that names the option.
+
+    Errors of other types are bugs and pass through.
+
+    Args:
+        option: Start of the message, for example ``'--opt adamv'``.
+        *also: Further error types that a value can cause, for example ``TypeError`` where a user gives the names of
+            arguments.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (AssertionError, OSError, RuntimeError, ValueError, *also) as error:
+        raise OptionError(f'{option}: {" ".join(str(error).split()) or type(error).__name__}') from error
+
+
+def available_workers(workers: int) -> int:
+    """Returns ``workers``, but at most the number of processors that this process may use."""
+    return min(workers, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
+
+
+def set_up_device(args: argparse.Namespace) -> None:
+    """Sets ``args.device`` if it is empty, and checks that the device works."""
+    if not args.device:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        args.device = accelerator.type if accelerator is not None else 'cpu'
+    with option_errors(f'--device {args.device}'):
+        torch.zeros(1, device=args.device)
+    if args.device.startswith('cuda'):
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+
+
+def set_up_runtime(args: argparse.Namespace) -> None:
+    """Sets up the device and the process-wide options that ``train.py`` and ``validate.py`` share."""
+    for module in args.device_modules or ():
+        with option_errors('--device-modules', ImportError):
+            importlib.import_module(module)
+    set_up_device(args)
+    if args.fuser:
+        with option_errors('--fuser'):
+            utils.set_jit_fuser(args.fuser)
+    if args.fast_norm:
+        set_fast_norm()
+    if args.torchscript and args.torchcompile:
+        raise OptionError('--torchscript and --torchcompile exclude each other')
+    if args.model_dtype and args.amp:
+        raise OptionError('--model-dtype and --amp exclude each other')
+
+
+def set_up_processes(args: argparse.Namespace) -> None:
+    """Joins the process group of a launcher, if there is one, and sets up logging and the default of ``--workers``.
+
+    Only the first process logs information. Sets ``args.distributed``, ``world_size``, ``rank`` and ``local_rank``.
+    """
+    utils.init_distributed_device(args)
+    logging.basicConfig(format='%(message)s')
+    logging.getLogger().setLevel(logging.INFO if utils.is_primary(args) else logging.ERROR)
+    logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # it lists all checkpoints every time
+    if 'workers' not in args.given:
+        args.workers = available_workers(args.workers)
+
+
+def model_dtype(args: argparse.Namespace) -> torch.dtype:
+    """Returns the dtype of weights and images."""
+    return getattr(torch, args.model_dtype or 'float32')
+
+
+def build_precision(args: argparse.Namespace) -> tuple[Callable[[], AbstractContextManager], Any]:
+    """Returns the autocast context of ``--amp``, and the loss scaler for float16 gradients or None."""
+    if not args.amp:
+        return nullcontext, None
+    kind = torch.device(args.device).type
+    dtype = getattr(torch, args.amp_dtype or ('bfloat16' if kind == 'cpu' else 'float16'))
+    scaler = utils.NativeScaler(device=kind) if dtype == torch.float16 else None
+    return partial(torch.autocast, device_type=kind, dtype=dtype), scaler

@@ -1,0 +1,371 @@
+"""Train an image classifier: ``train.py`` and ``cluster-zoo train``.
+
+Read this file from the bottom up: `main`, `start` (builds the run), `fit` (epochs), `train_epoch` (batches).
+
+On a CPU, a run that is stopped at any batch and resumed ends with the same bits as an uninterrupted run. For this, each
+epoch seeds the random generators from (seed, rank, epoch), and a checkpoint within an epoch has the number of its batch
+and the states of the generators.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import torchvision
+from timm import utils
+from timm.data import FastCollateMixup, Mixup, resolve_input_data_config
+from timm.models import safe_model_name
+from timm.task import evaluation_sample_limit
+
+from ..data import class_names, unreadable_images
+from ..errors import OptionError
+from . import engine
+from .loaders import build_datasets, build_loaders, build_mixup
+from .model import build_model
+from .optim import build_optimizer, build_scheduler, build_task
+from .resume import gather_states, get_buffers, get_rng_state, seed_all, set_buffers, set_rng_state
+from .runtime import build_precision, model_dtype, option_errors, set_up_processes, set_up_runtime
+from .train_options import check_train_options, train_parser
+
+__all__ = ['main']
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Position of a run, and sums over the epoch so far."""
+
+    epoch: int = 0
+    batch: int = 0  # the next one
+    loss_sum: torch.Tensor | float = 0.0
+    samples: int = 0
+    num_batches: int = 0  # of the epoch; only in a checkpoint within an epoch, as `rng`
+    rng: list[dict[str, Any]] = field(default_factory=list)  # generators, buffers and loss of each process
+
+
+@dataclass(kw_only=True)
+class Run(engine.TrainingRun):
+    """A run of epochs."""
+
+    train_loader: Any
+    val_loader: Any
+    mixup: Mixup | None
+    num_epochs: int
+    updates_per_epoch: int
+    metadata: dict[str, Any]  # input of the model and names of the classes, for checkpoints
+    progress: Progress = field(default_factory=Progress)
+
+    def extra_state(self) -> dict[str, Any]:
+        state = dict(progress=asdict(self.progress), **self.metadata)
+        if plateau := getattr(self.scheduler, 'lr_scheduler', None):  # other schedules depend on the epoch only
+            state['plateau'] = {k: v for k, v in plateau.state_dict().items() if isinstance(v, int | float)}
+        return state
+
+    def position(self) -> str:
+        return f'epoch {self.progress.epoch}, batch {self.progress.batch}'
+
+
+def save_recovery(run: Run) -> None:
+    """Saves a checkpoint within an epoch. All processes have to call this, because each has its own state."""
+    progress = run.progress
+    progress.loss_sum = float(progress.loss_sum)
+    own = dict(get_rng_state(), buffers=get_buffers(run.task), loss_sum=progress.loss_sum)
+    states = gather_states(own, run.stop.group)
+    run.gather_learning_states()
+    if run.saver is not None:
+        progress.num_batches, progress.rng = len(run.train_loader), states
+        run.saver.save_recovery(progress.epoch, progress.batch)
+        progress.rng, run.learning_states = [], []
+
+
+def resume(run: Run, path: str) -> None:
+    """Restores a run from a checkpoint. A checkpoint of timm's script resumes at its next epoch."""
+    checkpoint = engine.load_checkpoint_state(run, path, optimizer=not run.args.no_resume_opt)
+    run.progress = Progress(**checkpoint.get('progress', dict(epoch=checkpoint.get('epoch', -1) + 1)))
+    progress, now = run.progress, (len(run.train_loader), run.args.world_size)
+    if progress.batch and (progress.num_batches, len(progress.rng)) != now:
+        raise OptionError(
+            f'--resume {path} is a checkpoint within an epoch of {progress.num_batches} batches in '
+            f'{len(progress.rng)} processes, but this run has {now[0]} batches in {now[1]}. Keep the batch size and '
+            'the number of processes, or resume from the end of an epoch (last.pth.tar)'
+        )
+    if plateau := getattr(run.scheduler, 'lr_scheduler', None):
+        plateau.__dict__.update(checkpoint.get('plateau', {}))
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def epoch_batches(run: Run) -> Iterator[tuple[int, Any]]:
+    """Yields the remaining batches of the epoch with their numbers."""
+    args, progress, loader = run.args, run.progress, run.train_loader
+    if progress.batch == len(loader):
+        return
+    for holder in (loader.dataset, loader.sampler, loader.batch_sampler):
+        if hasattr(holder, 'set_epoch'):
+            holder.set_epoch(progress.epoch)
+    if run.mixup is not None:
+        run.mixup.mixup_enabled = not args.mixup_off_epoch or progress.epoch < args.mixup_off_epoch
+    batches = iter(loader)
+    for _ in range(progress.batch):
+        next(batches)  # advances the generators of the workers
+    if progress.rng:
+        set_rng_state(progress.rng[args.rank])
+    yield from enumerate(batches, start=progress.batch)
+
+
+def to_device(run: Run, images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moves a batch to the device, in the model's dtype and memory format."""
+    layout = dict(memory_format=torch.channels_last) if run.args.channels_last else {}
+    images = images.to(run.args.device, model_dtype(run.args), non_blocking=True, **layout)
+    return images, target.to(run.args.device, non_blocking=True)
+
+
+def loss_scale(run: Run, batch_size: int) -> float:
+    """Returns the weight of a batch if the batch size depends on the image size."""
+    power = dict(none=0.0, sqrt=0.5, linear=1.0)[run.args.variable_batch_loss_scale]
+    average = getattr(run.train_loader.batch_sampler, 'average_batch_size', batch_size)
+    return (batch_size / average) ** power
+
+
+def train_epoch(run: Run) -> float | None:
+    """Trains from the current batch to the end of the epoch.
+
+    Returns:
+        The mean training loss over all processes; None if a stop was requested.
+    """
+    args, progress, task = run.args, run.progress, run.task
+    num_batches, accum = len(run.train_loader), args.grad_accum_steps
+    title = f'Epoch {progress.epoch}/{run.num_epochs}'
+    report = engine.ProgressReport(args, num_batches, progress.batch, title)
+    samples_before = progress.samples
+    task.train()
+    for batch, (images, target) in epoch_batches(run):
+        last = batch + 1 == num_batches
+        update = last or (batch + 1) % accum == 0
+        # The last update of an epoch may have fewer batches.
+        accumulated = accum if batch < num_batches - num_batches % accum else num_batches % accum
+        images, target = to_device(run, images, target)
+        if run.mixup is not None and not isinstance(run.mixup, FastCollateMixup):
+            images, target = run.mixup(images, target)
+        with nullcontext() if update else task.no_sync():
+            with run.autocast():
+                loss = task(images, target)['loss']
+            scaled = loss * loss_scale(run, len(images)) / accumulated
+            engine.backward(run, scaled, update, exclude_head=True)
+        progress.batch = batch + 1
+        progress.loss_sum = progress.loss_sum + loss.detach() * len(images)
+        progress.samples += len(images)
+        if not update:
+            continue
+        updates = batch // accum + 1
+        task.update_ema(step=progress.epoch * run.updates_per_epoch + updates)
+        if run.scheduler is not None:
+            run.scheduler.step_update(num_updates=progress.epoch * run.updates_per_epoch + updates)
+        if args.synchronize_step and args.device != 'cpu':
+            torch.accelerator.synchronize()
+        if report.is_due(updates % args.log_interval == 0 or last):
+            show_progress(run, report, loss, progress.samples - samples_before)
+            save_images(run, images)
+        if run.stop.requested():
+            report.close()
+            return None
+        if args.recovery_interval and updates % args.recovery_interval == 0 and not last:
+            save_recovery(run)
+    report.close()
+    if hasattr(run.optimizer, 'sync_lookahead'):
+        run.optimizer.sync_lookahead()
+    loss = torch.as_tensor(progress.loss_sum / progress.samples, device=args.device)
+    return utils.reduce_tensor(loss, args.world_size).item() if args.distributed else loss.item()
+
+
+def show_progress(run: Run, report: engine.ProgressReport, loss: torch.Tensor, samples: int) -> None:
+    """Shows the progress of an epoch; ``samples`` are the images of this process since its start."""
+    progress, total = run.progress, len(run.train_loader)
+    mean = float(progress.loss_sum / progress.samples)
+    step = f'{progress.epoch} [{progress.batch:>4d}/{total} {100 * progress.batch / total:>3.0f}%]'
+    report.show(
+        step=progress.batch,
+        remaining=(run.num_epochs - progress.epoch) * total - progress.batch,
+        images=samples * run.args.world_size,
+        lr=run.optimizer.param_groups[0]['lr'],
+        mean_loss=mean,
+        line=f'{step}  loss {loss.item():.4f} (mean {mean:.4f})',
+    )
+
+
+def save_images(run: Run, images: torch.Tensor) -> None:
+    """Saves the images of a batch for ``--save-images``."""
+    if run.args.save_images and run.saver is not None:
+        path = run.output_dir / f'train-batch-{run.progress.batch - 1}.jpg'
+        torchvision.utils.save_image(images, path, padding=0, normalize=True)
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def validate(run: Run, ema: bool = False) -> dict[str, float]:
+    """Computes loss, top-1 and top-5 on the validation split, over all processes."""
+    args = run.args
+    model = run.task.get_eval_model(ema=ema)
+    model.eval()
+    limit = evaluation_sample_limit(run.val_loader)
+    evaluator = run.task.create_evaluator(max_samples=limit)
+    for images, target in run.val_loader:
+        images, target = to_device(run, images, target)
+        with run.autocast():
+            output = model(images)
+        output = output[0] if isinstance(output, tuple | list) else output
+        if args.tta > 1:
+            output = output.unfold(0, args.tta, args.tta).mean(dim=2)
+            target = target[:: args.tta][: len(output)]
+        evaluator.update(output, target)
+        # All processes have to ask equally often. Only with a common sampler do they have as many batches.
+        if (not args.distributed or limit is not None) and run.stop.requested():
+            break
+    metrics = evaluator.compute(distributed=args.distributed)
+    if utils.is_primary(args) and not run.stop.signal:
+        values = f'top-1 {metrics["top1"]:.2f}  top-5 {metrics["top5"]:.2f}  loss {metrics["loss"]:.4f}'
+        _logger.info(f'{"EMA:  " if ema else "Test: "}{run.progress.epoch}  {values}')
+    return metrics
+
+
+def evaluate(run: Run) -> dict[str, float] | None:
+    """Validates after an epoch, the averaged weights if there are any. Returns None if ``--val-interval`` skips it."""
+    args, epoch = run.args, run.progress.epoch
+    if args.distributed and args.dist_bn:
+        for ema in (False, True) if run.task.has_ema() else (False,):
+            utils.distribute_bn(run.task.get_trainable_module(ema=ema), args.world_size, args.dist_bn == 'reduce')
+    if (epoch + 1) % args.val_interval and epoch + 1 < run.num_epochs:
+        return None
+    metrics = validate(run)
+    if run.task.has_ema() and not args.model_ema_force_cpu:
+        metrics = validate(run, ema=True)
+    return metrics
+
+
+# --- epochs -----------------------------------------------------------------------------------------------------------
+
+
+def fit(run: Run) -> int:
+    """Trains all epochs.
+
+    Returns:
+        0, or the number of the signal that stopped the run.
+    """
+    args, num_unreadable = run.args, 0
+    if run.progress.rng:
+        own = run.progress.rng[args.rank]
+        run.progress.loss_sum = own.get('loss_sum', run.progress.loss_sum)
+        set_buffers(run.task, own.get('buffers', []))
+    while run.progress.epoch < run.num_epochs:
+        epoch = run.progress.epoch
+        seed_all(args.seed, args.rank, epoch)
+        loss = train_epoch(run)
+        metrics = evaluate(run) if loss is not None else None
+        if run.stop.requested():
+            save_recovery(run)
+            return run.stop.signal
+        metric = metrics[args.eval_metric] if metrics else None
+        rates = [group['lr'] for group in run.optimizer.param_groups]
+        if run.scheduler is not None:
+            run.scheduler.step(epoch + 1, metric)
+        run.gather_learning_states()
+        run.progress = Progress(epoch + 1)  # checkpoints after an epoch are those of the start of the next one
+        if run.saver is None:
+            continue
+        metrics = metrics or dict.fromkeys(('loss', 'top1', 'top5'))
+        summary = run.output_dir / 'summary.csv'
+        utils.update_summary(epoch, OrderedDict(loss=loss), metrics, summary, lr=sum(rates) / len(rates))
+        run.saver.save_checkpoint(epoch, metric)
+        run.learning_states = []
+        unreadable = {*unreadable_images(run.train_loader.dataset), *unreadable_images(run.val_loader.dataset)}
+        if len(unreadable) > num_unreadable:
+            num_unreadable = len(unreadable)
+            _logger.warning(f'{num_unreadable} unreadable images so far, replaced by others.')
+    if run.saver is not None and run.saver.best_metric is not None:
+        best = f'{args.eval_metric} {run.saver.best_metric:.3f} after epoch {run.saver.best_epoch}'
+        _logger.info(f'Best {best}: {run.output_dir / "model_best.pth.tar"}')
+    return 0
+
+
+# --- building the run -------------------------------------------------------------------------------------------------
+
+
+def start(args: argparse.Namespace) -> Run:
+    """Builds all parts of a run and restores it from ``--resume``."""
+    check_train_options(args)
+    set_up_runtime(args)
+    set_up_processes(args)
+    _logger.info(f'Recipe {args.recipe}; options on the command line: {", ".join(args.given) or "none"}.')
+    utils.random_seed(args.seed, args.rank)
+    model = build_model(args)
+    with option_errors('image size'):
+        data_config = resolve_input_data_config(model, vars(args))
+    datasets = build_datasets(args, data_config)
+    mixup = build_mixup(args)
+    train_loader, val_loader = build_loaders(args, datasets, data_config, mixup)
+    task = build_task(args, model)
+    optimizer = build_optimizer(args, task)
+    updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
+    scheduler, num_epochs = build_scheduler(args, optimizer, updates_per_epoch)
+    autocast, scaler = build_precision(args)
+    if args.model_ema:
+        device = torch.device('cpu') if args.model_ema_force_cpu else None
+        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
+    name = f'{safe_model_name(args.model)}-{data_config["input_size"][-1]}'
+    run = Run(
+        args=args,
+        model_name=args.model,
+        task=task,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        autocast=autocast,
+        scaler=scaler,
+        output_dir=engine.output_dir(args, './output/train', name),
+        train_loader=train_loader,
+        val_loader=val_loader,
+        mixup=mixup,
+        num_epochs=num_epochs,
+        updates_per_epoch=updates_per_epoch,
+        metadata=dict(data_config=data_config, label_names=list(class_names(datasets[0]).values())),
+    )
+    restore(run)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    _logger.info(
+        f'{args.model}: {parameters / 1e6:.2f} M parameters, {args.num_classes} classes; {len(datasets[0])} training '
+        f'and {len(datasets[1])} validation images of {data_config["input_size"]}; {num_epochs} epochs of '
+        f'{updates_per_epoch} updates on {args.world_size} x {args.device}; output in {run.output_dir}'
+    )
+    return run
+
+
+def restore(run: Run) -> None:
+    """Sets the position of a run, opens its folder and distributes it, in the order that timm's task requires."""
+    args = run.args
+    checkpoint = engine.checkpoint_to_resume(run)
+    if checkpoint:
+        resume(run, checkpoint)
+    if args.start_epoch is not None:
+        run.progress = Progress(args.start_epoch)
+    updates = run.progress.epoch * run.updates_per_epoch - (-run.progress.batch // args.grad_accum_steps)
+    if run.scheduler is not None and updates > 0 and args.sched != 'plateau':
+        run.scheduler.step(run.progress.epoch)
+        run.scheduler.step_update(updates)
+    if utils.is_primary(args):
+        engine.open_output_dir(run, checkpoint, run.progress.epoch, decreasing=args.eval_metric == 'loss')
+    engine.launch(run, args.torchcompile_mode, **dict(broadcast_buffers=False) if args.no_ddp_bb else {})
+
+
+def main(argv: Sequence[str] | None = None, prog: str = 'train.py') -> int:
+    """Runs the script and returns its exit status, see `run_training`."""
+    return engine.run_training(train_parser(prog), start, fit, argv)

@@ -1,0 +1,324 @@
+"""Measure accuracy and speed of image classifiers: ``validate.py`` and ``cluster-zoo validate``.
+
+Read this file from the bottom up: `main` (one result per model), `measure` (builds a model and its loader), `run`
+(batches).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm import utils
+from timm.data import RealLabelsImagenet, create_loader, resolve_input_data_config
+from timm.layers import apply_test_time_pool
+from timm.models import is_model, list_models
+from timm.task import ClassificationEvaluator
+from tqdm import tqdm
+
+from ..data import check_dataset, create_dataset, unreadable_images
+from ..errors import OptionError, UserError, print_error
+from ..weights import load_checkpoint
+from .loaders import dataset_options, loader_options
+from .model import check_model_name, create_from_options
+from .options import validate_parser
+from .runtime import available_workers, build_precision, model_dtype, option_errors, set_up_runtime
+
+__all__ = ['main']
+
+_logger = logging.getLogger(__name__)
+
+# Weights with other classes than those of ImageNet-1k; `--model all` leaves them out.
+_OTHER_CLASSES = ['*in21k', '*in22k', '*in12k', '*dino*', '*fcmae', '*seer', '*.cifar10']
+
+
+@dataclass
+class Setup:
+    """A model and how its batches are processed."""
+
+    model: torch.nn.Module
+    loader: Any
+    autocast: Callable[[], AbstractContextManager]
+    dtype: torch.dtype
+    valid_labels: list[int] | None = None
+    real_labels: RealLabelsImagenet | None = None
+
+
+def select(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Returns the models of ``--model``, each with its checkpoint ('' for pretrained weights)."""
+    folder = Path(args.checkpoint)
+    if args.checkpoint and folder.is_dir():
+        found = [path for kind in ('*.pth.tar', '*.pth', '*.safetensors') for path in folder.glob(kind)]
+        if not found:
+            raise OptionError(f'--checkpoint {folder}: the folder has no .pth.tar, .pth or .safetensors files')
+        return [(args.model, str(path)) for path in sorted(found, key=lambda path: utils.natural_key(str(path)))]
+    names = []
+    for name in args.model.split(','):
+        name = name.strip()
+        if name == 'all':
+            names += list_models(pretrained=True, exclude_filters=_OTHER_CLASSES)
+        elif any(character in name for character in '*?['):
+            found = list_models(name, pretrained=not args.checkpoint)
+            if not found:
+                raise OptionError(f'--model {name}: no matching model has pretrained weights; give a --checkpoint')
+            names += found
+        elif not is_model(name) and Path(name).is_file():
+            names += Path(name).read_text().split()
+        else:
+            check_model_name(name)
+            names.append(name)
+    return [(name, args.checkpoint) for name in names]
+
+
+def build_model(args: argparse.Namespace) -> torch.nn.Module:
+    """Builds the model with its weights, on the CPU. Without a checkpoint it gets pretrained weights, as in timm."""
+    check_model_name(args.model)
+    model = create_from_options(args, pretrained=args.pretrained or not args.checkpoint)
+    if args.checkpoint:
+        load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
+    return utils.reparameterize_model(model) if args.reparam else model
+
+
+def compile_model(model: torch.nn.Module, args: argparse.Namespace) -> torch.nn.Module:
+    """Applies ``--torchscript``, ``--torchcompile``, ``--aot-autograd`` and ``--num-gpu``."""
+    if args.torchscript:
+        with option_errors('--torchscript', AttributeError, TypeError):
+            model = torch.jit.script(model)
+    elif args.torchcompile:
+        torch.compiler.reset()  # the limit of recompilations counts those of earlier models too
+        with option_errors(f'--torchcompile {args.torchcompile}'):
+            model = torch.compile(model, backend=args.torchcompile, mode=args.torchcompile_mode)
+    elif args.aot_autograd:
+        from functorch.compile import memory_efficient_fusion
+
+        model = memory_efficient_fusion(model)
+    if args.num_gpu > 1:
+        if args.num_gpu > torch.cuda.device_count():
+            raise OptionError(f'--num-gpu {args.num_gpu}: this machine has {torch.cuda.device_count()}')
+        model = torch.nn.DataParallel(model, device_ids=list(range(args.num_gpu)))
+    return model
+
+
+def read_labels(args: argparse.Namespace, dataset: Any) -> tuple[list[int] | None, RealLabelsImagenet | None]:
+    """Reads the files of ``--valid-labels`` and ``--real-labels``."""
+    valid = real = None
+    if args.valid_labels:
+        with option_errors(f'--valid-labels {args.valid_labels}'):
+            valid = [int(line) for line in Path(args.valid_labels).read_text().split()]
+    if args.real_labels:
+        with option_errors(f'--real-labels {args.real_labels} does not fit this dataset', KeyError):
+            top = (1, min(5, args.num_classes))
+            real = RealLabelsImagenet(dataset.filenames(basename=True), real_json=args.real_labels, topk=top)
+    return valid, real
+
+
+@torch.inference_mode()
+def run(args: argparse.Namespace, setup: Setup, input_size: tuple[int, ...]) -> dict[str, float]:
+    """Evaluates the model on the split.
+
+    Returns:
+        Accuracies in percent, and images per second including loading and decoding.
+    """
+    layout = dict(memory_format=torch.channels_last) if args.channels_last else {}
+    if args.device != 'cpu' or args.torchscript or args.torchcompile or args.aot_autograd:
+        # The first batch selects kernels or compiles; the measured time does not include it.
+        images = torch.zeros((args.batch_size, *input_size), device=args.device, dtype=setup.dtype).to(**layout)
+        with setup.autocast():
+            setup.model(images)
+    evaluator = ClassificationEvaluator(args.device)
+    confusion = None
+    start = time.monotonic()
+    bar = tqdm(setup.loader, desc=args.model, leave=False, disable=not sys.stderr.isatty())
+    for batch, (images, target) in enumerate(bar):
+        images = images.to(args.device, setup.dtype, non_blocking=True, **layout)
+        target = target.to(args.device, non_blocking=True)
+        with setup.autocast():
+            output = setup.model(images)
+        if setup.valid_labels is not None:
+            output = output[:, setup.valid_labels]
+        if setup.real_labels is not None:
+            setup.real_labels.add_result(output)
+        evaluator.update(output, target)
+        if args.metrics_avg:
+            classes = output.shape[1]
+            pairs = torch.bincount(target * classes + output.argmax(1), minlength=classes**2)
+            confusion = pairs if confusion is None else confusion + pairs
+        if batch % args.log_freq == 0 or batch + 1 == len(setup.loader):
+            figures = evaluator.summary()
+            speed = evaluator.num_samples / (time.monotonic() - start)
+            line = f'top-1 {figures["top1"]:.2f}  top-5 {figures["top5"]:.2f}  {speed:.1f} img/s'
+            if bar.disable:
+                _logger.info(f'{args.model} [{batch + 1:>4d}/{len(setup.loader)}]  {line}')
+            else:
+                bar.set_postfix_str(line, refresh=False)
+    figures = evaluator.compute()
+    result = dict(top1=figures['top1'], top5=figures['top5'])
+    if setup.real_labels is not None:
+        top1, *_, top5 = [*setup.real_labels.get_accuracy().values()] * 2
+        result = dict(top1=top1, top5=top5)
+    if confusion is not None:
+        result |= averages(confusion.view(classes, classes), args.metrics_avg)
+    return result | dict(img_per_sec=evaluator.num_samples / (time.monotonic() - start))
+
+
+def averages(confusion: torch.Tensor, how: str) -> dict[str, float]:
+    """Returns precision, recall and F1 in percent, averaged over the classes that occur.
+
+    Args:
+        confusion: Counts [true class, predicted class].
+        how: 'micro' (over images), 'macro' (over classes) or 'weighted' (over classes, weighted by images).
+    """
+    hits, images, guesses = confusion.diag().double(), confusion.sum(1).double(), confusion.sum(0).double()
+    if how == 'micro':
+        hits, images, guesses = (x.sum()[None] for x in (hits, images, guesses))
+    occurs = images + guesses > 0
+    hits, images, guesses = hits[occurs], images[occurs], guesses[occurs]
+    weight = images / images.sum() if how == 'weighted' else torch.full_like(images, 1 / len(images))
+    # The score of a class without images or predictions is 0.
+    precision, recall = hits / guesses.clamp(min=1), hits / images.clamp(min=1)
+    f1 = 2 * hits / (images + guesses)
+    named = dict(precision=precision, recall=recall, f1_score=f1)
+    return {f'{how}_{name}': 100 * float((values * weight).sum()) for name, values in named.items()}
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Builds a model and its loader and evaluates it. Sets options that depend on the model."""
+    utils.random_seed(args.seed)
+    autocast, _ = build_precision(args)
+    dtype = model_dtype(args)
+    model = build_model(args)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    with option_errors('image size'):
+        data_config = resolve_input_data_config(model, vars(args), use_test_size=not args.use_train_size)
+    test_time_pool = False
+    if args.test_pool:
+        model, test_time_pool = apply_test_time_pool(model, data_config)
+    model = model.to(device=args.device, dtype=dtype).eval()
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+
+    dataset = create_dataset(
+        split=args.split,
+        num_samples=args.num_samples,
+        load_bytes=args.tf_preprocessing,
+        **dataset_options(args, data_config['input_size'][0]),
+    )
+    valid_labels, real_labels = read_labels(args, dataset)
+    check_dataset(dataset, args.num_classes if valid_labels is None else len(valid_labels), args.split)
+    crop_pct = 1.0 if test_time_pool else data_config['crop_pct']
+    with option_errors('validation data', KeyError):
+        loader = create_loader(
+            dataset,
+            batch_size=args.batch_size,
+            interpolation=data_config['interpolation'],
+            crop_pct=crop_pct,
+            crop_mode=data_config['crop_mode'],
+            crop_border_pixels=args.crop_border_pixels,
+            tf_preprocessing=args.tf_preprocessing,
+            **loader_options(args, data_config),
+        )
+    setup = Setup(compile_model(model, args), loader, autocast, dtype, valid_labels, real_labels)
+    result = run(args, setup, data_config['input_size'])
+    if skipped := unreadable_images(dataset):
+        _logger.warning(f'{len(skipped)} unreadable images, replaced by others: {", ".join(skipped[:3])} ...')
+    top1, top5 = result.pop('top1'), result.pop('top5')
+    return dict(
+        model=args.model,
+        top1=round(top1, 4),
+        top1_err=round(100 - top1, 4),
+        top5=round(top5, 4),
+        top5_err=round(100 - top5, 4),
+        param_count=round(parameters / 1e6, 2),
+        img_size=data_config['input_size'][-1],
+        crop_pct=crop_pct,
+        interpolation=data_config['interpolation'],
+        unreadable=len(skipped),
+        **{name: round(value, 4) for name, value in result.items()},
+        **(dict(checkpoint=args.checkpoint) if args.checkpoint else {}),
+    )
+
+
+def measure_retrying(args: argparse.Namespace) -> dict[str, Any]:
+    """Calls `measure` with smaller batches until they fit into memory."""
+    while True:
+        try:
+            return measure(args)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            batch_size = utils.decay_batch_step(args.batch_size)
+            if not batch_size:
+                raise OptionError(f'--model {args.model}: out of memory with a single image') from error
+            _logger.warning(f'Out of memory with batches of {args.batch_size}; trying {batch_size}.')
+            args.batch_size = batch_size
+            if args.device.startswith('cuda'):
+                torch.cuda.empty_cache()
+
+
+def write_results(path: str, results: list[dict[str, Any]], kind: str) -> None:
+    """Writes one entry per model as a JSON list or a CSV table."""
+    with open(path, 'w', newline='') as file:
+        if kind == 'json':
+            json.dump(results, file, indent=4)
+        else:
+            columns = list(dict.fromkeys(name for result in results for name in result))
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(results)
+
+
+def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
+    """Runs the script.
+
+    Args:
+        argv: Arguments without the program's name; ``sys.argv[1:]`` if None.
+        prog: Name of the program in messages.
+
+    Returns:
+        The exit status: 0, or 2 if no model could be evaluated because of an error of the user.
+    """
+    logging.basicConfig(format='%(message)s')
+    _logger.setLevel(logging.INFO)
+    results = []
+    try:
+        args = validate_parser(prog).resolve(argv)
+        set_up_runtime(args)
+        if 'workers' not in args.given:
+            args.workers = available_workers(args.workers)
+        models = select(args)
+        for name, checkpoint in models:
+            # A copy, because `measure` sets options
+            options = argparse.Namespace(**{**vars(args), 'model': name, 'checkpoint': checkpoint})
+            try:
+                results.append((measure_retrying if args.retry or len(models) > 1 else measure)(options))
+            except UserError as error:
+                if len(models) == 1:
+                    raise
+                print_error(error, name)
+                continue
+            result = results[-1]
+            print(
+                f'{name}: top-1 {result["top1"]:.2f} %  top-5 {result["top5"]:.2f} %  '
+                f'{result["param_count"]:.2f} M parameters  {result["img_per_sec"]:.1f} images/s',
+                flush=True,
+            )
+    except UserError as error:
+        print_error(error)
+        return 2
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    results.sort(key=lambda result: result['top1'], reverse=True)
+    if args.results_file:
+        kind = args.results_format or ('json' if args.results_file.endswith('.json') else 'csv')
+        write_results(args.results_file, results, kind)
+    print(f'--result\n{json.dumps(results if len(models) > 1 else results[0], indent=4)}')
+    return 0 if results else 2
