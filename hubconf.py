@@ -1,23 +1,23 @@
-"""torch.hub entry points: every model of cluster_zoo, by the name that timm knows it under.
+"""torch.hub entry points: every model of cluster_zoo, by its name in timm.
 
     torch.hub.load('/path/to/cluster_zoo', 'coc_small', source='local', num_classes=10)
     torch.hub.load('/path/to/cluster_zoo', 'coc_tiny_plain.cifar10', source='local', pretrained=True)
 
-Keyword arguments are those of ``timm.create_model``. The package need not be installed, what it depends on must be.
+Keyword arguments are those of ``timm.create_model``. The dependencies must be installed, the package itself need not.
 """
 
 import functools as _functools
 
 import timm as _timm
 
-# torch.hub puts the folder of this file first on the import path, so this is the package that lies beside it.
+# torch.hub puts the folder of this file first on the import path, so this imports the package in that folder.
 import cluster_zoo as _cluster_zoo
 
 dependencies = ['torch', 'timm', 'safetensors']
 
 
 def _entry_point(name):
-    """A function that creates a model as timm does: with its own factory, other keyword arguments would be lost."""
+    """Returns a function that calls `timm.create_model`, which handles keywords that the model function ignores."""
 
     @_functools.wraps(_timm.models.model_entrypoint(name.partition('.')[0]))
     def create(pretrained=False, **kwargs):

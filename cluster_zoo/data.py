@@ -1,7 +1,7 @@
 """Datasets: those of timm, a bundled sample, and checks of labels and images.
 
-:func:`create_dataset` takes the names and options of ``timm.data.create_dataset``. It adds a small bundled dataset,
-finds splits that are stored as ``train.tar`` and ``val.tar``, and raises one type of error. :func:`check_dataset` finds
+`create_dataset` takes the names and options of ``timm.data.create_dataset``. It adds a small bundled dataset,
+finds splits that are stored as ``train.tar`` and ``val.tar``, and raises one type of error. `check_dataset` finds
 mistakes that would otherwise only show as low accuracy.
 """
 
@@ -113,14 +113,14 @@ def create_dataset(
             this package and needs no ``root``. It has no splits, so every ``split`` is the whole sample.
         root: Folder or ``.tar`` of images with one subfolder per class.
         split: Split to open.
-        strict: Raise a :class:`DataError` for unreadable images instead of skipping them. ``torch/...`` always raises;
+        strict: Raise a `DataError` for unreadable images instead of skipping them. ``torch/...`` always raises;
             streamed datasets (``wds/``, ``hfids/``, ``tfds/``) always skip.
         search_split: Search ``root`` for a folder (``train``) or an archive (``train.tar``) with the name of the split
             or a synonym. A ``root`` without any split is used as a whole.
         **kwargs: Other arguments of ``timm.data.create_dataset``.
 
     Returns:
-        An :class:`ImageDataset` where timm creates its own class, otherwise timm's or torchvision's dataset.
+        An `ImageDataset` where timm creates its own class, otherwise timm's or torchvision's dataset.
 
     Raises:
         DataError: The dataset does not exist, has no images, or needs a package that is not installed.
@@ -193,7 +193,7 @@ def check_dataset(
     A dataset without class names is only checked to have images.
 
     Args:
-        dataset: Result of :func:`create_dataset`.
+        dataset: Result of `create_dataset`.
         num_classes: Number of classes of the model.
         split: Name of the split. In a training split every class of a class map needs images.
         like: Dataset whose class indices must be the same, usually the training split.

@@ -85,6 +85,18 @@ def test_forward_hooks_take_effect(kind, name):
     _assert_close(module(x), expected(x))
 
 
+@pytest.mark.parametrize('kind, name', CONVOLUTIONS)
+def test_replaced_forward_methods_are_called(kind, name):
+    """As libraries for offloading replace them."""
+    module, x = _module(kind), _images(7, 9)
+    hooked = copy.deepcopy(module)
+    getattr(hooked, name).register_forward_hook(lambda conv, inputs, output: output.relu())
+    conv = getattr(module, name)
+    forward = conv.forward
+    conv.forward = lambda x: forward(x).relu()
+    _assert_close(module(x), hooked(x))
+
+
 @pytest.mark.parametrize('size', SIZES[:2])
 def test_assignment_uses_the_hooked_features(size):
     module, x = _module('mixer'), _images(*size)

@@ -35,7 +35,7 @@ def test_load_state_dict_converts_the_authors_names(tmp_path):
     for name, value in wrapped['net'].state_dict().items():
         assert torch.equal(value, expected[name]), name
     del state_dict['norm.weight']
-    with pytest.raises(RuntimeError, match='norm.weight'):
+    with pytest.raises(RuntimeError, match=r'norm\.weight'):
         model.load_state_dict(state_dict)
 
 

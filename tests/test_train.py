@@ -197,7 +197,7 @@ FULL = [
 
 
 def _stop_after(train, monkeypatch, asked):
-    """Ctrl-C when the run asks for the so many-th time whether to stop."""
+    """Sends a SIGINT when the run asks for the n-th time whether to stop."""
     count = iter(range(1, 10**6))
     original = StopRequest.requested
 

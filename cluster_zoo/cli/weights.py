@@ -22,7 +22,6 @@ from ..weights.download import is_drive, organization
 from ..weights.importing import find_weights, import_checkpoint, install, write_folder
 from ..weights.loading import load_model, open_model_folder
 from .parser import Commands, positive
-from .text import first_labels
 
 
 def add_parser(commands: Commands) -> None:
@@ -170,7 +169,10 @@ def _info(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(info, indent=2))
         return
-    info |= dict(classes=f'{model.num_classes}{first_labels(labels)}', parameters=f'{parameters / 1e6:.2f} M')
+    # The first classes, each with the first of ImageNet's synonyms
+    shown = ', '.join([label.partition(',')[0] for label in labels or ()][:5])
+    shown = f': {shown}{", ..." if len(labels) > 5 else ""}' if labels else ', without names'
+    info |= dict(classes=f'{model.num_classes}{shown}', parameters=f'{parameters / 1e6:.2f} M')
     for key, value in info.items():
         if key not in ('label_names', 'citation'):
             print(f'{key:15} {printable("-" if value in (None, []) else value)}')

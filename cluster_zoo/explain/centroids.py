@@ -2,7 +2,7 @@
 
 Paper: 'Visual Recognition with Deep Nearest Centroids', ICLR 2023, https://arxiv.org/abs/2209.07383, section 3
 
-After training, :func:`anchor` replaces each sub-centroid by the feature of a training image. Then :func:`explain` shows
+After training, `anchor` replaces each sub-centroid by the feature of a training image. Then `explain` shows
 which training images an image is most similar to, and these similarities determine the prediction.
 """
 
@@ -222,7 +222,7 @@ def explain(
     """Classifies an image and returns the centroids, or training images, that it is most similar to.
 
     Args:
-        model: A model that ends in a `NearestCentroidHead`, preferably an anchored one (:func:`anchor`).
+        model: A model that ends in a `NearestCentroidHead`, preferably an anchored one (`anchor`).
         image: A PIL image, to which timm's evaluation transform of the model is applied; or a normalized tensor
             [C, H, W].
         class_names: Names of the classes, as returned by `cluster_zoo.data.class_names`; ``class 0`` and so on if None

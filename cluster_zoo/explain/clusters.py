@@ -1,7 +1,7 @@
 """Cluster maps: the center that each point of an image is assigned to.
 
 Every block of Context Cluster and FEC assigns each point to one center, so a map of the assignments shows exactly what
-the block computes. The models take images of any size, so :func:`cluster_map` needs no resizing or cropping.
+the block computes. The models take images of any size, so `cluster_map` needs no resizing or cropping.
 """
 
 import colorsys
@@ -74,7 +74,7 @@ def draw_clusters(image: Image.Image, clusters: Tensor, opacity: float = 0.5) ->
 
     Args:
         image: The image, at the size of the model's input.
-        clusters: Indices of the centers, [H', W'] from :func:`cluster_map`.
+        clusters: Indices of the centers, [H', W'] from `cluster_map`.
         opacity: Weight of the colors, 0 .. 1.
 
     Returns:

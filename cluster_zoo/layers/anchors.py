@@ -119,6 +119,10 @@ def _allocate(
         head.check_optional(entries)
     except ValueError as error:
         errors.append(f'{type(head).__name__} cannot take {error}.')
+        for (
+            name
+        ) in entries:  # keeps the current record unchanged: PyTorch copies entries that fit in spite of the error
+            del state_dict[prefix + name]
         return
     for name in head.optional_entries:
         found = entries.get(name)

@@ -89,8 +89,8 @@ def feature_norms(points: Tensor, weight: Tensor, bias: Tensor, heads: int) -> T
 def norms(f: Tensor, heads: int) -> Tensor:
     """Norms of features that are already computed: [S, N, E * D] -> [S, E, N], see `feature_norms`."""
     wide = torch.float32 if f.dtype == torch.float16 or f.dtype == torch.bfloat16 else f.dtype
-    lengths = torch.linalg.vector_norm(f.reshape(f.shape[0], f.shape[1], heads, -1), dim=-1, dtype=wide)
-    return lengths.clamp_min(1e-12).transpose(1, 2)
+    result = torch.linalg.vector_norm(f.reshape(f.shape[0], f.shape[1], heads, -1), dim=-1, dtype=wide)
+    return result.clamp_min(1e-12).transpose(1, 2)
 
 
 def project_query(centers: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

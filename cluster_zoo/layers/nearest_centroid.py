@@ -40,7 +40,7 @@ class NearestCentroidHead(AnchorMixin, nn.Module):
     The centroids are a buffer, not parameters: they get no gradient, and optimizers do not change them. Only their
     direction matters, not their norm. With a single class all logits equal the bias of ``mask_norm``.
 
-    After training, :func:`cluster_zoo.explain.anchor` can replace the centroids by features of training images, which
+    After training, `anchor` can replace the centroids by features of training images, which
     the head then records. The next `learn` removes the record.
 
     In training, one call after each step updates the centroids:

@@ -1,4 +1,4 @@
-"""The registered architectures, one file each."""
+"""The registered architectures, one file for each."""
 
 from . import context_cluster, dnc, fec, resnet_cifar
 from .dnc import nearest_centroid

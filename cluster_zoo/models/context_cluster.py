@@ -32,8 +32,8 @@ from torch import Tensor
 from ..layers.cluster_mixer import ClusterMixer
 from ..layers.point_stem import PointStem
 from ..weights import conversion
-from ._compat import feature_take_indices
 from .builder import ASSETS, build_model, convert_in_place
+from .timm_internals import feature_take_indices
 
 _logger = logging.getLogger(__name__)
 

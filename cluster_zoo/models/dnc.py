@@ -19,9 +19,9 @@ from ..layers.centroid_learning import CentroidLearning
 from ..layers.nearest_centroid import NearestCentroidHead
 from ..weights import conversion, load_checkpoint
 from . import resnet_cifar
-from ._compat import change_class
 from .builder import build_model, convert_in_place
 from .context_cluster import cfg
+from .timm_internals import change_class
 
 # register_model adds the entry points
 __all__ = ['CentroidLearning', 'NearestCentroidHead', 'NearestCentroidMixin', 'nearest_centroid']

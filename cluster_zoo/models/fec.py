@@ -82,7 +82,7 @@ class ClusterPool(nn.Module):
         out = self.skip(x) + self.norm(out)
         # The assignment is hard, so the gradient of f is zero. This term makes it zero instead of None, which
         # DistributedDataParallel requires.
-        return out + 0 * f.sum() if torch.is_grad_enabled() else out
+        return out + 0 * f[:1, :, :1, :1].sum() if torch.is_grad_enabled() else out
 
 
 def _mean_2x2(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""ResNet for images of 32 pixels: a 3x3 convolution of stride one instead of the 7x7 stem and its pooling.
+"""ResNet for images of 32 pixels, with a 3x3 convolution of stride one instead of the 7x7 stem and its pooling.
 
-The form in which 'Visual Recognition with Deep Nearest Centroids' (section 4.1) and many others train on CIFAR.
+'Visual Recognition with Deep Nearest Centroids' (section 4.1) and many other papers train it on CIFAR.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ __all__ = ['CifarResNet']  # register_model adds the entry points
 
 
 class CifarResNet(ResNet):
-    """timm's `ResNet`, whose first stage has the resolution of the image. Takes its arguments."""
+    """timm's `ResNet` with a first stage at the resolution of the image. It takes the same arguments."""
 
     def __init__(self, *args: Any, in_chans: int = 3, device=None, dtype=None, **kwargs: Any):
         super().__init__(*args, in_chans=in_chans, device=device, dtype=dtype, **kwargs)
@@ -23,12 +23,12 @@ class CifarResNet(ResNet):
         self.conv1 = nn.Conv2d(in_chans, width, 3, padding=1, bias=False, device=device, dtype=dtype)
         self.maxpool = nn.Identity()
         nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
-        # The stem halves no side here, where timm's does so once, and its pooling a second time.
+        # timm's stem and pooling reduce the resolution by 4.
         self.feature_info = [dict(info, reduction=max(info['reduction'] // 4, 1)) for info in self.feature_info]
 
 
 def cfg(**kwargs: Any) -> dict[str, Any]:
-    """A pretrained configuration for CIFAR-10's images, normalised by their own mean and deviation."""
+    """A pretrained configuration for CIFAR-10, with its mean and standard deviation."""
     return {
         'num_classes': 10,
         'input_size': (3, 32, 32),
@@ -49,6 +49,6 @@ default_cfgs = generate_default_cfgs({'resnet18_cifar.untrained': cfg()})
 
 @register_model
 def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> CifarResNet:
-    """ResNet-18 for images of 32 pixels, with a linear classifier: what `dnc_resnet18_cifar` is compared with."""
+    """ResNet-18 for images of 32 pixels with a linear classifier, the baseline of `dnc_resnet18_cifar`."""
     args = dict(block=BasicBlock, layers=(2, 2, 2, 2)) | kwargs
     return build_model(CifarResNet, 'resnet18_cifar', pretrained, **args)

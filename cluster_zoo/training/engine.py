@@ -78,8 +78,9 @@ class TrainingRun:
         """Returns the state of the task and, with the model's own weights, that of the run. timm's saver calls this."""
         state = self.task.get_checkpoint_state(ema=ema, unwrap_fn=unwrap_fn)
         if not ema:
-            state |= dict(arch=self.model_name, args=run_options(self.args), learned=self.learning_states)
-            state |= self.extra_state()
+            state |= dict(arch=self.model_name, args=run_options(self.args), **self.extra_state())
+            if self.learning_states:
+                state['learned'] = self.learning_states
         return state
 
     def gather_learning_states(self) -> None:
@@ -151,7 +152,7 @@ def load_checkpoint_state(run: TrainingRun, path: str, optimizer: bool = True) -
     wanted = {'state_dict', 'optimizer'} if optimizer else {'state_dict'}
     if not isinstance(checkpoint, dict) or not wanted <= checkpoint.keys():
         raise CheckpointError(f"--resume: '{path}' is not a training checkpoint.")
-    with option_errors(f'--resume {path} does not fit this run'):
+    with option_errors(f'--resume {path} does not fit this run', KeyError):  # of the state of another optimizer
         task.load_checkpoint_state(clean_state_dict(checkpoint['state_dict']), checkpoint.get('task_state'))
         if task.has_ema():
             averaged = clean_state_dict(checkpoint.get('state_dict_ema', checkpoint['state_dict']))

@@ -114,6 +114,6 @@ def recipe_for(model_name: str) -> str:
         model_name: A timm model name, with or without a pretrained tag (``coc_tiny``, ``coc_tiny.cifar10``).
 
     Returns:
-        A key of :data:`RECIPES`; ``'timm'`` for models of other packages.
+        A key of `RECIPES`; ``'timm'`` for models of other packages.
     """
     return next((recipe for prefix, recipe in _BY_PREFIX if model_name.startswith(prefix)), 'timm')

@@ -1,6 +1,6 @@
 """Datasets of images with masks, read from a folder or directly from a tar.
 
-:func:`create_dataset` finds every image and its mask. :meth:`SegmentationDataset.check` decodes them all, so that one
+`create_dataset` finds every image and its mask. `check` decodes them all, so that one
 message lists the problems of a dataset before training starts.
 """
 
@@ -36,7 +36,7 @@ class _Sample(NamedTuple):
 
 
 class SegmentationDataset(Dataset):
-    """Images with masks, see :func:`create_dataset`.
+    """Images with masks, see `create_dataset`.
 
     Attributes:
         classes: Names of the K classes.
@@ -88,7 +88,7 @@ class SegmentationDataset(Dataset):
             workers: Number of threads.
 
         Raises:
-            DataError: Any sample is invalid, see :meth:`__getitem__`; the message lists the first ones.
+            DataError: Any sample is invalid, see `__getitem__`; the message lists the first ones.
         """
 
         def fault(index: int) -> str | None:
@@ -154,7 +154,7 @@ def create_dataset(
         name: Name of the layout.
         root: The dataset's folder, an uncompressed tar of it, or the folder that contains it.
         split: `train`, `val` or another split of the dataset; `train+val` for several.
-        transform: Applied to (image, mask), see :mod:`segmentation.data.transforms`.
+        transform: Applied to (image, mask), see `transforms`.
         num_classes: Number of classes. If a `folder` has neither this, nor class names, nor `remap`, the highest label
             in the masks of all splits defines it, which requires to read them all. Otherwise it is only compared.
         remap: For `folder`, the class of each label, 255 to ignore it. Other labels are errors.

@@ -65,7 +65,7 @@ def predict(
 def check(
     mode: str, crop: int | tuple[int, int] | None, stride: int | tuple[int, int] | None, chunk: int | None = None
 ) -> None:
-    """Raises ValueError if :func:`predict` does not accept these options."""
+    """Raises ValueError if `predict` does not accept these options."""
     if mode not in MODES:
         raise ValueError(f'mode {mode!r}: expected {" or ".join(MODES)}')
     if mode == 'slide' and crop is None:

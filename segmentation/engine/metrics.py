@@ -23,7 +23,7 @@ class SegmentationMetrics:
         classes: Names of the classes (default: their indices).
         ignore_index: Label of ignored pixels.
         device: Device of the confusion matrix.
-        distributed: Sum over all processes. All of them must call :meth:`compute`.
+        distributed: Sum over all processes. All of them must call `compute`.
     """
 
     def __init__(

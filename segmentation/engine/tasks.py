@@ -59,7 +59,7 @@ class SegmentationTask(CentroidTaskMixin, _DenseTask):
     feature map and its nearest label. EMA, distributed training and compilation work as in timm's tasks.
 
     Args:
-        model: A :class:`~segmentation.models.segmenter.Segmenter`.
+        model: A `Segmenter`.
         guidance_weight: Weight of the Dice loss.
         auxiliary_weight: Weight of the auxiliary loss.
         ignore_index: Label of ignored pixels.

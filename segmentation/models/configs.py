@@ -149,7 +149,7 @@ def _region_proxy(
         iterations=iterations,
         **schedule,
         test_mode='slide',
-        test_stride=crop,
+        test_stride=512 if dataset == 'cityscapes' else crop,
         test_pad=True,
         miou=miou[0],
         miou_ms=miou[1],

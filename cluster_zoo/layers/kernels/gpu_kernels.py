@@ -15,23 +15,10 @@ import triton.language as tl
 
 @triton.jit
 def _scores(
-    points_ptr,
-    query_ptr,
-    offset_ptr,
-    n,
-    first_head,
-    first_center,
-    N,
-    E,
-    M,
-    C: tl.constexpr,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    FACTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    points_ptr, query_ptr, offset_ptr, n, first_head, first_center, N, E, M,
+    C: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    FACTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """``query . x + offset`` of points n in a tile of centers, float32 [BLOCK_N, HEADS, WIDTH]; 0 beyond E, M."""
     column = tl.arange(0, HEADS * WIDTH)
     head, m = first_head + column // WIDTH, first_center + column % WIDTH
@@ -58,17 +45,9 @@ def _scores(
 
 @triton.jit
 def _members(
-    index_ptr,
-    weight_ptr,
-    n,
-    first_head,
-    first_center,
-    N,
-    E,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    index_ptr, weight_ptr, n, first_head, first_center, N, E,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Assignment matrix of points n and a tile of centers, float32 [BLOCK_N, HEADS * WIDTH]."""
     head = first_head + tl.arange(0, HEADS)
     position = head[None, :] * N + n[:, None]
@@ -82,23 +61,10 @@ def _members(
 
 @triton.jit
 def assign(
-    points_ptr,
-    query_ptr,
-    offset_ptr,
-    center_mask_ptr,
-    index_ptr,
-    score_ptr,
-    N,
-    E,
-    M,
-    C: tl.constexpr,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    FACTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    points_ptr, query_ptr, offset_ptr, center_mask_ptr, index_ptr, score_ptr, N, E, M,
+    C: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    FACTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Program (s and block of points, block of heads): a running maximum over blocks of centers."""
     blocks = tl.cdiv(N, BLOCK_N)
     s = (tl.program_id(0) // blocks).to(tl.int64)
@@ -138,22 +104,10 @@ def assign(
 
 @triton.jit
 def select(
-    points_ptr,
-    query_ptr,
-    offset_ptr,
-    index_ptr,
-    score_ptr,
-    N,
-    E,
-    M,
-    C: tl.constexpr,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    FACTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    points_ptr, query_ptr, offset_ptr, index_ptr, score_ptr, N, E, M,
+    C: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    FACTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Program (s and block of points, block of heads): as `assign`, for given centers."""
     blocks = tl.cdiv(N, BLOCK_N)
     s = (tl.program_id(0) // blocks).to(tl.int64)
@@ -182,24 +136,10 @@ def select(
 
 @triton.jit
 def aggregate(
-    points_ptr,
-    index_ptr,
-    weight_ptr,
-    sums_ptr,
-    totals_ptr,
-    N,
-    E,
-    M,
-    splits,
-    span,
-    C: tl.constexpr,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    FACTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    points_ptr, index_ptr, weight_ptr, sums_ptr, totals_ptr, N, E, M, splits, span,
+    C: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    FACTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Program (s and one of its spans of points, tile of centers, block of C): sums over the span."""
     part = tl.program_id(0).to(tl.int64)
     s = part // splits
@@ -237,22 +177,10 @@ def aggregate(
 
 @triton.jit
 def dispatch(
-    values_ptr,
-    index_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
-    N,
-    E,
-    M,
-    C: tl.constexpr,
-    HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    FACTORS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    values_ptr, index_ptr, weight_ptr, bias_ptr, out_ptr, N, E, M,
+    C: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    FACTORS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Program (s and block of points, block of C): a sum over tiles of centers."""
     blocks = tl.cdiv(N, BLOCK_N)
     s = (tl.program_id(0) // blocks).to(tl.int64)
@@ -297,15 +225,9 @@ def row_norms(rows_ptr, norms_ptr, count, D: tl.constexpr, BLOCK: tl.constexpr, 
 
 @triton.jit
 def row_norms_backward(
-    gradient_ptr,
-    rows_ptr,
-    norms_ptr,
-    out_ptr,
-    count,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    gradient_ptr, rows_ptr, norms_ptr, out_ptr, count,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Program (block of rows): gradient * row / norm, 0 where the norm is clamped."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     d = tl.arange(0, BLOCK_D)

@@ -1,0 +1,80 @@
+"""cluster-zoo train, validate and segment: the same parsers and the same code as the scripts."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster_zoo.cli import main
+
+ROOT = Path(__file__).parents[1]
+SAMPLE = ['--dataset', 'cluster_zoo/cifar10_sample', '--device', 'cpu', '-j', '0']
+TRAIN = [*SAMPLE, '--model', 'test_resnet', '--num-classes', '10', '--img-size', '32', '-b', '100', '--lr', '0.01']
+
+
+@pytest.mark.parametrize('command', ['train', 'validate', 'segment train', 'segment validate'])
+def test_help_is_that_of_the_script(command, capsys):
+    script = {'segment train': 'segmentation/train.py', 'segment validate': 'segmentation/validate.py'}
+    path = ROOT / script.get(command, f'{command}.py')
+    run = subprocess.run([sys.executable, path, '--help'], capture_output=True, text=True, cwd=ROOT.parent)
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), '--help'])
+    shown = capsys.readouterr().out
+    assert stop.value.code == run.returncode == 0
+    assert shown.startswith(f'usage: cluster-zoo {command} ')
+    assert shown.partition('\n\n')[2] == run.stdout.partition('\n\n')[2]
+
+
+def test_train_then_validate(tmp_path, capsys):
+    line = ['train', *TRAIN, '--epochs', '1', '--warmup-epochs', '0', '--output', str(tmp_path), '--experiment', 'a']
+    assert main(line) == 0
+    capsys.readouterr()
+    checkpoint = str(tmp_path / 'a' / 'last.pth.tar')
+    line = ['validate', *SAMPLE, '--model', 'test_resnet', '--num-classes', '10', '--img-size', '32']
+    assert main([*line, '--checkpoint', checkpoint, '-b', '100']) == 0
+    result = json.loads(capsys.readouterr().out.partition('--result\n')[2])
+    assert result['model'] == 'test_resnet' and 0 <= result['top1'] <= 100
+
+
+def test_stopped_run_prints_the_command_of_the_package(tmp_path):
+    line = [*TRAIN, '--epochs', '50', '--output', str(tmp_path), '--experiment', 'a', '--log-interval', '1']
+    command = [sys.executable, '-m', 'cluster_zoo', 'train', *line]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    for shown in process.stderr:
+        if shown.startswith('Train:'):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.stderr.read()
+    process.stderr.close()
+    assert process.wait() == 128 + signal.SIGINT, rest
+    words = shlex.split(next(line for line in rest.splitlines() if '--resume' in line))
+    assert words[:4] == [sys.executable, '-m', 'cluster_zoo', 'train']
+    done = subprocess.run([*words, '--epochs', '1'], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'a' / 'last.pth.tar').is_file()
+
+
+@pytest.mark.parametrize('command', ['train', 'validate', 'segment train', 'segment validate', 'info'])
+def test_debug_shows_the_traceback(command, capsys, monkeypatch):
+    wrong = ['coc_tny'] if command == 'info' else ['/no/such/folder', '--device', 'cpu']
+    monkeypatch.delenv('CLUSTER_ZOO_DEBUG', raising=False)
+    assert main([*command.split(), *wrong]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and 'Traceback' not in error
+    monkeypatch.setenv('CLUSTER_ZOO_DEBUG', '0')  # so that it is restored after the test
+    assert main([*command.split(), *wrong, '--debug']) == 2
+    assert os.environ['CLUSTER_ZOO_DEBUG'] == '1'
+    detailed = capsys.readouterr().err
+    assert 'Traceback' in detailed and detailed.endswith(error)
+
+
+@pytest.mark.parametrize(('line', 'hint'), [('segment trian', 'train'), ('trian', 'train'), ('segment', 'COMMAND')])
+def test_mistyped_command(line, hint, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(line.split())
+    assert stop.value.code == 2 and hint in capsys.readouterr().err
