@@ -110,12 +110,7 @@ def validate_parser(prog: str = 'validate.py') -> Parser:
     group.add_argument('--split', default='validation', metavar='NAME', help='split to validate on')
     group.add_argument('--num-samples', type=int, metavar='N', help='length of an iterable split')
     group.add_argument('--real-labels', default='', metavar='FILE', help='JSON of the reassessed ImageNet labels')
-    group.add_argument(
-        '--valid-labels',
-        default='',
-        metavar='FILE',
-        help='class indices of the dataset, one per line',
-    )
+    group.add_argument('--valid-labels', default='', metavar='FILE', help='class indices of the dataset, one per line')
     add = parser.add_argument_group('model').add_argument
     add(
         '-m',
@@ -134,9 +129,7 @@ def validate_parser(prog: str = 'validate.py') -> Parser:
     add('--test-pool', action='store_true', help="timm's test-time pooling for larger images")
     add('--reparam', action='store_true', help='fuse reparameterizable branches')
     group = add_input_options(parser)
-    group.add_argument(
-        '--use-train-size', action='store_true', help='use the training image size if the model has a test size'
-    )
+    group.add_argument('--use-train-size', action='store_true', help='ignore the test image size of the model')
     group.add_argument('--crop-mode', metavar='MODE', help='validation crop: center, squash or border')
     group.add_argument('--crop-border-pixels', type=int, metavar='N', help='pixels that --crop-mode border removes')
     group.add_argument('--tf-preprocessing', action='store_true', help="TensorFlow's preprocessing (needs TensorFlow)")
@@ -150,16 +143,7 @@ def validate_parser(prog: str = 'validate.py') -> Parser:
     add('--retry', action='store_true', help='retry with a smaller batch size when out of memory')
     add = parser.add_argument_group('results').add_argument
     add('--log-freq', type=int, default=10, metavar='N', help='batches between log lines')
-    add(
-        '--metrics-avg',
-        choices=['micro', 'macro', 'weighted'],
-        help='add precision, recall and F1, averaged',
-    )
+    add('--metrics-avg', choices=['micro', 'macro', 'weighted'], help='add precision, recall and F1, averaged')
     add('--results-file', default='', metavar='FILE', help='write the results to this file, sorted by top-1')
-    add(
-        '--results-format',
-        default='',
-        choices=('', 'csv', 'json'),
-        help='default: by file name, else csv',
-    )
+    add('--results-format', default='', choices=('', 'csv', 'json'), help='default: by file name, else csv')
     return parser

@@ -55,12 +55,7 @@ def _add_centroid_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('centroids (dnc_* models)')
     add = group.add_argument
     add('--sub-centroids', type=int, metavar='K', help='sub-centroids per class (default: 4)')
-    add(
-        '--common-start',
-        type=float,
-        metavar='F',
-        help='similarity of initial sub-centroids of a class, published: 0 (2)',
-    )
+    add('--common-start', type=float, metavar='F', help='common direction of initial sub-centroids (2; published: 0)')
     add_centroid_learning_options(group)
 
 
@@ -70,17 +65,8 @@ def add_centroid_learning_options(group: argparse._ArgumentGroup) -> None:
     add('--centroid-momentum', type=float, metavar='M', help='weight of a centroid against its new direction (0.999)')
     add('--centroid-temperature', type=float, metavar='T', help='temperature of the balanced assignment (0.05)')
     add('--centroid-memory', type=int, metavar='N', help='size of the feature memory over all processes (64 per class)')
-    add(
-        '--centroid-every',
-        type=int,
-        metavar='N',
-        help='use the memory in every N-th batch; other batches use their own features only (1)',
-    )
-    add(
-        '--centroid-dtype',
-        choices=('float32', 'bfloat16', 'float16'),
-        help='dtype of the feature memory (float32)',
-    )
+    add('--centroid-every', type=int, metavar='N', help='use the memory in every N-th batch only (1)')
+    add('--centroid-dtype', choices=('float32', 'bfloat16', 'float16'), help='dtype of the feature memory (float32)')
     add('--centroid-contrast', type=float, metavar='W', help='weight of the contrast loss (0; the paper: 0.005)')
 
 
@@ -144,17 +130,13 @@ def _add_schedule_options(parser: argparse.ArgumentParser) -> None:
 def _add_augmentation_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('augmentation and loss').add_argument
     add('--no-aug', action='store_true', help='no training augmentation at all, overrides the rest')
-    add(
-        '--train-crop-mode',
-        metavar='MODE',
-        help='training crop: rrc (default), rkrc, rkrr, or pad (CIFAR: padded by 1/8)',
-    )
+    add('--train-crop-mode', metavar='MODE', help='rrc (default), rkrc, rkrr, or pad (CIFAR: padding of 1/8)')
     add('--scale', type=float, nargs='+', default=[0.08, 1.0], metavar='F', help='random resize scale')
     add('--ratio', type=float, nargs='+', default=[3.0 / 4.0, 4.0 / 3.0], metavar='F', help='random aspect ratio')
     add('--hflip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip')
     add('--vflip', type=float, default=0.0, metavar='P', help='probability of a vertical flip')
-    add('--color-jitter', type=float, default=0.4, metavar='F', help='colour jitter factor (not used with --aa)')
-    add('--color-jitter-prob', type=float, metavar='P', help='probability of colour jitter (default: always)')
+    add('--color-jitter', type=float, default=0.4, metavar='F', help='color jitter factor (not used with --aa)')
+    add('--color-jitter-prob', type=float, metavar='P', help='probability of color jitter (default: always)')
     add('--grayscale-prob', type=float, metavar='P', help='probability of conversion to gray')
     add('--gaussian-blur-prob', type=float, metavar='P', help='probability of blurring')
     add('--aa', metavar='NAME', help='AutoAugment policy such as rand-m9-mstd0.5-inc1, v0, original, 3a')
@@ -184,13 +166,7 @@ def _add_size_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('scheduled image sizes').add_argument
     add('--train-img-sizes', type=int, nargs='+', metavar='N', help='train with batches of these image sizes')
     add('--train-batch-sizes', type=int, nargs='+', metavar='N', help='batch size of each size (default: -b)')
-    add(
-        '--train-size-probs',
-        type=float,
-        nargs='+',
-        metavar='P',
-        help='weight of each size (default: uniform)',
-    )
+    add('--train-size-probs', type=float, nargs='+', metavar='P', help='weight of each size (default: uniform)')
     add('--train-size-schedule', default='constant', choices=('constant', 'progressive'), help='how sizes are sampled')
     add('--train-size-schedule-spread', type=float, default=0.65, metavar='F', help='width of the progressive window')
     add('--train-size-random-mix', type=float, default=0.1, metavar='F', help='fraction of uniformly sampled sizes')
@@ -209,12 +185,7 @@ def _add_distillation_options(parser: argparse.ArgumentParser) -> None:
     add('--kd-distill-type', default='logit', choices=['logit', 'feature', 'token'], help='type of distillation')
     add('--kd-loss-type', default='kl', help='loss of logit distillation')
     add('--distill-loss-weight', type=float, metavar='F', help='weight of the distillation loss')
-    add(
-        '--task-loss-weight',
-        type=float,
-        metavar='F',
-        help='weight of the task loss (default of the other: 1 - F)',
-    )
+    add('--task-loss-weight', type=float, metavar='F', help='weight of the task loss (default of the other: 1 - F)')
     add('--kd-temperature', type=float, default=4.0, metavar='F', help='softmax temperature')
     add('--kd-student-feature-dim', type=int, metavar='N', help='width of student features (default: detected)')
     add('--kd-teacher-feature-dim', type=int, metavar='N', help='width of teacher features (default: detected)')

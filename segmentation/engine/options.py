@@ -80,18 +80,8 @@ def add_test_options(parser: argparse.ArgumentParser, prefix: str = 'test-') -> 
     add('mode', choices=MODES, help='whole images or sliding windows (default: whole)')
     add('crop', type=int, nargs='+', metavar='N', help='size of the windows: side, or height and width')
     add('stride', type=int, nargs='+', metavar='N', help='stride of the windows (default: their size)')
-    add(
-        'pad',
-        action=argparse.BooleanOptionalAction,
-        help='pad images that are smaller than a window (default: shrink the window)',
-    )
-    add(
-        'scale',
-        type=int,
-        nargs=2,
-        metavar='N',
-        help='fit images into long and short side (default: no resize)',
-    )
+    add('pad', action=argparse.BooleanOptionalAction, help='pad images to the window (default: shrink the window)')
+    add('scale', type=int, nargs=2, metavar='N', help='fit images into long and short side (default: no resize)')
     add('multiple', type=int, metavar='N', help='round the sides of images up to a multiple of N')
     return group
 

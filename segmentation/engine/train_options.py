@@ -143,14 +143,7 @@ def _add_training_data_options(group: argparse._ArgumentGroup) -> None:
     add('--val-split', default='val', metavar='NAME', help='validation split')
     add('--no-check-data', action='store_true', help='do not read all images before the training')
     add('--crop', type=int, nargs='+', default=[512], metavar='N', help='training crop: side, or height and width')
-    add(
-        '--scale',
-        type=int,
-        nargs=2,
-        default=[2048, 512],
-        metavar='N',
-        help='long and short side to fit images into',
-    )
+    add('--scale', type=int, nargs=2, default=[2048, 512], metavar='N', help='long and short side of images')
     add('--ratio', type=float, nargs=2, default=[0.5, 2.0], metavar='F', help='range of random factors of --scale')
     add('--max-category', type=float, default=0.75, metavar='F', help='maximum fraction of a crop for one class')
     add('--flip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip (default: 0.5)')
@@ -172,22 +165,10 @@ def _add_optimizer_options(parser: argparse.ArgumentParser) -> None:
         help='no weight decay of norms, position embeddings, class tokens and biases',
     )
     add('--layer-decay', type=float, metavar='F', help='layer-wise learning rate decay')
-    add(
-        '--head-lr-scale',
-        type=float,
-        default=1.0,
-        metavar='F',
-        help='learning rate factor of the heads',
-    )
+    add('--head-lr-scale', type=float, default=1.0, metavar='F', help='learning rate factor of the heads')
     add('--clip-grad', type=float, metavar='F', help='clip gradients (default: no clipping)')
     add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='gradient clipping mode')
-    add(
-        '--guidance-weight',
-        type=float,
-        default=0.2,
-        metavar='F',
-        help='weight of the guidance loss of cond',
-    )
+    add('--guidance-weight', type=float, default=0.2, metavar='F', help='weight of the guidance loss of cond')
     add('--auxiliary-weight', type=float, default=0.4, metavar='F', help='weight of the loss of the --auxiliary head')
 
 
@@ -199,13 +180,7 @@ def _add_schedule_options(parser: argparse.ArgumentParser) -> None:
     add('--power', type=float, default=0.9, metavar='F', help='exponent of poly (default: 0.9)')
     add('--min-lr', type=float, default=0.0, metavar='LR', help='final learning rate')
     add('--periods', type=int, nargs='+', metavar='N', help='iterations of each period of cosine_restarts')
-    add(
-        '--restart-weights',
-        type=float,
-        nargs='+',
-        metavar='F',
-        help='initial rate of each, as a fraction of --lr',
-    )
+    add('--restart-weights', type=float, nargs='+', metavar='F', help='initial rate of each, as a fraction of --lr')
     add('--warmup', type=int, default=0, metavar='N', help='iterations of linear warm-up')
     add('--warmup-ratio', type=float, default=1e-6, metavar='F', help='initial rate of warm-up, as a fraction of --lr')
 
@@ -218,16 +193,8 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add('--val-interval', type=int, default=8000, metavar='N', help='iterations between validations (default: 8000)')
     add('-vb', '--validation-batch-size', type=int, default=1, metavar='N', help='batch size of validation')
     add('--overlays', type=int, default=0, metavar='N', help='images to draw predictions of in each validation')
-    add(
-        '--recovery-interval', type=int, default=0, metavar='N', help='iterations between recovery checkpoints, 0: none'
-    )
-    add(
-        '--checkpoint-hist',
-        type=int,
-        default=1,
-        metavar='N',
-        help='checkpoints to keep besides the last (default: 1)',
-    )
+    add('--recovery-interval', type=int, default=0, metavar='N', help='iterations between recovery checkpoints')
+    add('--checkpoint-hist', type=int, default=1, metavar='N', help='checkpoints to keep besides the last (1)')
     add(
         '--resume',
         default='',
