@@ -21,7 +21,7 @@ from cluster_zoo.data import create_dataset
 from cluster_zoo.errors import CheckpointError
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ['demo', 'list', 'info', 'fetch', 'import', 'push', 'predict', 'export', 'segment']
+COMMANDS = ['demo', 'list', 'info', 'fetch', 'import', 'push', 'predict', 'export']
 
 
 def output_of(arguments, capsys):

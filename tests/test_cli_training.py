@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from cluster_zoo.cli import main
+from segmentation.engine.train_options import train_parser
+from segmentation.validate import validate_parser
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ['--dataset', 'cluster_zoo/cifar10_sample', '--device', 'cpu', '-j', '0']
@@ -28,6 +31,15 @@ def test_help_is_that_of_the_script(command, capsys):
     assert stop.value.code == run.returncode == 0
     assert shown.startswith(f'usage: cluster-zoo {command} ')
     assert shown.partition('\n\n')[2] == run.stdout.partition('\n\n')[2]
+
+
+def test_examples_of_the_help_are_valid(capsys):
+    with pytest.raises(SystemExit):
+        main(['segment', '--help'])
+    examples = re.findall(r'^  cluster-zoo segment (.*)$', capsys.readouterr().out, re.MULTILINE)
+    assert [example.split()[0] for example in examples] == ['train', 'validate']
+    for example, parser in zip(examples, (train_parser(), validate_parser())):
+        assert parser.resolve(shlex.split(example)[1:]).data == 'DATA'
 
 
 def test_train_then_validate(tmp_path, capsys):
