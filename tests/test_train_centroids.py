@@ -249,4 +249,4 @@ def test_a_memory_of_another_model(run, tmp_path, capsys):
     torch.save(checkpoint, tmp_path / 'other.pth.tar')
     assert run('b', '--epochs', 2, '--resume', tmp_path / 'other.pth.tar') == 2
     error = capsys.readouterr().err
-    assert error.startswith('error: --resume') and error.count('\n') == 1 and 'the memory holds [N, 8]' in error
+    assert error.startswith('error: --resume') and error.count('\n') == 1 and '[N, 8]' in error
