@@ -35,7 +35,7 @@ from measuring import device_name, in_new_process, interleaved_seconds, machine,
 
 from cluster_zoo.training.runtime import build_precision  # noqa: E402
 from segmentation import create_segmenter, validate  # noqa: E402
-from segmentation.engine.options import model_options  # noqa: E402
+from segmentation.engine.shared_options import model_options  # noqa: E402
 from segmentation.engine.tasks import SegmentationTask  # noqa: E402
 
 _RUN = r'camvid-{kind}-(?P<row>[\w-]+)-(?P<seed>\d+)'

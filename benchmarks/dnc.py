@@ -31,7 +31,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 from measuring import device_name, machine, print_table  # noqa: E402
 
 import cluster_zoo  # noqa: E402, F401  registers the models
-from cluster_zoo.data import class_names, create_dataset  # noqa: E402
+from cluster_zoo.datasets import class_names, create_dataset  # noqa: E402
 from cluster_zoo.explain import anchor, draw_centroids, draw_explanation, explain  # noqa: E402
 from cluster_zoo.weights import load_checkpoint  # noqa: E402
 

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 
 from measuring import device_name, machine, print_table  # noqa: E402
 
-from cluster_zoo.data import class_names, create_dataset  # noqa: E402
+from cluster_zoo.datasets import class_names, create_dataset  # noqa: E402
 from cluster_zoo.layers.centroid_learning import normalize  # noqa: E402
 from cluster_zoo.transfer import class_centroids, embed_dataset  # noqa: E402
 from cluster_zoo.weights import load_checkpoint  # noqa: E402

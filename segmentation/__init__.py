@@ -6,7 +6,7 @@
 
 import cluster_zoo  # noqa: F401  registers the backbones
 
-from .models.configs import list_segmenters, segmenter_config
+from .models.published_systems import list_segmenters, segmenter_config
 from .models.segmenter import Segmenter, create_segmenter
 
 __all__ = ['Segmenter', 'create_segmenter', 'list_segmenters', 'segmenter_config']

@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from .models.configs import list_segmenters, segmenter_config
+from .models.published_systems import list_segmenters, segmenter_config
 from .models.segmenter import create_segmenter
 
 

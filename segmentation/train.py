@@ -41,8 +41,8 @@ from segmentation.engine import inference
 from segmentation.engine.build import build_datasets, build_model, build_optimizer
 from segmentation.engine.evaluation import evaluate
 from segmentation.engine.metrics import table
-from segmentation.engine.options import test_protocol
 from segmentation.engine.overlays import OverlayWriter
+from segmentation.engine.shared_options import test_protocol
 from segmentation.engine.tasks import SegmentationTask
 from segmentation.engine.train_options import train_parser
 

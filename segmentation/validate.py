@@ -31,13 +31,13 @@ from timm import utils
 
 from cluster_zoo.errors import OptionError, UserError, print_error
 from cluster_zoo.training.engine import run_options
-from cluster_zoo.training.options import add_device_options
 from cluster_zoo.training.parser import Parser
 from cluster_zoo.training.runtime import available_workers, build_precision, option_errors, set_up_device
+from cluster_zoo.training.shared_options import add_device_options
 from cluster_zoo.weights import load_checkpoint, read_checkpoint
 from segmentation import Segmenter, create_segmenter, segmenter_config
 from segmentation.data.datasets import SegmentationDataset, create_dataset
-from segmentation.engine import inference, options
+from segmentation.engine import inference, shared_options
 from segmentation.engine.build import build_eval_transform
 from segmentation.engine.evaluation import evaluate
 from segmentation.engine.metrics import table
@@ -53,12 +53,12 @@ def validate_parser(prog: str = 'segmentation/validate.py') -> Parser:
         usage='%(prog)s DATA [options]',
         description='Measure intersection over union, accuracy and speed of a segmentation model.',
     )
-    group = options.add_data_options(parser)
+    group = shared_options.add_data_options(parser)
     group.add_argument('--split', default='val', metavar='NAME', help='split to evaluate (default: val)')
-    group = options.add_model_options(parser)
+    group = shared_options.add_model_options(parser)
     group.add_argument('--checkpoint', metavar='FILE', help='weights: of train.py, or the released ones of a system')
     group.add_argument('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
-    group = options.add_test_options(parser, prefix='')
+    group = shared_options.add_test_options(parser, prefix='')
     add = group.add_argument
     add('--scales', type=float, nargs='+', default=[1.0], metavar='F', help='average over these scales (default: 1)')
     add('--flip', action='store_true', help='horizontal-flip test-time augmentation')
@@ -91,10 +91,11 @@ def complete_options(args: argparse.Namespace) -> None:
         raise OptionError('no --checkpoint given: random weights cannot be evaluated')
     saved = saved_options(args.checkpoint)
     if not (args.segmenter or args.head):
-        options.fill(args, saved, (*options.MODEL_OPTIONS, *options.TEST_OPTIONS))
-    options.fill(args, saved, options.DATA_OPTIONS)
+        shared_options.fill(args, saved, (*shared_options.MODEL_OPTIONS, *shared_options.TEST_OPTIONS))
+    shared_options.fill(args, saved, shared_options.DATA_OPTIONS)
     if args.segmenter:
-        options.fill(args, options.config_options(segmenter_config(args.segmenter)), ('dataset', *options.TEST_OPTIONS))
+        published = shared_options.config_options(segmenter_config(args.segmenter))
+        shared_options.fill(args, published, ('dataset', *shared_options.TEST_OPTIONS))
     args.dataset = args.dataset or 'folder'
 
 
@@ -102,7 +103,7 @@ def build_model(args: argparse.Namespace, dataset: SegmentationDataset) -> Segme
     """Builds the model with its weights on the device, without the auxiliary head."""
     if args.num_classes is None and not args.segmenter:
         args.num_classes = len(dataset.classes)
-    arguments = options.model_options(args)
+    arguments = shared_options.model_options(args)
     with option_errors('model', TypeError):
         model = create_segmenter(**arguments)
         load_checkpoint(model, args.checkpoint, args.use_ema)
@@ -125,7 +126,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     if args.batch_size < 1 or args.workers < 0 or args.num_overlays < 0:
         raise OptionError('--batch-size must be at least 1, --workers and --num-overlays at least 0')
     complete_options(args)
-    protocol = options.test_protocol(args) | dict(flip=args.flip)
+    protocol = shared_options.test_protocol(args) | dict(flip=args.flip)
     with option_errors('test'):
         inference.check(protocol['mode'], protocol.get('crop'), protocol.get('stride'))
     dataset = create_dataset(
@@ -134,7 +135,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         args.split,
         build_eval_transform(args, args.scales),
         num_classes=args.num_classes,
-        remap=options.label_remap(args),
+        remap=shared_options.label_remap(args),
         workers=max(1, args.workers),
     )
     model, overlays = build_model(args, dataset), None

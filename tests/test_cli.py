@@ -17,7 +17,7 @@ from PIL import Image
 
 from cluster_zoo import __version__, cli
 from cluster_zoo.cli import demo
-from cluster_zoo.data import create_dataset
+from cluster_zoo.datasets import create_dataset
 from cluster_zoo.errors import CheckpointError
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ import torch
 
 from cluster_zoo import cli
 from cluster_zoo.cli import predict as command
-from cluster_zoo.data import create_dataset
+from cluster_zoo.datasets import create_dataset
 from cluster_zoo.predict import load_classifier
 
 CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']

@@ -25,7 +25,7 @@ from PIL import Image
 
 import cluster_zoo
 from cluster_zoo import cli
-from cluster_zoo.data import create_dataset
+from cluster_zoo.datasets import create_dataset
 from cluster_zoo.weights import metadata
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset, Subset
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.data import class_names, create_dataset
+from cluster_zoo.datasets import class_names, create_dataset
 from cluster_zoo.errors import CheckpointError
 from cluster_zoo.explain import anchor, draw_centroids, draw_explanation, explain
 from cluster_zoo.models.dnc import NearestCentroidHead, nearest_centroid

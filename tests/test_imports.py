@@ -15,7 +15,7 @@ LEVELS = (
     {'cluster_zoo.layers'},
     {'cluster_zoo.weights'},
     {'cluster_zoo.models'},
-    {'cluster_zoo.data'},
+    {'cluster_zoo.datasets'},
     {'cluster_zoo.features'},
     {
         'cluster_zoo.explain',

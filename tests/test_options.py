@@ -1,4 +1,4 @@
-"""cluster_zoo.training.options and train_options: flags, defaults, recipes, config files, errors."""
+"""cluster_zoo.training.shared_options and train_options: flags, defaults, recipes, config files, errors."""
 
 import ast
 import csv
@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from cluster_zoo.errors import OptionError, nearest
-from cluster_zoo.training.options import validate_parser
 from cluster_zoo.training.runtime import available_workers
 from cluster_zoo.training.train_options import train_parser
+from cluster_zoo.training.validate import validate_parser
 
 with (Path(__file__).parent / 'script_flags.tsv').open() as table:
     FLAGS = [

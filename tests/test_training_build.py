@@ -14,11 +14,11 @@ from cluster_zoo.layers.centroid_learning import CentroidLearning
 from cluster_zoo.training.loaders import build_datasets, build_loaders, build_mixup
 from cluster_zoo.training.model import build_model
 from cluster_zoo.training.optim import build_optimizer, build_scheduler, build_task
-from cluster_zoo.training.options import validate_parser
 from cluster_zoo.training.posterize import allow_zero_bits
 from cluster_zoo.training.runtime import build_precision, option_errors, set_up_runtime
 from cluster_zoo.training.tasks import CentroidTaskMixin, centroid_heads
 from cluster_zoo.training.train_options import check_train_options, train_parser
+from cluster_zoo.training.validate import validate_parser
 
 MODEL = ['--model', 'test_resnet', '--num-classes', '3', '--device', 'cpu']
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from ..data import check_dataset, class_names, create_dataset
+from ..datasets import check_dataset, class_names, create_dataset
 from ..explain import cluster_map, draw_clusters
 from ..predict import classify, load_classifier
 from .parser import DEMO_MODEL, Commands, add_device

@@ -15,7 +15,7 @@ from timm.models import get_pretrained_cfg
 
 from .. import __version__
 from ..errors import CheckpointError, OptionError, nearest, one_line, printable
-from ..training.options import ParseKwargs
+from ..training.parser import ParseKwargs
 from ..weights import cache, metadata
 from ..weights.configs import CONFIG, read_config
 from ..weights.download import is_drive, organization

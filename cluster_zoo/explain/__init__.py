@@ -1,8 +1,8 @@
 """Explanations of a model's predictions: its clusters, and the training images that its centroids represent."""
 
 from .centroids import Anchoring, Explanation, Neighbour, anchor, explain
-from .clusters import cluster_map, draw_clusters
-from .figures import draw_centroids, draw_explanation
+from .clusters import cluster_map
+from .figures import draw_centroids, draw_clusters, draw_explanation
 
 __all__ = [
     'Anchoring',

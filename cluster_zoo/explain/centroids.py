@@ -225,8 +225,8 @@ def explain(
         model: A model that ends in a `NearestCentroidHead`, preferably an anchored one (`anchor`).
         image: A PIL image, to which timm's evaluation transform of the model is applied; or a normalized tensor
             [C, H, W].
-        class_names: Names of the classes, as returned by `cluster_zoo.data.class_names`; ``class 0`` and so on if None
-            or empty.
+        class_names: Names of the classes, see `cluster_zoo.datasets.class_names`; ``class 0`` and so on if None or
+            empty.
 
     Raises:
         ValueError: The model has no centroid head, the image has another type or shape, or a class has no name.

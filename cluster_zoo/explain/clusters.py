@@ -4,12 +4,9 @@ Every block of Context Cluster and FEC assigns each point to one center, so a ma
 the block computes. The models take images of any size, so `cluster_map` needs no resizing or cropping.
 """
 
-import colorsys
-
 import torch
 import torch.nn as nn
 from einops import rearrange
-from PIL import Image
 from timm.utils import unwrap_model
 from torch import Tensor
 
@@ -18,7 +15,7 @@ from ..layers.cluster_mixer import ClusterMixer
 from ..layers.grids import merge
 from ..models.context_cluster import ContextCluster
 
-__all__ = ['cluster_map', 'draw_clusters']
+__all__ = ['cluster_map']
 
 
 @torch.no_grad()
@@ -67,30 +64,3 @@ def _center_indices(mixer: ClusterMixer, x: Tensor) -> Tensor:
     in_image = rearrange(torch.arange((r * g) ** 2, device=x.device), '(i a j b) -> (i j) (a b)', i=r, a=g, j=r, b=g)
     in_image = in_image.repeat(len(x), 1).unsqueeze(1)
     return merge(torch.take_along_dim(in_image, index, dim=-1).transpose(1, 2), r, size)
-
-
-def draw_clusters(image: Image.Image, clusters: Tensor, opacity: float = 0.5) -> Image.Image:
-    """Draws clusters over their image, one color per center.
-
-    Args:
-        image: The image, at the size of the model's input.
-        clusters: Indices of the centers, [H', W'] from `cluster_map`.
-        opacity: Weight of the colors, 0 .. 1.
-
-    Returns:
-        An RGB image of the size of `image`.
-    """
-    present, inverse = clusters.unique(return_inverse=True)
-    palette = torch.tensor([_color(center) for center in present.tolist()], dtype=torch.uint8)
-    colors = Image.fromarray(palette[inverse].numpy())
-    # The side of a patch is the stride of the stage, a power of two. The last row and column may exceed the image.
-    patch = max(-(-side // count) for side, count in zip(image.size, colors.size))
-    patch = 1 << (patch - 1).bit_length()
-    colors = colors.resize([patch * count for count in colors.size], Image.Resampling.NEAREST)
-    return Image.blend(image.convert('RGB'), colors.crop((0, 0, *image.size)), opacity)
-
-
-def _color(center: int) -> tuple[int, ...]:
-    """Returns red, green and blue. Hues are a golden angle apart, so that neighboring centers differ."""
-    hue, value = center * 0.381966 % 1, 1.0 - 0.3 * (center // 3 % 2)
-    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.9, value))

@@ -1,17 +1,20 @@
-"""Figures of nearest-centroid models: one prediction, or the centroids of all classes."""
+"""Figures: clusters over an image, one prediction of a nearest-centroid model, the centroids of all classes."""
 
+import colorsys
 import functools
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
 
 from ..layers.anchors import AnchoredImage
 from ..layers.nearest_centroid import centroid_head
 from .centroids import Explanation, Neighbour, resolve_class_names
 
-__all__ = ['draw_centroids', 'draw_explanation']
+__all__ = ['draw_centroids', 'draw_clusters', 'draw_explanation']
 
 # Pixels
 _IMAGE = 228  # side of the explained image
@@ -25,6 +28,33 @@ _TEXT, _FAINT, _EMPTY = '#1c1e21', '#70767d', '#eceef0'
 _PREDICTED, _COMPETITOR = '#1f7a5a', '#b4532a'
 
 _font = functools.cache(ImageFont.load_default)
+
+
+def draw_clusters(image: Image.Image, clusters: Tensor, opacity: float = 0.5) -> Image.Image:
+    """Draws clusters over their image, one color per center.
+
+    Args:
+        image: The image, at the size of the model's input.
+        clusters: Indices of the centers, [H', W'] from `cluster_map`.
+        opacity: Weight of the colors, 0 .. 1.
+
+    Returns:
+        An RGB image of the size of `image`.
+    """
+    present, inverse = clusters.unique(return_inverse=True)
+    palette = torch.tensor([_color(center) for center in present.tolist()], dtype=torch.uint8)
+    colors = Image.fromarray(palette[inverse].numpy())
+    # The side of a patch is the stride of the stage, a power of two. The last row and column may exceed the image.
+    patch = max(-(-side // count) for side, count in zip(image.size, colors.size))
+    patch = 1 << (patch - 1).bit_length()
+    colors = colors.resize([patch * count for count in colors.size], Image.Resampling.NEAREST)
+    return Image.blend(image.convert('RGB'), colors.crop((0, 0, *image.size)), opacity)
+
+
+def _color(center: int) -> tuple[int, ...]:
+    """Returns red, green and blue. Hues are a golden angle apart, so that neighboring centers differ."""
+    hue, value = center * 0.381966 % 1, 1.0 - 0.3 * (center // 3 % 2)
+    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.9, value))
 
 
 def draw_explanation(explanation: Explanation, image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ import torch
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
 from torchvision import transforms
 
-from ..data import check_dataset, create_dataset
+from ..datasets import check_dataset, create_dataset
 from ..errors import DataError
 from .posterize import allow_zero_bits
 from .runtime import model_dtype, option_errors

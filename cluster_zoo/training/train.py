@@ -24,7 +24,7 @@ from timm.data import FastCollateMixup, Mixup, resolve_input_data_config
 from timm.models import safe_model_name
 from timm.task import evaluation_sample_limit
 
-from ..data import class_names, unreadable_images
+from ..datasets import class_names, unreadable_images
 from ..errors import OptionError
 from . import engine
 from .loaders import build_datasets, build_loaders, build_mixup

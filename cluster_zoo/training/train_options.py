@@ -1,13 +1,13 @@
-"""Command-line options of ``train.py``; `options` has those that it shares with ``validate.py``."""
+"""Command-line options of ``train.py``; `shared_options` has those that it shares with ``validate.py``."""
 
 from __future__ import annotations
 
 import argparse
 
 from ..errors import OptionError
-from .options import LEFT_OUT, add_dataset_options, add_input_options, add_runtime_options
 from .parser import ParseKwargs, Parser
 from .recipes import RECIPES
+from .shared_options import LEFT_OUT, add_dataset_options, add_input_options, add_runtime_options
 
 __all__ = ['add_centroid_learning_options', 'check_train_options', 'is_mixing', 'train_parser']
 

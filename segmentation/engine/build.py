@@ -22,7 +22,7 @@ from ..data.datasets import SegmentationDataset, create_dataset
 from ..data.transforms import eval_transform, train_transform
 from ..models.segmenter import Segmenter, create_segmenter
 from .optim import create_schedule, parameter_groups
-from .options import label_remap, model_options
+from .shared_options import label_remap, model_options
 
 __all__ = ['build_datasets', 'build_eval_transform', 'build_model', 'build_optimizer', 'check_data', 'syncs_batch_norm']
 

@@ -1,4 +1,4 @@
-"""Command-line options of ``segmentation/train.py``; `options` has those that it shares with ``validate.py``.
+"""Command-line options of ``segmentation/train.py``; `shared_options` has those that it shares with ``validate.py``.
 
 Values come, in increasing priority, from the training of Semantic FPN with Context Cluster on ADE20K, the published
 system of ``--segmenter``, the ``--config`` file and the command line.
@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cluster_zoo.errors import OptionError
-from cluster_zoo.training.options import add_device_options
 from cluster_zoo.training.parser import ParseKwargs, Parser
+from cluster_zoo.training.shared_options import add_device_options
 from cluster_zoo.training.train_options import add_centroid_learning_options
 
-from ..models.configs import SegmenterConfig, segmenter_config
+from ..models.published_systems import SegmenterConfig, segmenter_config
 from .optim import SCHEDULES
-from .options import add_data_options, add_model_options, add_test_options, config_options
+from .shared_options import add_data_options, add_model_options, add_test_options, config_options
 
 # Fields of SegmenterConfig with the names of options
 _SAME = (

@@ -24,9 +24,9 @@ from cluster_zoo.weights.download import fetch
 
 from .backbones import Pyramid, TokenGrids, create_backbone
 from .classifiers import CLASSIFIERS, PlainClassifier
-from .configs import CONFIGS
 from .conversion import convert_segmenter
 from .decoders import FCN, DeepLabV3Plus, SemanticFPN, UPerNet, resize
+from .published_systems import CONFIGS
 from .region_proxy import RegionProxy
 
 __all__ = ['HEADS', 'DenseHead', 'Segmenter', 'create_segmenter', 'fetch_segmenter']

@@ -12,7 +12,7 @@ from typing import Any
 from cluster_zoo.errors import OptionError
 from cluster_zoo.training.parser import ParseKwargs
 
-from ..models.configs import SegmenterConfig, segmenter_config
+from ..models.published_systems import SegmenterConfig, segmenter_config
 from .inference import MODES
 
 MODEL_OPTIONS = (

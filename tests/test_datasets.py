@@ -1,4 +1,4 @@
-"""cluster_zoo.data: the bundled sample, splits, checks of labels, unreadable images."""
+"""cluster_zoo.datasets: the bundled sample, splits, checks of labels, unreadable images."""
 
 import hashlib
 import io
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from timm.data.dataset import AugMixDataset
 
-from cluster_zoo.data import ImageDataset, check_dataset, class_names, create_dataset, unreadable_images
+from cluster_zoo.datasets import ImageDataset, check_dataset, class_names, create_dataset, unreadable_images
 from cluster_zoo.errors import DataError
 
 COLORS = {'blue': (0, 0, 255), 'green': (0, 255, 0), 'red': (255, 0, 0)}

@@ -1,4 +1,4 @@
-"""segmentation.models.configs: the published systems are consistent and can be created."""
+"""segmentation.models.published_systems: the published systems are consistent and can be created."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from segmentation.__main__ import markdown_table
 from segmentation.data import classes
 from segmentation.data.datasets import DATASETS
 from segmentation.engine.optim import create_schedule
-from segmentation.models.configs import CONFIGS
+from segmentation.models.published_systems import CONFIGS
 
 # Published parameters in millions, except r50_l32_ade20k: 323 M, fewer than its backbone vit_large_r50_s32_384 has
 PUBLISHED_PARAMETERS = {

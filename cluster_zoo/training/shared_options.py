@@ -1,10 +1,10 @@
-"""Command-line options of ``train.py`` and ``validate.py``, with timm's names and meaning."""
+"""Command-line options that ``train.py`` and ``validate.py`` share, with timm's names and meaning."""
 
 from __future__ import annotations
 
 import argparse
 
-from .parser import ParseKwargs, Parser
+from .parser import ParseKwargs
 
 __all__ = [
     'LEFT_OUT',
@@ -12,7 +12,6 @@ __all__ = [
     'add_device_options',
     'add_input_options',
     'add_runtime_options',
-    'validate_parser',
 ]
 
 LEFT_OUT = (
@@ -96,54 +95,3 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='further model arguments')
     add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import for a device backend')
     return group
-
-
-def validate_parser(prog: str = 'validate.py') -> Parser:
-    """Returns the parser of ``validate.py``."""
-    parser = Parser(
-        prog=prog,
-        usage='%(prog)s [DIR] [options]',
-        description='Measure top-1 and top-5 accuracy and speed of one or several image classifiers.',
-        epilog=LEFT_OUT,
-    )
-    group = add_dataset_options(parser)
-    group.add_argument('--split', default='validation', metavar='NAME', help='split to validate on')
-    group.add_argument('--num-samples', type=int, metavar='N', help='length of an iterable split')
-    group.add_argument('--real-labels', default='', metavar='FILE', help='JSON of the reassessed ImageNet labels')
-    group.add_argument('--valid-labels', default='', metavar='FILE', help='class indices of the dataset, one per line')
-    add = parser.add_argument_group('model').add_argument
-    add(
-        '-m',
-        '--model',
-        default='dpn92',
-        metavar='NAMES',
-        help='model, several with commas between them, a pattern such as '
-        "'coc_*' (those with pretrained weights), 'all', or a file of names",
-    )
-    add('--pretrained', action='store_true', help='use pretrained weights (always without --checkpoint)')
-    add('--checkpoint', default='', metavar='FILE', help='checkpoint file, or folder of checkpoint files')
-    add('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
-    add('--num-classes', type=int, metavar='N', help="number of classes (default: the model's)")
-    add('--gp', metavar='POOL', help='global pooling: fast, avg, max, avgmax, avgmaxc')
-    add('--sub-centroids', type=int, metavar='K', help='sub-centroids per class of a dnc_* model (default: 4)')
-    add('--test-pool', action='store_true', help="timm's test-time pooling for larger images")
-    add('--reparam', action='store_true', help='fuse reparameterizable branches')
-    group = add_input_options(parser)
-    group.add_argument('--use-train-size', action='store_true', help='ignore the test image size of the model')
-    group.add_argument('--crop-mode', metavar='MODE', help='validation crop: center, squash or border')
-    group.add_argument('--crop-border-pixels', type=int, metavar='N', help='pixels that --crop-mode border removes')
-    group.add_argument('--tf-preprocessing', action='store_true', help="TensorFlow's preprocessing (needs TensorFlow)")
-    group = add_runtime_options(parser)
-    add = group.add_argument
-    add('-b', '--batch-size', type=int, default=256, metavar='N', help='batch size (default: 256)')
-    add('--num-gpu', type=int, default=1, metavar='N', help='number of GPUs (DataParallel)')
-    add('--aot-autograd', action='store_true', help='AOT autograd with memory-efficient fusion')
-    add('--legacy-jit', dest='fuser', action='store_const', const='old', help='the same as --fuser old')
-    add('--seed', type=int, default=42, metavar='N', help='random seed')
-    add('--retry', action='store_true', help='retry with a smaller batch size when out of memory')
-    add = parser.add_argument_group('results').add_argument
-    add('--log-freq', type=int, default=10, metavar='N', help='batches between log lines')
-    add('--metrics-avg', choices=['micro', 'macro', 'weighted'], help='add precision, recall and F1, averaged')
-    add('--results-file', default='', metavar='FILE', help='write the results to this file, sorted by top-1')
-    add('--results-format', default='', choices=('', 'csv', 'json'), help='default: by file name, else csv')
-    return parser
