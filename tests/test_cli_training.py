@@ -20,7 +20,7 @@ SAMPLE = ['--dataset', 'cluster_zoo/cifar10_sample', '--device', 'cpu', '-j', '0
 TRAIN = [*SAMPLE, '--model', 'test_resnet', '--num-classes', '10', '--img-size', '32', '-b', '100', '--lr', '0.01']
 
 
-@pytest.mark.parametrize('command', ['train', 'validate', 'segment train', 'segment validate'])
+@pytest.mark.parametrize('command', ['validate', 'segment train'])
 def test_help_is_that_of_the_script(command, capsys):
     script = {'segment train': 'segmentation/train.py', 'segment validate': 'segmentation/validate.py'}
     path = ROOT / script.get(command, f'{command}.py')
@@ -73,7 +73,7 @@ def test_stopped_run_prints_the_command_of_the_package(tmp_path):
 
 @pytest.mark.parametrize('command', ['train', 'validate', 'segment train', 'segment validate', 'info'])
 def test_debug_shows_the_traceback(command, capsys, monkeypatch):
-    wrong = ['coc_tny'] if command == 'info' else ['/no/such/folder', '--device', 'cpu']
+    wrong = dict(info=['coc_tny'], validate=['--model', 'coc_tny']).get(command, ['/no/such/folder', '--device', 'cpu'])
     monkeypatch.delenv('CLUSTER_ZOO_DEBUG', raising=False)
     assert main([*command.split(), *wrong]) == 2
     error = capsys.readouterr().err
