@@ -42,13 +42,13 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture(scope='session')
 def published_file(tmp_path_factory):
-    """Weights of coc_tiny in a file as its authors publish them."""
+    """Weights of coc_tiny in the format of the authors' file."""
     return save_released('coc_tiny', tmp_path_factory.mktemp('published') / 'model_best.pth.tar')
 
 
 @pytest.fixture(scope='session')
 def imported(published_file, tmp_path_factory):
-    """A cache that has them as coc_tiny.in1k."""
+    """A cache with these weights as coc_tiny.in1k."""
     from cluster_zoo.weights.importing import import_checkpoint
 
     root = tmp_path_factory.mktemp('cache')
@@ -58,7 +58,7 @@ def imported(published_file, tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def image_folder(tmp_path_factory):
-    """Noisy images in three colours: 14 of each to train on, 5 to validate."""
+    """Noisy images in three colors: 14 of each for training, 5 for validation."""
     root = tmp_path_factory.mktemp('images')
     rng = np.random.default_rng(0)
     for split, count in (('train', 14), ('validation', 5)):

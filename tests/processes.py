@@ -16,10 +16,10 @@ def run_processes(work: Callable[..., None], world: int, *args: object, seconds:
     """Calls ``work(rank, world, *args)`` in each of ``world`` processes.
 
     Raises:
-        AssertionError: They have not ended after so many seconds.
-        ProcessRaisedException: One of them has failed.
+        AssertionError: The processes do not end in time.
+        ProcessRaisedException: A process has failed.
     """
-    # They are forked from one that has done the imports, which take seconds, and nothing else.
+    # The server that forks the processes imports these modules once, because the imports take seconds.
     modules = [
         'plain_centroids',
         'timm.task',

@@ -16,12 +16,12 @@ with (Path(__file__).parent / 'script_flags.tsv').open() as table:
     FLAGS = [
         {column: value.strip("'") for column, value in row.items()} for row in csv.DictReader(table, delimiter='\t')
     ]
-# Ours on purpose: the device that is there and a precision that suits it; the format that the file's name says.
+# Defaults that differ on purpose: the available device, a precision for it, the format of the file's name
 OTHER_DEFAULTS = {'--device', '--amp-dtype', '--results-format'}
 
 
 def _default(row):
-    """What the table's default column means: a literal, a text (which lost its quotes), or nothing."""
+    """Value of the table's default column: a literal, a string without quotes, or None."""
     if row['action'] == 'store_true':
         return False
     try:
@@ -129,7 +129,7 @@ def test_bad_config(tmp_path, text, message):
 
 
 def test_config_values_take_the_options_types(tmp_path):
-    # YAML 1.1 reads 1e-3 as text, and people write whole numbers for floats.
+    # YAML 1.1 reads 1e-3 as a string, and users write integers for floats.
     (tmp_path / 'c.yaml').write_text('lr: 1e-3\nmixup: 1\nscale: [1, 1]\nmodel_kwargs: {proposals: 4}\nresume:\n')
     args = train_parser().resolve(['-c', str(tmp_path / 'c.yaml')])
     assert (args.lr, args.mixup, args.scale, args.model_kwargs) == (1e-3, 1.0, [1.0, 1.0], {'proposals': 4})

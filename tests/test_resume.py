@@ -21,7 +21,7 @@ def _draw():
 
 def test_generators_go_on_where_they_were():
     seed_all(1, 0, 0)
-    _draw()  # numpy, Python and torch keep a second normal number for later
+    _draw()  # numpy, Python and torch store a second normal number
     state = get_rng_state()
     expected = _draw()
     _draw()
@@ -55,7 +55,7 @@ def test_signal_is_a_request(number):
 def test_second_interrupt_stops_at_once():
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)  # the same key press, passed on by a launcher
+        os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, passed on by a launcher
         stop.received -= 2
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

@@ -1,4 +1,4 @@
-"""segmentation/train.py on a few small images: that it learns, what it writes, that it goes on to the same bits."""
+"""segmentation/train.py on a few images: learning, the run folder, resuming to the same bits, errors."""
 
 import csv
 import os
@@ -35,7 +35,7 @@ BASE = ['--crop', 32, '--scale', 48, 40, '-b', 4, '-j', 0, '--device', 'cpu', '-
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory) -> Path:
-    """Rectangles in two colours on noise; the upper rows have no label."""
+    """Rectangles in two colors on noise. The upper rows have no label."""
     root = tmp_path_factory.mktemp('data')
     rng = np.random.default_rng(0)
     for split, count in (('train', 10), ('val', 3)):
@@ -75,7 +75,7 @@ def _load(path):
     return torch.load(path, weights_only=True)
 
 
-# ---- What a run writes ----
+# ---- Run folder ----
 
 
 def test_run_folder(run, tmp_path, caplog):
@@ -86,7 +86,7 @@ def test_run_folder(run, tmp_path, caplog):
     rows = _summary(folder)
     assert [row['iteration'] for row in rows] == ['2', '4', '5']
     assert set(rows[0]) == {'iteration', 'train_loss', 'mIoU', 'aAcc', 'mAcc', 'lr'}
-    # Rates of the iterations with numbers 1 (half warmed up), 3 and 4
+    # Learning rates of iterations 1 (within warm-up), 3 and 4
     expected = [1e-3 * (1e-6 + (1 - 1e-6) / 2), 1e-3 * (1 - 3 / 5) ** 0.9, 1e-3 * (1 - 4 / 5) ** 0.9]
     assert [float(row['lr']) for row in rows] == pytest.approx(expected)
     assert _load(folder / 'model_best.pth.tar')['metric'] == max(float(row['mIoU']) for row in rows)
@@ -112,7 +112,7 @@ def test_checkpoint_alone_rebuilds_the_model(run, tmp_path):
     assert checkpoint['epoch'] == 2 and args['centroid_momentum'] == 0.5
     [[learned]] = checkpoint['learned']
     assert learned['memory']['features'].shape[1] == 8
-    # And another run starts from its weights that are not averaged
+    # Another run starts from the weights that are not averaged
     assert run('b', '--iterations', 1, *flags, '--checkpoint', tmp_path / 'a' / 'last.pth.tar', '--lr', 1e-12) == 0
     first, second = (_load(tmp_path / name / 'last.pth.tar')['state_dict'] for name in ('a', 'b'))
     name = 'backbone.model.layer1.0.conv1.weight'
@@ -122,7 +122,7 @@ def test_checkpoint_alone_rebuilds_the_model(run, tmp_path):
 
 @pytest.mark.parametrize('classifier', ['plain', 'cond', 'dnc'])
 def test_learns(run, tmp_path, classifier):
-    """Red and green rectangles; who sees nothing but ground has a mean IoU of 29."""
+    """Segments red and green rectangles. A constant prediction has a mean IoU of 29."""
     flags = ['--iterations', 40, '--ratio', 0.8, 1.2, '--no-distort', '--dropout', 0, '--lr', 1e-2]
     flags += ['--centroid-momentum', 0.9] if classifier == 'dnc' else []
     model = ['--head', 'semantic_fpn', '--backbone', 'test_resnet', '--channels', 16, '--classifier', classifier]
@@ -167,13 +167,13 @@ def test_accumulated_batches_are_the_samples_of_a_larger_one(run, tmp_path, monk
     assert float(_summary(tmp_path / 'twice')[0]['train_loss']) == pytest.approx(1.1, abs=0.5)  # a mean, not a sum
 
 
-# ---- Interruptions ----
+# ---- Stopping and resuming ----
 
 FULL = ['--iterations', 5, '--val-interval', 3, '--classifier', 'dnc', '--model-ema', '--warmup', 2]
 
 
 def _stop_before(monkeypatch, iteration):
-    """Sends the process a SIGTERM when it is about to start the iteration with that number, from 0."""
+    """Sends a SIGTERM before an iteration, counted from 0."""
     original, asked = StopRequest.requested, iter(range(10**6))
 
     def requested(self):
@@ -209,7 +209,7 @@ def test_resumed_run_ends_in_the_same_bits(run, tmp_path, monkeypatch, capsys, i
     message = capsys.readouterr().err
     assert f'Stopped at iteration {iteration}.' in message
     command = next(line for line in message.splitlines() if '--resume' in line)
-    torch.manual_seed(0)  # the generators of another process would be somewhere else
+    torch.manual_seed(0)  # another process has other states of the generators
     assert train.main(shlex.split(command)[2:]) == 0
     _assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
 
@@ -222,7 +222,7 @@ def test_resume_auto(run, tmp_path, monkeypatch):
     assert run('a', *flags) == 0
     assert run('b', *FULL) == 0
     _assert_same_run(tmp_path / 'b', tmp_path / 'a')
-    assert run('a', *flags) == 0  # nothing left to do
+    assert run('a', *flags) == 0  # the run is finished
     assert len(_summary(tmp_path / 'a')) == 2
 
 
@@ -252,7 +252,7 @@ def test_resume_says_that_other_batches_are_other_samples(run, tmp_path, caplog)
 
 
 def _in_a_process(rank: int, world: int, line: list[str], folder: str) -> None:
-    """Two runs, the second from the middle of the first; the environment is torchrun's."""
+    """Two runs with the environment of torchrun. The second starts in the middle of the first."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='localhost')
     for name, flags in dict(a=[], b=['--resume', f'{folder}/a/recovery-4-0.pth.tar']).items():
@@ -267,14 +267,14 @@ def _in_a_process(rank: int, world: int, line: list[str], folder: str) -> None:
         os.environ['MASTER_PORT'] = port.read_text()
         assert train.main([*line, '--experiment', name, *flags]) == 0
     os.environ['MASTER_PORT'] = '0'
-    assert train.main([*line, '--sync-bn']) == 2  # without a GPU, before processes meet
+    assert train.main([*line, '--sync-bn']) == 2  # without a GPU, before the process group is created
 
 
-def test_two_processes_go_on_to_the_same_bits(data, tmp_path):
+def test_two_processes_resume_to_the_same_bits(data, tmp_path):
     line = [data, '--dataset', 'folder', *MODEL, *BASE, '--output', tmp_path, *FULL, '-b', 2, '--recovery-interval', 2]
     run_processes(_in_a_process, 2, list(map(str, line)), str(tmp_path))
     first, second = (_load(tmp_path / name / 'last.pth.tar') for name in ('a', 'b'))
-    assert len(first['learned']) == 2  # each process has a memory of its own
+    assert len(first['learned']) == 2  # each process has its own memory
     assert not torch.equal(*(learned['memory']['features'] for [learned] in first['learned']))
     assert not any(name.startswith('module.') for name in first['state_dict'])
     for key in ('state_dict', 'state_dict_ema', 'optimizer', 'learned', 'progress'):
@@ -283,7 +283,7 @@ def test_two_processes_go_on_to_the_same_bits(data, tmp_path):
 
 
 def test_processes_wait_for_the_data_check(data, tmp_path, monkeypatch):
-    """Longer than NCCL does, which gives up after 10 minutes."""
+    """The check may take longer than the 10 minutes that NCCL waits."""
     waits = []
 
     def broadcast(objects, group=None):
@@ -311,7 +311,7 @@ def test_processes_wait_for_the_data_check(data, tmp_path, monkeypatch):
         (None, 'cuda:1', True, ['--sync-bn'], True),
     ],
 )
-def test_published_systems_synchronise_batch_norm(segmenter, device, distributed, flags, expected):
+def test_published_systems_synchronize_batch_norm(segmenter, device, distributed, flags, expected):
     args = train_parser().resolve(['data', *(['--segmenter', segmenter] if segmenter else []), *flags])
     args.device, args.distributed = device, distributed
     assert syncs_batch_norm(args) is expected
@@ -387,7 +387,7 @@ def test_options_file_is_a_run_again(run, tmp_path):
         (['--seed', 2**32], '--seed must be at least 0, below 2**32'),
     ],
 )
-def test_mistakes_are_one_line(run, capsys, flags, message):
+def test_errors_are_one_line(run, capsys, flags, message):
     assert run('a', '--iterations', 5, *flags) == 2
     error = capsys.readouterr().err
     assert error.startswith('error: ') and error.count('\n') == 1 and message in error
@@ -447,7 +447,7 @@ def test_a_devices_memory_is_too_small(run, monkeypatch, capsys):
 @pytest.mark.parametrize('start', ['file', 'module'])
 def test_starts_as_a_file_and_as_a_module(start, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['train.py', '--help'])
-    # Where Python puts the folder of a file that it starts, and the current one for a module
+    # The first entry is the folder of the script, or the current folder for a module
     monkeypatch.setattr(sys, 'path', [str(ROOT / 'segmentation' if start == 'file' else ROOT), *sys.path])
     monkeypatch.delitem(sys.modules, 'segmentation.train')
     with pytest.raises(SystemExit) as end:
@@ -456,4 +456,4 @@ def test_starts_as_a_file_and_as_a_module(start, monkeypatch, capsys):
         else:
             runpy.run_module('segmentation.train', run_name='__main__')
     assert end.value.code == 0 and '--layer-decay' in capsys.readouterr().out
-    assert sys.path[0] == str(ROOT)  # not the folder whose files have the names of other modules
+    assert sys.path[0] == str(ROOT)  # not the folder of the script, whose modules could hide others

@@ -1,4 +1,4 @@
-"""segmentation/validate.py and the loop that it shares with training, on a few small images."""
+"""segmentation/validate.py and `evaluate` on a few images."""
 
 import argparse
 import json
@@ -22,14 +22,14 @@ from segmentation.engine.inference import predict
 
 ROOT = Path(__file__).parents[1]
 CLASSES = ('sky', 'road', 'tree', 'car')
-# Width and height: two sizes, in turns that fill no batch of two at once
+# Width and height: two sizes in an order in which no batch of two is complete at once
 SIZES = [(40, 33), (36, 48), (40, 33), (36, 48), (40, 33), (40, 33), (36, 48)]
 MODEL = dict(head='fcn', backbone='test_resnet', num_classes=4, channels=8, output_stride=8)
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    """Seven noisy images of three of the classes, with ignored pixels."""
+    """Seven noisy images of three classes, with ignored pixels."""
     root = tmp_path_factory.mktemp('streets')
     rng = np.random.default_rng(0)
     for kind in ('images', 'masks'):
@@ -48,7 +48,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def model():
-    """An untrained segmenter whose classes are all predicted somewhere."""
+    """An untrained segmenter that predicts all classes."""
     torch.manual_seed(0)
     model = create_segmenter(**MODEL)
     for module in model.modules():
@@ -63,7 +63,7 @@ def model():
 
 @pytest.fixture(scope='module')
 def checkpoint(model, tmp_path_factory):
-    """What segmentation/train.py leaves: weights, and its options."""
+    """A checkpoint as segmentation/train.py writes it: weights and options."""
     path = tmp_path_factory.mktemp('weights') / 'last.pth.tar'
     args = dict(dataset='folder', model_kwargs=dict(output_stride=8), lr=0.1, data='/nowhere', test_mode='whole')
     args |= {name: value for name, value in MODEL.items() if name != 'output_stride'}
@@ -73,7 +73,7 @@ def checkpoint(model, tmp_path_factory):
 
 @pytest.fixture
 def run(data, checkpoint, tmp_path, capsys):
-    """Runs the script in this process; returns its results, or its exit status and its message."""
+    """Runs the script in this process and returns its results, or its exit status and message."""
 
     def _run(*flags, data=data, checkpoint=checkpoint):
         results = tmp_path / 'results' / 'one.json'
@@ -87,7 +87,7 @@ def run(data, checkpoint, tmp_path, capsys):
 
 
 def samples(data, resized=None):
-    """Images [1, 3, H, W], normalised here, at the size [H, W] that `resized` makes of theirs, and masks [H, W]."""
+    """Normalized images [1, 3, H, W], resized to the size that `resized` returns, and masks [H, W]."""
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
     for path in sorted((data / 'val' / 'images').iterdir()):
         pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None].float()
@@ -98,7 +98,7 @@ def samples(data, resized=None):
 
 
 def figures(pairs):
-    """mIoU, accuracy of pixels, mean accuracy of classes and each class's IoU, by their definitions."""
+    """mIoU, pixel accuracy, mean class accuracy and IoU of each class by their definitions."""
     predictions, labels = (torch.cat([x.flatten() for x in side]) for side in zip(*pairs))
     predictions, labels = predictions[labels != 255], labels[labels != 255]
     iou, acc = {}, []
@@ -114,7 +114,7 @@ def figures(pairs):
 
 @torch.no_grad()
 def expected(data, model, *resized, **protocol):
-    """Of the mean over the sizes that the functions make of the images'."""
+    """Metrics of the mean probabilities over several sizes."""
     pairs = []
     for views in zip(*(samples(data, each) for each in resized or (None,)), strict=True):
         mask = views[0][1]
@@ -124,7 +124,7 @@ def expected(data, model, *resized, **protocol):
 
 
 def check(found, wanted, within=0.05):
-    # A pixel whose two best classes are as good as equal may fall either way.
+    # Rounding decides for pixels with two almost equal probabilities.
     assert (found['mIoU'], found['aAcc'], found['mAcc']) == pytest.approx(wanted[:3], abs=within)
     assert {k: v for k, v in found['IoU'].items() if v is not None} == pytest.approx(wanted[3], abs=within)
 
@@ -133,7 +133,7 @@ def test_a_checkpoint_alone_is_enough(run, data, model):
     found, out = run()
     wanted = expected(data, model)
     check(found, wanted)
-    assert set(wanted[3]) == set(CLASSES) and 5 < wanted[0] < 95  # the car is predicted and never there
+    assert set(wanted[3]) == set(CLASSES) and 5 < wanted[0] < 95  # the car is predicted but does not occur
     assert found['Acc']['car'] is None
     assert found['images'] == 7 and found['images_per_second'] > 0
     assert found['parameters'] == round(sum(p.numel() for p in model.parameters()) / 1e6, 4)
@@ -152,7 +152,7 @@ def test_loader_processes_do_not_matter(run, data, model):
 
 
 def test_windows_scales_and_flip(run, data, model):
-    """Every scale is one of the image itself: 0.75 times 60 x 40 is 45 x 30, in multiples of 8 then 48 x 32."""
+    """Scales are factors of --scale: 0.75 times 60 x 40 is 45 x 30, rounded up to 48 x 32."""
     found, _ = run(
         *('--mode', 'slide', '--crop', 32, '--stride', 20, 24, '--flip', '-b', 3),
         *('--scale', 60, 40, '--multiple', 8, '--scales', 0.75, 1, 1.5),
@@ -168,7 +168,7 @@ def test_windows_scales_and_flip(run, data, model):
     sizes = [at(ratio) for ratio in (0.75, 1, 1.5)]
     assert [size(36, 48) for size in sizes] == [(32, 40), (40, 56), (64, 80)]
     wanted = expected(data, model, *sizes, mode='slide', crop=32, stride=(20, 24), flip=True)
-    check(found, wanted, within=0.2)  # as below
+    check(found, wanted, within=0.2)  # see the next comment on uint8
     assert abs(wanted[1] - expected(data, model, sizes[1])[1]) > 0.5
     assert found['options']['test_stride'] == [20, 24]
 
@@ -191,7 +191,7 @@ def test_images_are_resized_and_masks_are_not(run, data, model):
     """40 x 33 and 36 x 48 fit into 64 x 50 as 61 x 50 and 48 x 64; in multiples of 8 that is 64 x 56 and 48 x 64."""
     found, _ = run('--scale', 64, 50, '--multiple', 8)
     wanted = expected(data, model, lambda *size: {(33, 40): (56, 64), (48, 36): (64, 48)}[size])
-    check(found, wanted, within=0.2)  # bytes are resized with weights of few bits: some differ by one
+    check(found, wanted, within=0.2)  # resizing uint8 rounds the weights, so some pixels differ by one
     assert abs(wanted[1] - expected(data, model)[1]) > 1
 
 
@@ -256,8 +256,8 @@ def _validate(rank, world, port, argv):
     assert validate.main(argv) == 0
 
 
-def test_two_processes_give_the_figures_of_one(run, data, checkpoint, tmp_path):
-    """Seven images over two processes: none is counted twice."""
+def test_two_processes_give_the_metrics_of_one(run, data, checkpoint, tmp_path):
+    """With seven images in two processes, none is counted twice."""
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
@@ -295,7 +295,7 @@ def test_two_processes_give_the_figures_of_one(run, data, checkpoint, tmp_path):
         (('--device', 'abacus'), {}, '--device abacus'),
     ],
 )
-def test_mistakes_are_one_line(run, flags, changes, message):
+def test_errors_are_one_line(run, flags, changes, message):
     status, error = run(*flags, **changes)
     assert status == 2
     assert message in error
@@ -303,7 +303,7 @@ def test_mistakes_are_one_line(run, flags, changes, message):
 
 
 def test_a_model_of_other_classes(run, tmp_path):
-    """A dataset that says how many classes it has, and a model of four."""
+    """A dataset with a fixed number of classes and a model with four."""
     for kind in ('images', 'masks'):
         (tmp_path / 'val' / kind).mkdir(parents=True)
         Image.new('RGB' if kind == 'images' else 'L', (8, 8)).save(tmp_path / 'val' / kind / '0.png')
@@ -325,18 +325,18 @@ def test_a_broken_image_is_named(run, data, tmp_path, workers):
 
 
 def test_started_as_a_file_from_elsewhere(tmp_path, data):
-    """Its own folder has modules of common names, which nothing else may find."""
+    """The folder of the script has modules with common names, which must not hide others."""
     command = [sys.executable, ROOT / 'segmentation' / 'validate.py', data, '--checkpoint', 'missing.pth']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (2, '')
     assert done.stderr.startswith("error: No checkpoint at 'missing.pth'")
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------
+# --- evaluate ---------------------------------------------------------------------------------------------------------
 
 
 class Squares(torch.utils.data.Dataset):
-    """Images whose sizes follow a list, and which show their own labels."""
+    """Images with given sizes that contain their own labels."""
 
     classes, ignore_index = ('a', 'b', 'c'), 255
 
@@ -352,7 +352,7 @@ class Squares(torch.utils.data.Dataset):
 
 
 class Echo(nn.Module):
-    """Sees what its image shows, and remembers the batches."""
+    """Predicts the labels that the image contains, and records the batches."""
 
     def __init__(self):
         super().__init__()
@@ -377,12 +377,12 @@ def test_few_images_wait_for_others_of_their_size():
     evaluate(model, Squares([*range(2, 18), 3, 9]), 'cpu', batch_size=4, overlays=lambda i, _: seen.append(i))
     assert sum(count for count, _ in model.batches) == 18
     assert sorted(seen) == list(range(18))
-    # The sixteenth image waits for no other: one goes, then with every further image another.
+    # The limit of waiting images is 16: from then on, each further image completes a batch.
     assert model.batches[0] == (1, 2) and (2, 9) in model.batches
 
 
 class Views(Squares):
-    """An image and, twice as large, one that belies it, with another contrast."""
+    """An image, and a contradicting one of twice the size with another contrast."""
 
     def __init__(self, sides, contrast):
         super().__init__(sides)

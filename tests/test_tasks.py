@@ -1,4 +1,4 @@
-"""Tasks whose models have centroids: what is learned, when, and that the averaged model has the same centroids."""
+"""Tasks for models with centroids: updates of the centroids, the averaged model, the contrast loss."""
 
 import copy
 
@@ -42,7 +42,7 @@ def prototypes(task, ema=False) -> torch.Tensor:
 
 @pytest.fixture
 def learned(monkeypatch):
-    """The targets that heads learn from, in order."""
+    """Records the targets of `NearestCentroidHead.learn`."""
     from cluster_zoo.layers.nearest_centroid import NearestCentroidHead
 
     targets, original = [], NearestCentroidHead.learn
@@ -55,11 +55,11 @@ def learned(monkeypatch):
     return targets
 
 
-# ---- What a step does ----
+# ---- Steps ----
 
 
 def test_a_step_is_a_plain_loops(learned):
-    """The task, against the loop that `NearestCentroidHead` shows."""
+    """Compares the task with the loop in the documentation of `NearestCentroidHead`."""
     model = tiny()
     twin = copy.deepcopy(model)
     task = NearestCentroidTask(model, criterion_kwargs=dict(smoothing=0.1), verbose=False)
@@ -92,7 +92,7 @@ def test_a_batch_is_learned_once_under_accumulation(learned):
         targets.append(target)
         with task.no_sync():
             task(images, target)['loss'].backward()
-        assert len(learned) == number  # the last batch waits for its gradients
+        assert len(learned) == number  # the last batch is learned after its backward pass
         if number % 3 == 2:
             task.update_ema(step=number)
             assert len(learned) == number + 1
@@ -119,7 +119,7 @@ def test_evaluation_teaches_nothing(learned):
     task(*batch())
     task.update_ema()
     assert learned == [] and torch.equal(prototypes(task), before)
-    # A batch of before is not lost.
+    # The previous batch is not lost.
     task.train()
     _, target = pending = batch()
     task(*pending)
@@ -152,7 +152,7 @@ def test_averaged_model_has_the_centroids_themselves(dtype):
         assert torch.equal(prototypes(task, ema=True), prototypes(task))
     averaged = task.get_trainable_module(ema=True).module
     assert not torch.equal(averaged.conv1.weight, task.get_trainable_module().conv1.weight)
-    assert centroid_heads(averaged)[0].memory is None  # it learns nothing itself
+    assert centroid_heads(averaged)[0].memory is None  # it does not learn
 
 
 # ---- The contrast loss ----
@@ -200,7 +200,7 @@ def test_contrast_loss_with_a_compiled_model(compiled):
     assert not any('_orig_mod' in name for name in task.get_checkpoint_state()['state_dict'])
 
 
-# ---- Any of timm's tasks ----
+# ---- Other tasks of timm ----
 
 
 def test_classes_are_made_once():
@@ -251,7 +251,7 @@ def test_models_without_centroids():
     assert task.learning_state() == []
 
 
-# ---- Going on ----
+# ---- Resuming ----
 
 
 def test_learning_state():

@@ -1,4 +1,4 @@
-"""train.py, run on a few images: that it learns, what it writes, that it stops and goes on to the same bits."""
+"""train.py on a few images: learning, the run folder, stopping and resuming to the same bits, errors."""
 
 import argparse
 import csv
@@ -49,7 +49,7 @@ def _load(path):
     return torch.load(path, weights_only=True)
 
 
-# What a run writes
+# Run folder
 
 
 def test_run_folder(run, tmp_path, caplog):
@@ -83,7 +83,7 @@ def test_checkpoint_is_plain_data_in_timms_layout(run, tmp_path):
     expected = {'epoch', 'arch', 'optimizer', 'version', 'args', 'state_dict', 'state_dict_ema', 'metric', 'amp_scaler'}
     assert expected <= checkpoint.keys()
     assert (checkpoint['epoch'], checkpoint['arch'], checkpoint['args']['lr']) == (0, 'test_resnet', 0.05)
-    # timm's own loader and ours read it, each with the averaged weights where they are asked for.
+    # timm's loader and this package's read the file, with averaged weights if requested.
     for load in (timm.models.load_checkpoint, load_checkpoint):
         model = timm.create_model('test_resnet', num_classes=3)
         load(model, str(tmp_path / 'a' / 'last.pth.tar'), use_ema=True)
@@ -91,7 +91,7 @@ def test_checkpoint_is_plain_data_in_timms_layout(run, tmp_path):
 
 
 def test_learns(run, tmp_path):
-    """Colours of noisy images: chance is a third."""
+    """Classifies noisy images by color. Random guesses reach 33 %."""
     flags = ['--epochs', 8, '--opt', 'adamw', '--lr', 3e-3, '--warmup-epochs', 0, '--color-jitter', 0]
     assert run('a', *flags) == 0
     assert max(float(row['eval_top1']) for row in _summary(tmp_path / 'a')) > 80
@@ -150,7 +150,7 @@ def test_options_work_together(run, tmp_path, flags):
 
 
 def test_gradient_accumulation_is_a_larger_batch(run, tmp_path):
-    """Without augmentation, batch norm or chance, two batches of four make the update of one of eight."""
+    """Without augmentation, batch norm and dropout, two batches of four give the update of one batch of eight."""
     flags = ['--model', 'test_vit', '--epochs', 1, '--lr', 0.1, '--no-aug', '--smoothing', 0, '--warmup-epochs', 0]
     assert run('whole', *flags, '-b', 8) == 0
     assert run('parts', *flags, '-b', 4, '--grad-accum-steps', 2) == 0
@@ -170,10 +170,10 @@ def test_distillation(run, tmp_path):
     assert run('feature', *teacher, '--kd-distill-type', 'feature', '--model', 'test_vit') == 0
     checkpoint = _load(tmp_path / 'feature' / 'last.pth.tar')
     assert checkpoint['state_dict'].keys() == timm.create_model('test_vit', num_classes=3).state_dict().keys()
-    assert checkpoint['task_state']  # the projection between the two widths
+    assert checkpoint['task_state']  # the projection from the student to the teacher
 
 
-# Stopping and going on
+# Stopping and resuming
 
 
 FULL = [
@@ -220,13 +220,13 @@ def _assert_same_run(a, b):
 
 @pytest.mark.parametrize(
     ('asked', 'flags'),
-    # An epoch asks 11 times: after each of 4 updates and of 2 x 3 batches of validation, and at its end.
+    # Requests per epoch: after each of 4 updates and of 2 x 3 validation batches, and at its end, 11 in all
     [
-        (2, ['-j', 1]),  # inside the first epoch, before any other checkpoint
+        (2, ['-j', 1]),  # within the first epoch, before any other checkpoint
         (13, ['-j', 0]),
         (4, ['-j', 1, '--sched-on-updates']),  # all batches done, not validated
-        (9, ['-j', 0, '--sched-on-updates']),  # half validated
-        (11, ['-j', 1]),  # validated, no checkpoint of it yet
+        (9, ['-j', 0, '--sched-on-updates']),  # within the validation
+        (11, ['-j', 1]),  # after the validation, before its checkpoint
         (24, ['-j', 0, '--sched', 'plateau', '--patience-epochs', 0]),
     ],
 )
@@ -238,7 +238,7 @@ def test_resumed_run_ends_in_the_same_bits(run, train, tmp_path, monkeypatch, ca
     message = capsys.readouterr().err
     command = next(line for line in message.splitlines() if '--resume' in line)
     words = shlex.split(command)
-    torch.manual_seed(0)  # the generators of another process would be somewhere else
+    torch.manual_seed(0)  # another process has other states of the generators
     assert train.main(words[2:]) == 0
     _assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
 
@@ -251,7 +251,7 @@ def test_resume_at_the_end_of_an_epoch(run, tmp_path):
     first, second = (_load(tmp_path / name / 'last.pth.tar') for name in ('whole', 'again'))
     assert_same(first['state_dict'], second['state_dict'])
     assert [row['epoch'] for row in _summary(tmp_path / 'again')] == ['1', '2']
-    # A recovery checkpoint, as kept while a run goes on, will do as well.
+    # A recovery checkpoint gives the same result.
     recovery = max((tmp_path / 'whole').glob('recovery-*'), key=lambda path: path.stat().st_mtime)
     assert run('third', *flags, '--resume', recovery) == 0
     assert_same(first['state_dict'], _load(tmp_path / 'third' / 'last.pth.tar')['state_dict'])
@@ -265,7 +265,7 @@ def test_resume_auto(run, train, tmp_path, monkeypatch):
     assert run('a', *flags) == 0
     assert run('b', '--epochs', 2, '--lr', 0.01) == 0
     _assert_same_run(tmp_path / 'b', tmp_path / 'a')
-    assert run('a', *flags) == 0  # nothing left to do
+    assert run('a', *flags) == 0  # the run is finished
     assert len(_summary(tmp_path / 'a')) == 2
 
 
@@ -274,12 +274,12 @@ def test_resume_keeps_the_best_checkpoints(run, tmp_path):
     assert run('a', '--epochs', 1, *flags) == 0
     best = _load(tmp_path / 'a' / 'model_best.pth.tar')
     assert run('a', '--epochs', 2, '--lr', 0, '--warmup-epochs', 0, *flags[2:], '--resume', 'auto') == 0
-    # No learning rate, no better: the first epoch's stays.
+    # With a learning rate of 0 the second epoch is not better.
     assert _load(tmp_path / 'a' / 'model_best.pth.tar')['epoch'] == best['epoch'] == 0
 
 
 def test_resume_a_checkpoint_of_timms_script(run, tmp_path):
-    """timm's dictionary ends at an epoch, and holds the options as a namespace."""
+    """timm's checkpoints are written after an epoch and have the options as a namespace."""
     assert run('a', '--epochs', 1, '--lr', 0.01) == 0
     checkpoint = _load(tmp_path / 'a' / 'last.pth.tar')
     checkpoint = {k: v for k, v in checkpoint.items() if k not in ('progress', 'args')}
@@ -298,7 +298,7 @@ def test_resume_without_the_optimizer(run, tmp_path):
     assert run('b', *flags, '--no-resume-opt') == 0
 
 
-def test_interrupted_process_prints_the_command_that_goes_on(image_folder, tmp_path):
+def test_stopped_process_prints_the_command_that_resumes(image_folder, tmp_path):
     flags = [*map(str, FULL), '--epochs', '40', '--warmup-epochs', '2', '-j', '1', '--log-interval', '1']
     command = [sys.executable, 'train.py', str(image_folder), *BASE, '--output', str(tmp_path), *flags]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -318,7 +318,7 @@ def test_interrupted_process_prints_the_command_that_goes_on(image_folder, tmp_p
     assert [row['epoch'] for row in _summary(folder)] == ['0', '1']
 
 
-# On a terminal, and in several processes
+# Terminal and several processes
 
 
 def test_bar_on_a_terminal(image_folder, tmp_path):
@@ -333,7 +333,7 @@ def test_bar_on_a_terminal(image_folder, tmp_path):
     while True:
         try:
             block = os.read(leader, 4096)
-        except OSError:  # how Linux says that the other side is closed
+        except OSError:  # raised by Linux when the other side is closed
             break
         if not block:
             break
@@ -346,7 +346,7 @@ def test_bar_on_a_terminal(image_folder, tmp_path):
 
 @pytest.fixture(scope='module')
 def imagenet_folder(tmp_path_factory):
-    """As many classes as the published models have, an image in each."""
+    """An image in each of 1,000 classes."""
     root = tmp_path_factory.mktemp('imagenet')
     for split in ('train', 'val'):
         for index in range(1000):
@@ -364,7 +364,7 @@ def imagenet_folder(tmp_path_factory):
     ],
 )
 def test_published_command_in_two_processes(imagenet_folder, tmp_path, launcher, model):
-    """The command of the papers but for sizes that would take long here. No gradient reaches some weights of FEC."""
+    """The command of the papers with smaller sizes. Some weights of FEC get no gradient."""
     port = ['--master_port', '29533' if model == 'coc_tiny' else '29534']
     published = [
         'train.py',
@@ -386,14 +386,14 @@ def test_published_command_in_two_processes(imagenet_folder, tmp_path, launcher,
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count('Recipe') == 1  # the other process is silent
+    assert done.stderr.count('Recipe') == 1  # the other process logs nothing
     assert '2 x cpu' in done.stderr
     checkpoint = _load(tmp_path / 'a' / 'last.pth.tar')
     assert checkpoint['args']['lr'] == 1e-3 and checkpoint['args']['mixup'] == 0.8
     assert not any(name.startswith('module.') for name in checkpoint['state_dict'])
 
 
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -415,7 +415,7 @@ def test_published_command_in_two_processes(imagenet_folder, tmp_path, launcher,
         (['--dataset', 'torch/none'], 'torch/none'),
     ],
 )
-def test_mistakes_are_one_line(run, capsys, tmp_path, flags, message):
+def test_errors_are_one_line(run, capsys, tmp_path, flags, message):
     assert run('a', *flags) == 2
     error = capsys.readouterr().err
     assert error.startswith('error: ') and error.count('\n') == 1 and message in error

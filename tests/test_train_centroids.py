@@ -1,4 +1,4 @@
-"""train.py on models with centroids: that they learn, and go on to the same bits with what they remember."""
+"""train.py on models with centroids: learning, and resuming to the same bits with the feature memory."""
 
 import csv
 import os
@@ -23,7 +23,12 @@ ROOT = Path(__file__).parents[1]
 MODEL = ['--model', 'dnc_resnet18', '--model-kwargs', 'channels=(8,8,8,8)', 'layers=(1,1,1,1)']
 SMALL = ['--img-size', '32', '--num-classes', '3', '--device', 'cpu', '-j', '0', '-b', '8']
 BASE = [*MODEL, *SMALL, '--lr', '0.01', '--warmup-epochs', '0']
-MEMORY = ['--centroid-memory', '150', '--centroid-momentum', '0.9']  # an epoch has 40 images: half full after two
+MEMORY = [
+    '--centroid-memory',
+    '150',
+    '--centroid-momentum',
+    '0.9',
+]  # half full after two epochs of 40 images
 
 
 @pytest.fixture
@@ -51,11 +56,11 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert summaries[0] == summaries[1]
 
 
-# ---- It trains ----
+# ---- Training ----
 
 
 def test_learns_with_no_special_flags(run, tmp_path):
-    """Colours of noisy images: chance is a third."""
+    """Classifies noisy images by color. Random guesses reach 33 %."""
     assert run('a', '--recipe', 'timm', '--epochs', 8, '--opt', 'adamw', '--lr', 3e-3, '--color-jitter', 0) == 0
     rows = list(csv.DictReader((tmp_path / 'a' / 'summary.csv').open()))
     assert max(float(row['eval_top1']) for row in rows) > 70
@@ -104,7 +109,7 @@ def test_a_linear_model_takes_the_recipe_of_its_twin(run, tmp_path):
     assert 'learned' not in last(tmp_path / 'a')
 
 
-# ---- Stopping and going on ----
+# ---- Stopping and resuming ----
 
 
 FULL = ['--recipe', 'timm', '--epochs', 3, *MEMORY, '--mixup', 0.5]
@@ -126,8 +131,8 @@ def stop_after(train, monkeypatch, asked: int):
 @pytest.mark.parametrize(
     ('asked', 'flags'),
     [
-        (3, ['--model-ema']),  # inside the first epoch
-        (17, ['--centroid-every', 3]),  # inside the second
+        (3, ['--model-ema']),  # within the first epoch
+        (17, ['--centroid-every', 3]),  # within the second epoch
         (17, ['--model-dtype', 'bfloat16']),
         (3, ['--grad-accum-steps', 2, '--centroid-contrast', 0.1, '--centroid-dtype', 'bfloat16']),
     ],
@@ -138,13 +143,13 @@ def test_resumed_run_ends_in_the_same_bits(run, train, tmp_path, monkeypatch, ca
     assert run('cut', *FULL, *flags) == 128 + signal.SIGINT
     undo()
     command = next(line for line in capsys.readouterr().err.splitlines() if '--resume' in line)
-    torch.manual_seed(0)  # the generators of another process would be somewhere else
+    torch.manual_seed(0)  # another process has other states of the generators
     assert train.main(shlex.split(command)[2:]) == 0
     assert_same_run(tmp_path / 'whole', tmp_path / 'cut')
 
 
 def test_resume_at_the_end_of_an_epoch(run, tmp_path):
-    """The memory is half full then, and full before the end."""
+    """The memory is half full at the checkpoint and full before the end."""
     assert run('whole', *FULL, '--epochs', 5, '--centroid-every', 2) == 0
     checkpoint = tmp_path / 'whole' / 'checkpoint-1.pth.tar'
     [[state]] = torch.load(checkpoint, weights_only=True)['learned']
@@ -182,7 +187,7 @@ def two_processes(image_folder, output, name, *flags):
     run_processes(train_in_process, 2, port, list(map(str, line)))
 
 
-def test_two_processes_go_on_to_the_same_bits(image_folder, run, tmp_path):
+def test_two_processes_resume_to_the_same_bits(image_folder, run, tmp_path):
     flags = ['--recipe', 'timm', *MEMORY, '--recovery-interval', 3, '--centroid-every', 2, '--epochs', 2]
     two_processes(image_folder, tmp_path, 'whole', *flags)
     states = last(tmp_path / 'whole')['learned']
@@ -197,14 +202,14 @@ def test_two_processes_go_on_to_the_same_bits(image_folder, run, tmp_path):
     two_processes(image_folder, tmp_path, 'end', *flags, '--resume', tmp_path / 'whole' / 'checkpoint-0.pth.tar')
     assert_same(states, last(tmp_path / 'end')['learned'])
     assert_same(last(tmp_path / 'whole')['state_dict'], last(tmp_path / 'end')['state_dict'])
-    # One process goes on with the memories of both.
+    # One process continues with the memories of both.
     assert run('one', *flags, '--epochs', 3, '--resume', tmp_path / 'whole' / 'last.pth.tar') == 0
     [[state]] = last(tmp_path / 'one')['learned']
     assert len(state['memory']['labels']) == 80 + 40 and state['batches'] == states[0][0]['batches'] + 5
 
 
 def test_more_processes_than_before_use_the_memory_in_the_same_batches(train):
-    """A process that finds no memory of its own to go on with counts on with the others."""
+    """A process without a saved memory continues the count of batches."""
     learned = [[dict(batches=7, memory='first', exact=None)], [dict(batches=7, memory='second', exact=None)]]
     shares = [split_learning_state(learned, rank, 3) for rank in range(3)]
     assert [[head['memory'] for [head] in share] for share in shares] == [['first'], ['second'], [None]]
@@ -213,7 +218,7 @@ def test_more_processes_than_before_use_the_memory_in_the_same_batches(train):
     assert split_learning_state([], 0, 1) == []
 
 
-# ---- Mistakes ----
+# ---- Errors ----
 
 
 @pytest.mark.parametrize(
@@ -236,7 +241,7 @@ def test_more_processes_than_before_use_the_memory_in_the_same_batches(train):
         (['--torchscript'], '--torchscript'),
     ],
 )
-def test_mistakes_are_one_line(run, capsys, flags, message):
+def test_errors_are_one_line(run, capsys, flags, message):
     assert run('a', '--epochs', 1, *flags) == 2
     error = capsys.readouterr().err
     assert error.startswith('error: ') and error.count('\n') == 1 and message in error

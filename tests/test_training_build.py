@@ -211,7 +211,7 @@ def test_loss(flags, criterion):
 
 
 def test_pad_and_crop_moves_the_image(image_folder):
-    """CIFAR's augmentation: by at most an eighth in each direction, black moves in, and flipped or not."""
+    """The crop of CIFAR moves an image by at most an eighth in each direction, with a black border."""
     args = _args('--recipe', 'dnc_cifar', '--data-dir', image_folder, '-j', 0, '-b', 4, '--hflip', 0)
     config = dict(input_size=(3, 32, 32), mean=(0, 0, 0), std=(1, 1, 1), interpolation='bicubic', crop_pct=1.0)
     datasets = build_datasets(args, config)

@@ -1,4 +1,4 @@
-"""validate.py: its figures against figures computed here, several models, result files, and its explanations."""
+"""validate.py: metrics against metrics computed here, several models, result files, errors."""
 
 import argparse
 import csv
@@ -21,7 +21,7 @@ NAMES = [f'ILSVRC2012_val_{index:08d}.JPEG' for index in range(1, 16)]
 
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
-    """An untrained classifier of three colours."""
+    """An untrained classifier of three classes."""
     torch.manual_seed(1)
     model = timm.create_model('test_resnet', num_classes=3)
     path = tmp_path_factory.mktemp('weights') / 'model.pth'
@@ -61,7 +61,7 @@ def outputs(image_folder, checkpoint):
         return model(torch.stack(images)), torch.tensor(labels)
 
 
-# Figures
+# Metrics
 
 
 def test_top1_is_the_one_computed_by_hand(run, outputs):
@@ -81,7 +81,7 @@ def test_top1_is_the_one_computed_by_hand(run, outputs):
 
 @pytest.mark.parametrize('how', ['micro', 'macro', 'weighted'])
 def test_averages(run, outputs, how):
-    """Against the definitions, class by class."""
+    """Compares with the definitions for each class."""
     logits, labels = outputs
     guesses = logits.argmax(1)
     scores = []
@@ -109,12 +109,12 @@ def test_averages_leave_out_classes_that_do_not_occur(validate):
     assert found == pytest.approx(
         {'macro_precision': 90, 'macro_recall': 87.5, 'macro_f1_score': 100 * (6 / 7 + 8 / 9) / 2}
     )
-    confusion[2, 0] = 1  # a class that is never guessed counts zero
+    confusion[2, 0] = 1  # the score of a class that is never predicted is 0
     assert validate.averages(confusion, 'macro')['macro_recall'] == pytest.approx(175 / 3)
 
 
 def test_real_labels(run, tmp_path, image_folder, outputs):
-    """An image may have several right answers, or none, which leaves it out."""
+    """An image may have several correct labels. An image without any is left out."""
     logits, _ = outputs
     for path, name in zip(sorted((image_folder / 'validation').glob('*/*')), NAMES):
         (tmp_path / path.parent.name).mkdir(exist_ok=True)
@@ -133,7 +133,7 @@ def test_real_labels(run, tmp_path, image_folder, outputs):
 
 
 def test_valid_labels(run, tmp_path, image_folder, outputs):
-    """Two of the model's three classes, numbered by the folders of the dataset."""
+    """Two of the model's three classes, with the indices of the dataset's folders."""
     logits, labels = outputs
     shutil.copytree(image_folder / 'validation', tmp_path / 'two')
     shutil.rmtree(tmp_path / 'two' / 'blue')  # the first class
@@ -239,7 +239,7 @@ def test_smaller_batches_when_memory_runs_out(validate, monkeypatch):
     assert tried == sorted(tried, reverse=True) and tried[0] == 8 and tried[-1] <= 3
 
 
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_smaller_batches_when_memory_runs_out(validate, monkeypatch):
     ],
     ids=str,
 )
-def test_mistakes_are_one_line(run, flags, message):
+def test_errors_are_one_line(run, flags, message):
     status, error = run(**flags)
     assert status == 2 and error.startswith('error: ') and error.count('\n') == 1 and message in error
 
@@ -292,7 +292,7 @@ def test_unreadable_image(run, image_folder, tmp_path):
 
 
 def test_published_command(tmp_path, image_folder):
-    """As printed in the papers' README, as a process of its own, on a checkpoint of timm 0.6's kind."""
+    """The command of the papers in its own process, with a checkpoint in the format of timm 0.6."""
     model = timm.create_model('coc_tiny', num_classes=3)
     state = {f'module.{name}': value for name, value in model.state_dict().items()}
     torch.save({'state_dict': state, 'args': argparse.Namespace(), 'epoch': 3}, tmp_path / 'coc_tiny.pth.tar')
