@@ -40,7 +40,7 @@ from forged import (
 from safetensors.torch import save_file
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.weights import load_checkpoint, load_state_dict, read_checkpoint, scan
+from cluster_zoo.weights import load_checkpoint, load_state_dict, pickle_scan, read_checkpoint
 from cluster_zoo.weights.archives import is_archive, unpack_checkpoint
 
 FOUR = np.arange(4, dtype='<f4').tobytes()
@@ -383,10 +383,10 @@ def test_hostile_files_raise_one_line_and_use_little_memory(case, outcomes):
 
 
 def test_the_numbers_of_instructions_and_values_are_limited(tmp_path, monkeypatch):
-    monkeypatch.setattr(scan, '_MAX_INSTRUCTIONS', 1000)
+    monkeypatch.setattr(pickle_scan, '_MAX_INSTRUCTIONS', 1000)
     program(b'N' * 1001)(tmp_path / 'c.pth')
     assert 'it has more than 1000 instructions' in refusal(read_checkpoint, tmp_path / 'c.pth')
-    monkeypatch.setattr(scan, '_MAX_VALUES', 100)
+    monkeypatch.setattr(pickle_scan, '_MAX_VALUES', 100)
     torch.save([[] for _ in range(200)], tmp_path / 'c.pth')
     assert 'it holds more than 100 values' in refusal(read_checkpoint, tmp_path / 'c.pth')
 
@@ -554,7 +554,7 @@ def test_valid_files_are_read(case, tmp_path):
 def test_later_protocols_pass_the_scan(protocol, tmp_path):
     value = {name: value for name, value in PLAIN.items() if name not in ('meta', 'sparse', 'compressed')}
     torch.save(value, tmp_path / 'c.pth', pickle_protocol=protocol)
-    scan.check_file(tmp_path / 'c.pth')
+    pickle_scan.check_file(tmp_path / 'c.pth')
 
 
 TWO = dict(a=torch.zeros(2), b=torch.zeros(3))

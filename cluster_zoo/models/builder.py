@@ -10,11 +10,11 @@ import torch.nn as nn
 from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg, resolve_pretrained_cfg
 from torch import Tensor
 
+from ..weights.checkpoints import check_fit, convert_state_dict, load_state_dict
 from ..weights.configs import check_config, check_size
 from ..weights.download import hub_folder, is_drive
 from ..weights.importing import find_weights
 from ..weights.loading import FOREIGN, open_model_folder
-from ..weights.reading import check_fit, convert_state_dict, load_state_dict
 
 __all__ = ['ASSETS', 'build_model']
 

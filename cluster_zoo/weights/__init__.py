@@ -4,7 +4,7 @@ All problems with files, servers and configurations raise `CheckpointError` with
 """
 
 from ..errors import CheckpointError
-from .reading import (
+from .checkpoints import (
     check_fit,
     convert_state_dict,
     extract_state_dict,

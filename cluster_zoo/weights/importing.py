@@ -21,10 +21,10 @@ from ..errors import CheckpointError, nearest, one_line
 from . import cache, conversion, metadata
 from .archives import is_archive, unpack_checkpoint
 from .card import model_card
+from .checkpoints import extract_state_dict, is_averaged, load_weights, read_checkpoint
 from .configs import CONFIG, check_config, check_size
 from .download import fetch, hub_folder, organization
 from .loading import load_model
-from .reading import extract_state_dict, is_averaged, load_weights, read_checkpoint
 
 __all__ = ['find_weights', 'import_checkpoint', 'install', 'write_folder']
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError, one_line
 from . import cache
+from .checkpoints import load_state_dict
 from .configs import check_size, read_config
 from .download import hub_folder
-from .reading import load_state_dict
 
 __all__ = ['FOREIGN', 'load_model', 'open_model_folder']
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import clustering
 from ..clustering import HeadWeights, PointSets
-from . import gpu_kernels as kernels
+from . import triton_kernels as kernels
 
 __all__ = ['cluster', 'feature_norms', 'is_supported', 'nearest_center']
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError, one_line
-from .scan import check_checksums, check_file, check_tensors
+from .pickle_scan import check_checksums, check_file, check_tensors
 
 __all__ = [
     'check_fit',
