@@ -58,7 +58,8 @@ def imports(name: str) -> set[str]:
 
 def unit(name: str) -> str:
     """The part of a name that `LEVELS` has."""
-    return max((unit for level in LEVELS for unit in level if f'{name}.'.startswith(f'{unit}.')), key=len)
+    known = (package for level in LEVELS for package in level)
+    return max((package for package in known if f'{name}.'.startswith(f'{package}.')), key=len)
 
 
 def test_no_circles():
@@ -67,7 +68,7 @@ def test_no_circles():
 
 
 def test_direction():
-    level = {unit: index for index, units in enumerate(LEVELS) for unit in units}
+    level = {package: index for index, packages in enumerate(LEVELS) for package in packages}
     wrong = {
         (name, other)
         for name in MODULES.keys() - {'cluster_zoo'}  # which imports the models to register them
