@@ -208,12 +208,10 @@ def check_dataset(
     if not names:
         return
     mapped = bool(getattr(dataset, 'class_map', None))
-    empty = []
-    if not mapped:
-        empty = _empty_class_folders(getattr(dataset, 'reader', None))
-    elif split.split('[')[0] in _TRAIN:
+    empty = _empty_class_folders(getattr(dataset, 'reader', None))
+    if mapped and split.split('[')[0] in _TRAIN:
         present = _labels(dataset.reader)
-        empty = [name for index, name in names.items() if index not in present]
+        empty += [name for index, name in names.items() if index not in present]
     if empty:
         raise DataError(
             f'The {split} split has no images ({" ".join(get_img_extensions())}) of {_shorten(empty)}: '
@@ -242,21 +240,28 @@ def _labels(reader: Any) -> set[int]:
 
 def _empty_class_folders(reader: Any) -> list[str]:
     """Returns class folders without images. timm skips them, which shifts the indices of all later classes."""
+
+    def is_image(path: Path) -> bool:
+        return path.suffix.lower() in extensions
+
+    extensions = get_img_extensions(as_set=True)
     if isinstance(reader, ReaderImageFolder):
         root = Path(reader.root)
-        filled = {Path(path).parent.relative_to(root) for path, _ in reader.samples} - {Path()}
-        parents = {folder.parent for folder in filled}
-        folders = [path.relative_to(root) for parent in parents for path in (root / parent).iterdir() if path.is_dir()]
+        filled = {Path(path).parent for path, _ in reader.samples} - {root}
+        siblings = {folder for parent in {folder.parent for folder in filled} for folder in parent.iterdir()} - filled
+        # A class map may leave out folders with images.
+        empty = [folder for folder in siblings if folder.is_dir() and not any(map(is_image, folder.rglob('*')))]
+        empty = [folder.relative_to(root) for folder in empty]
     elif isinstance(reader, ReaderImageInTar):
-        filled = {Path(inner.name) if inner else Path(info.name).parent for info, _, inner in reader.samples} - {Path()}
-        parents = {folder.parent for folder in filled}
         with tarfile.open(reader.root) as archive:
-            folders = [Path(info.name) for info in archive if info.isdir() or info.name.lower().endswith('.tar')]
+            members = [(Path(info.name), info.isdir()) for info in archive]
+        filled = {Path(inner.name) for _, _, inner in reader.samples if inner}
+        filled |= {path.parent for path, _ in members if is_image(path)}
+        filled |= {parent for folder in filled for parent in folder.parents}
+        empty = [path for path, is_dir in members if (is_dir or path.suffix.lower() == '.tar') and path not in filled]
     else:
         return []
-    filled |= {parent for folder in filled for parent in folder.parents}
-    siblings = (folder for folder in folders if folder.parent in parents and not folder.name.startswith('.'))
-    return sorted(str(folder) for folder in siblings if folder not in filled)
+    return sorted(str(folder) for folder in empty if not folder.name.startswith('.'))
 
 
 def class_names(dataset: Dataset) -> dict[int, str]:

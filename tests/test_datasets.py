@@ -267,6 +267,14 @@ def test_check_ignores_hidden_and_unmapped_folders(tmp_path):
     check_dataset(dataset, 2, 'train')
 
 
+def test_check_empty_folder_beside_mapped_classes(tmp_path):
+    _folder(tmp_path)
+    (tmp_path / 'yellow').mkdir()
+    dataset = create_dataset('', tmp_path, 'train', class_map={'blue': 0, 'red': 1})
+    with pytest.raises(DataError, match=r'no images .* yellow'):
+        check_dataset(dataset, 2, 'train')
+
+
 def test_check_empty_class_in_archive(tmp_path):
     path = _tar(tmp_path / 'images.tar', [('all', None), ('all/yellow', None)] + [
         (f'all/{name}', data) for name, data in _color_members()
