@@ -1,6 +1,7 @@
 """Fixtures that several test files share: the training scripts, a few images, an empty cache."""
 
 import os
+import sys
 import tempfile
 
 import numpy as np
@@ -17,6 +18,14 @@ if not torch.cuda.is_available():
 os.environ['CLUSTER_ZOO_HOME'] = os.path.join(tempfile.gettempdir(), 'cluster_zoo-tests-have-no-cache')
 os.environ['CLUSTER_ZOO_AUTHORS'] = '0'
 os.environ.pop('CLUSTER_ZOO_HUB', None)
+
+
+@pytest.fixture(autouse=True)
+def _fast_norm_off():
+    """Turns off timm's fast norm, a process-wide switch, after tests of ``--fast-norm``."""
+    yield
+    if timm := sys.modules.get('timm'):
+        timm.layers.set_fast_norm(False)
 
 
 @pytest.fixture(scope='session')
