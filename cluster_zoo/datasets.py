@@ -1,30 +1,53 @@
 """Datasets: those of timm, a bundled sample, and checks of labels and images.
 
-`create_dataset` takes the names and options of ``timm.data.create_dataset``. It adds a small bundled dataset,
-finds splits that are stored as ``train.tar`` and ``val.tar``, and raises one type of error. `check_dataset` finds
-mistakes that would otherwise only show as low accuracy.
+`create_dataset` takes the names and options of ``timm.data.create_dataset``. It adds a small bundled dataset, images
+with several labels, splits that are stored as ``train.tar`` and ``val.tar``, all image formats, and one type of error.
+`check_dataset` finds mistakes that would otherwise only show as low accuracy.
 """
 
+import copy
+import functools
 import logging
 import os
 import tarfile
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm.data
 import torch
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
 
 from .errors import DataError
+from .label_files import LabelFileReader
 
-__all__ = ['DataError', 'ImageDataset', 'check_dataset', 'class_names', 'create_dataset', 'unreadable_images']
+__all__ = [
+    'IMAGE_FORMATS',
+    'DataError',
+    'ImageDataset',
+    'check_dataset',
+    'class_counts',
+    'class_names',
+    'create_dataset',
+    'find_split',
+    'hold_out',
+    'image_extensions',
+    'unreadable_images',
+]
 
 _logger = logging.getLogger(__name__)
+
+# Formats that contain only pixels. EPS is left out because Pillow runs it with Ghostscript.
+IMAGE_FORMATS = (
+    'JPEG', 'PNG', 'WEBP', 'GIF', 'TIFF', 'BMP', 'AVIF', 'JPEG2000', 'MPO', 'PPM', 'ICO', 'QOI', 'PCX', 'SGI', 'TGA',
+)  # fmt: skip
 
 _BUNDLED = {'cluster_zoo/cifar10_sample': Path(__file__).parent / 'assets' / 'cifar10_sample.tar'}
 _STREAMED = ('wds', 'hfids', 'tfds')
@@ -35,24 +58,53 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, tarfile.TarError, Ima
 _MAX_CONSECUTIVE = 10  # unreadable images; more mean that a disk is missing or an archive is truncated
 
 
+def image_extensions() -> set[str]:
+    """Returns the file name extensions of the image formats that Pillow can read here, such as ``'.jpg'``."""
+    Image.init()
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS}
+
+
 class ImageDataset(timm.data.ImageDataset):
     """timm's dataset, which also records unreadable images or raises an error for them.
-
-    An unreadable image is replaced by the next readable one, so that batches keep their size.
 
     Args:
         root: Folder or archive of images.
         strict: Raise a DataError for an unreadable image. Ten of them in a row always raise one.
+        replace_unreadable: Replace an unreadable image by the next readable one, so that batches keep their size.
+            Otherwise it becomes a black image with the target -1 in all positions, so that no image counts twice.
         class_map: Mapping from class names to indices, a file or a dictionary; sorted class names by default.
         **kwargs: Arguments of ``timm.data.ImageDataset``.
     """
 
-    def __init__(self, root: str, strict: bool = False, class_map: str | dict | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        root: str,
+        strict: bool = False,
+        replace_unreadable: bool = True,
+        class_map: str | dict | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(root, class_map=class_map, **kwargs)
         self.strict = strict
+        self.replace_unreadable = replace_unreadable
         self.class_map = class_map
+        self._in_a_row = 0  # unreadable images that this process has just read
+        self._reset_unreadable()
+
+    def _reset_unreadable(self) -> None:
         # One flag per image instead of a counter, so that workers can write without a lock.
         self._unreadable = torch.zeros(len(self.reader), dtype=torch.bool).share_memory_()
+
+    def subset(self, indices: Sequence[int], replace_unreadable: bool = True) -> 'ImageDataset':
+        """Returns a dataset of some of the images of a folder or an archive, with the same classes."""
+        dataset, reader = copy.copy(self), copy.copy(self.reader)
+        dataset.reader, dataset.replace_unreadable = reader, replace_unreadable
+        if isinstance(reader, ReaderImageInTar):
+            reader.samples, reader.targets = reader.samples[indices], reader.targets[indices]
+        else:
+            reader.samples = [reader.samples[index] for index in indices]
+        dataset._reset_unreadable()
+        return dataset
 
     @property
     def unreadable(self) -> list[str]:
@@ -62,29 +114,19 @@ class ImageDataset(timm.data.ImageDataset):
     def __getitem__(self, index: int) -> tuple:
         if index >= len(self):
             raise IndexError(index)  # ends `for sample in dataset`
-        for candidate in (i % len(self) for i in range(index, index + _MAX_CONSECUTIVE)):
-            try:
-                file, target, *features = self.reader[candidate]
-                with file:
-                    if self.load_bytes:
-                        image = file.read()
-                    else:
-                        image = Image.open(file)
-                        image.load()
-                        image = image.convert(self.input_img_mode) if self.input_img_mode else image
-                break
-            except _UNREADABLE as error:
-                message = f'{self._name(candidate)} is not a readable image ({error})'
-                if self.strict:
-                    raise DataError(f'{message}: repair or remove it, or skip unreadable images.') from error
-                if not self._unreadable[candidate]:
-                    _logger.warning('Skipped: %s', message)
-                    self._unreadable[candidate] = True
-        else:
-            raise DataError(
-                f'{_MAX_CONSECUTIVE} images in a row are not readable, starting with {self._name(index)}: '
-                'check that the dataset is complete.'
-            )
+        sample, candidate = None, index
+        while sample is None:
+            sample = self._read(candidate % len(self))
+            self._in_a_row = 0 if sample else self._in_a_row + 1
+            if self._in_a_row == _MAX_CONSECUTIVE:
+                raise DataError(
+                    f'{_MAX_CONSECUTIVE} images in a row are not readable, the last is {self._name(candidate)}: '
+                    'check that the dataset is complete.'
+                )
+            if sample is None and not self.replace_unreadable:
+                sample = self._black_image(candidate)
+            candidate += 1
+        image, target, *features = sample
         if self.transform is not None:
             image = self.transform(image)
         if target is None:
@@ -92,6 +134,32 @@ class ImageDataset(timm.data.ImageDataset):
         elif self.target_transform is not None:
             target = self.target_transform(target)
         return (image, target) if self.additional_features is None else (image, target, *features)
+
+    def _read(self, index: int) -> tuple | None:
+        """Returns the image, the target and additional features; None if the image is not readable."""
+        try:
+            file, target, *features = self.reader[index]
+            with file:
+                if self.load_bytes:
+                    return file.read(), target, *features
+                Image.init()
+                image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+                image.load()
+                return image.convert(self.input_img_mode) if self.input_img_mode else image, target, *features
+        except _UNREADABLE as error:
+            message = f'{self._name(index)} is not a readable image ({error})'
+            if self.strict:
+                raise DataError(f'{message}: repair or remove it, or skip unreadable images.') from error
+            if not self._unreadable[index]:
+                _logger.warning('Skipped: %s', message)
+                self._unreadable[index] = True
+        return None
+
+    def _black_image(self, index: int) -> tuple:
+        target = -1
+        if isinstance(self.reader, LabelFileReader):
+            target = torch.full_like(self.reader.samples[index][1], -1)
+        return Image.new(self.input_img_mode or 'RGB', (256, 256)), target
 
     def _name(self, index: int) -> str:
         return self.filename(index) or f'image {index}'
@@ -103,6 +171,8 @@ def create_dataset(
     split: str = 'validation',
     strict: bool = False,
     search_split: bool = True,
+    replace_unreadable: bool = True,
+    label_files: Sequence[str | os.PathLike] | None = None,
     **kwargs: Any,
 ) -> Dataset:
     """Opens a dataset by its timm name.
@@ -111,12 +181,15 @@ def create_dataset(
         name: Empty for a folder or tar of images; ``torch/...``, ``hfds/...``, ``wds/...`` and so on as in timm; or
             ``cluster_zoo/cifar10_sample``, the first 100 test images of each class of CIFAR-10. The sample is part of
             this package and needs no ``root``. It has no splits, so every ``split`` is the whole sample.
-        root: Folder or ``.tar`` of images with one subfolder per class.
+        root: Folder or ``.tar`` of images with one subfolder per class. All formats that Pillow reads are images.
         split: Split to open.
         strict: Raise a `DataError` for unreadable images instead of skipping them. ``torch/...`` always raises;
             streamed datasets (``wds/``, ``hfids/``, ``tfds/``) always skip.
         search_split: Search ``root`` for a folder (``train``) or an archive (``train.tar``) with the name of the split
             or a synonym. A ``root`` without any split is used as a whole.
+        replace_unreadable: See `ImageDataset`. Turn it off for evaluation.
+        label_files: CSV files with the labels of images in a folder, which may have any number of them; see
+            `cluster_zoo.label_files`. Targets are float32 [K]. The images need no subfolders.
         **kwargs: Other arguments of ``timm.data.create_dataset``.
 
     Returns:
@@ -135,32 +208,55 @@ def create_dataset(
         # Opens the archive again for each image, so that loader workers share no file position.
         name, root, search_split = '', _BUNDLED[name], False
         kwargs['cache_tarfiles'] = False
+    data_dir = root
     if prefix not in (*_STREAMED, 'torch', 'hfds'):
-        root, search_split = _find_split(root, split, search_split), False
+        root, search_split = find_split(root, split, search_split), False
+    options: dict[str, Any] = dict(strict=strict, replace_unreadable=replace_unreadable)
+    options |= dict(class_map=kwargs.get('class_map'))
+    if label_files:
+        if name or not Path(root).is_dir():
+            raise DataError(f'{name or root} is not a folder of images, whose labels CSV files can name.')
+        reader = LabelFileReader(root, data_dir, label_files, kwargs.get('class_map'))
+        return ImageDataset(str(root), reader=reader, input_img_mode=kwargs.get('input_img_mode', 'RGB'), **options)
     try:
-        dataset = timm.data.create_dataset(
-            name, None if root is None else str(root), split, search_split=search_split, **kwargs
-        )
+        with _all_extensions():
+            dataset = timm.data.create_dataset(
+                name, None if root is None else str(root), split, search_split=search_split, **kwargs
+            )
     except ImportError as error:
         raise DataError(f'{name} needs a package that is not installed: pip install {error.name}') from error
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError, tarfile.TarError) as error:
-        reason = ' '.join(str(error).split()) or type(error).__name__
+        reason = ' '.join(str(error).split()).partition('. Supported image extensions')[0] or type(error).__name__
         raise DataError(f'Cannot open the {split} split of {name or root}: {reason}') from error
     if not isinstance(dataset, timm.data.ImageDataset):
         return dataset
     return ImageDataset(
         str(root),
-        strict=strict,
         reader=dataset.reader,
         load_bytes=dataset.load_bytes,
         input_img_mode=dataset.input_img_mode,
         additional_features=dataset.additional_features,
-        class_map=kwargs.get('class_map'),
+        **options,
     )
 
 
-def _find_split(root: str | os.PathLike | None, split: str, search_split: bool) -> Path:
-    """Returns the folder or archive of a split."""
+@contextmanager
+def _all_extensions() -> Iterator[None]:
+    """Makes timm's readers of folders and archives list all image formats."""
+    previous = get_img_extensions()
+    set_img_extensions(sorted({*previous, *image_extensions()}))
+    try:
+        yield
+    finally:
+        set_img_extensions(previous)
+
+
+def find_split(root: str | os.PathLike | None, split: str, search_split: bool = True) -> Path:
+    """Returns the folder or archive of a split of a folder of images; ``root`` itself if it has no splits.
+
+    Raises:
+        DataError: ``root`` does not exist, is neither a folder nor a .tar, or has other splits only.
+    """
     if not root:
         raise DataError('No data directory is given: set a folder or a .tar of images with one subfolder per class.')
     root = Path(root)
@@ -182,13 +278,64 @@ def _find_split(root: str | os.PathLike | None, split: str, search_split: bool) 
     return root
 
 
+def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
+    """Splits a dataset at random, separately for each class or combination of labels.
+
+    Args:
+        dataset: A folder or an archive of images, see `create_dataset`.
+        fraction: Fraction of the images of each class to hold out: at least one, and never all of them.
+        seed: Seed of the random choice.
+
+    Returns:
+        The remaining images and the held-out ones, whose unreadable images are not replaced.
+
+    Raises:
+        DataError: The dataset is of another kind, or no class has two images.
+    """
+    reader = getattr(dataset, 'reader', None)
+    if not isinstance(reader, ReaderImageFolder | ReaderImageInTar | LabelFileReader):
+        raise DataError('Images can be held out of a folder or a .tar only: name a validation split of this dataset.')
+    generator, held = np.random.default_rng(seed), []
+    _, classes = np.unique(_targets(dataset), axis=0, return_inverse=True)
+    for label in np.unique(classes):
+        members = np.flatnonzero(classes == label)
+        count = min(max(1, round(fraction * len(members))), len(members) - 1)
+        held += generator.permutation(members)[:count].tolist()
+    if not held:
+        raise DataError(f'No class of {reader.root} has two images, so none can be held out for validation.')
+    rest = np.setdiff1d(np.arange(len(classes)), held).tolist()
+    return dataset.subset(rest), dataset.subset(sorted(held), replace_unreadable=False)
+
+
+def _targets(dataset: Dataset) -> np.ndarray:
+    """Returns the class indices [N] or targets [N, K] of all images, without reading them."""
+    reader = getattr(dataset, 'reader', dataset)
+    if isinstance(reader, ReaderImageFolder | LabelFileReader):
+        return np.array([np.asarray(target) for _, target in reader.samples])
+    if (targets := getattr(reader, 'targets', None)) is None:
+        raise DataError('The classes of this dataset are not known without reading all images.')
+    return np.asarray(targets)
+
+
+def class_counts(dataset: Dataset, num_classes: int) -> tuple[np.ndarray, int]:
+    """Returns the number of images of each class [num_classes], and that of all images.
+
+    Raises:
+        DataError: The dataset has its labels beside each image only, such as streamed ones.
+    """
+    targets = _targets(dataset)
+    if targets.ndim == 2:
+        return targets.sum(0), len(targets)
+    return np.bincount(targets, minlength=num_classes), len(targets)
+
+
 def check_dataset(
     dataset: Dataset,
     num_classes: int,
     split: str,
     like: Dataset | None = None,
 ) -> None:
-    """Checks that the labels of a dataset match a model, without reading images.
+    """Checks that the labels of a dataset match a model, without reading images, and logs how many files are no images.
 
     A dataset without class names is only checked to have images.
 
@@ -199,29 +346,36 @@ def check_dataset(
         like: Dataset whose class indices must be the same, usually the training split.
 
     Raises:
-        DataError: The dataset or a class has no images, the number of classes differs from `num_classes` (with a class
-            map: an index is not below `num_classes`), or class indices differ from those of `like`.
+        DataError: The dataset or a class has no images, images are outside of class folders, the number of classes
+            differs from `num_classes` (with a class map: an index is not below `num_classes`), or class indices differ
+            from those of `like`.
     """
     if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
         raise DataError(f'The {split} split has no images: check the data directory.')
     names = class_names(dataset)
     if not names:
         return
+    reader = getattr(dataset, 'reader', None)
     mapped = bool(getattr(dataset, 'class_map', None))
-    empty = _empty_class_folders(getattr(dataset, 'reader', None))
-    if mapped and split.split('[')[0] in _TRAIN:
-        present = _labels(dataset.reader)
+    if '' in names.values():
+        loose = int((_targets(dataset) == list(names.values()).index('')).sum())
+        raise DataError(
+            f'{reader.root} has {loose} images outside of class folders: expected {reader.root}/CLASS/*.jpg. '
+            'For images with several labels: --multi-label FILE.csv'
+        )
+    empty = _empty_class_folders(reader)
+    if mapped and split.split('[')[0] in _TRAIN and not isinstance(reader, LabelFileReader):
+        present = _labels(reader)
         empty += [name for index, name in names.items() if index not in present]
     if empty:
         raise DataError(
-            f'The {split} split has no images ({" ".join(get_img_extensions())}) of {_shorten(empty)}: '
-            'add images, or remove what is not a class.'
+            f'The {split} split has no images of {_shorten(empty)}: add images, or remove what is not a class.'
         )
     if max(names) >= num_classes or (not mapped and len(names) != num_classes):
         count = max(names) + 1 if mapped else len(names)
         raise DataError(
             f'The {split} split has {count} classes ({_shorten(names.values())}) but the model has {num_classes}: '
-            f'use a model with num_classes={count}, or the dataset of the model.'
+            f'set --num-classes {count}, or use the dataset of the model.'
         )
     expected = class_names(like) if like is not None else {}
     wrong = [name for index, name in names.items() if expected and expected.get(index) != name]
@@ -230,6 +384,9 @@ def check_dataset(
             f'The {split} split numbers its classes differently from the training split: {_shorten(wrong)}. '
             'Use the same class folders in both.'
         )
+    if unused := _unused_files(dataset):
+        kinds = ', '.join(f'{count} {kind}' for kind, count in unused.most_common())
+        _logger.info(f'{reader.root}: {unused.total()} files are not used: {kinds}.')
 
 
 def _labels(reader: Any) -> set[int]:
@@ -244,7 +401,7 @@ def _empty_class_folders(reader: Any) -> list[str]:
     def is_image(path: Path) -> bool:
         return path.suffix.lower() in extensions
 
-    extensions = get_img_extensions(as_set=True)
+    extensions = image_extensions()
     if isinstance(reader, ReaderImageFolder):
         root = Path(reader.root)
         filled = {Path(path).parent for path, _ in reader.samples} - {root}
@@ -253,8 +410,7 @@ def _empty_class_folders(reader: Any) -> list[str]:
         empty = [folder for folder in siblings if folder.is_dir() and not any(map(is_image, folder.rglob('*')))]
         empty = [folder.relative_to(root) for folder in empty]
     elif isinstance(reader, ReaderImageInTar):
-        with tarfile.open(reader.root) as archive:
-            members = [(Path(info.name), info.isdir()) for info in archive]
+        members = [(Path(name), is_dir) for name, is_dir in _archive_members(reader.root)]
         filled = {Path(inner.name) for _, _, inner in reader.samples if inner}
         filled |= {path.parent for path, _ in members if is_image(path)}
         filled |= {parent for folder in filled for parent in folder.parents}
@@ -262,6 +418,36 @@ def _empty_class_folders(reader: Any) -> list[str]:
     else:
         return []
     return sorted(str(folder) for folder in empty if not folder.name.startswith('.'))
+
+
+@functools.lru_cache(maxsize=1)
+def _archive_members(path: str) -> list[tuple[str, bool]]:
+    """Returns the names in an archive, and whether they are folders."""
+    with tarfile.open(path) as archive:
+        return [(info.name, info.isdir()) for info in archive]
+
+
+def _unused_files(dataset: Dataset) -> Counter[str]:
+    """Counts the files in the folder or archive of a dataset that it does not contain, by kind."""
+    reader = getattr(dataset, 'reader', None)
+    if isinstance(reader, ReaderImageFolder | LabelFileReader):
+        used = {path for path, _ in reader.samples}
+        walk = os.walk(reader.root, followlinks=True)
+        names = [os.path.join(parent, file) for parent, _, files in walk for file in files]
+        names = [name for name in names if name not in used]
+    elif isinstance(reader, ReaderImageInTar) and os.path.isfile(reader.root):
+        used = {member.name for member, _, inner in reader.samples if inner is None}
+        names = [name for name, is_dir in _archive_members(reader.root) if not is_dir and name not in used]
+    else:
+        return Counter()
+    kinds = Counter(os.path.splitext(name)[1].lower() or 'without extension' for name in names if _is_visible(name))
+    kinds.pop('.tar', None)  # of a class
+    images = sum(kinds.pop(kind) for kind in image_extensions() & kinds.keys())
+    return kinds + Counter({'images without a class': images})
+
+
+def _is_visible(path: str) -> bool:
+    return not os.path.basename(path).startswith('.')
 
 
 def class_names(dataset: Dataset) -> dict[int, str]:

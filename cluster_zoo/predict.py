@@ -27,6 +27,7 @@ from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
+from .datasets import IMAGE_FORMATS, image_extensions
 from .errors import ImageError, OptionError
 from .weights.loading import load_model
 from .weights.metadata import label_names
@@ -37,11 +38,6 @@ STANDARD_INPUT = '-'
 MAX_BYTES = 64 * 2**20  # of standard input or a pipe
 MAX_RATIO = 100  # of the sides: the transform resizes the short side, so a narrow image would need much memory
 
-# Formats that contain only pixels. EPS is left out because Pillow runs it with Ghostscript.
-_FORMATS = (
-    'JPEG', 'PNG', 'WEBP', 'GIF', 'TIFF', 'BMP', 'AVIF', 'JPEG2000', 'MPO', 'PPM', 'ICO', 'QOI', 'PCX', 'SGI', 'TGA',
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Ranked:
@@ -50,7 +46,7 @@ class Ranked:
     Attributes:
         index: Index of the class in the model's output.
         label: Name of the class; None if the model has no class names.
-        probability: Softmax probability, 0 .. 1.
+        probability: Softmax probability, 0 .. 1; with several classes per image (``model.multi_label``), the sigmoid.
     """
 
     index: int
@@ -115,8 +111,7 @@ def find_images(sources: Iterable[str | Path]) -> list[str | Classified]:
 
 
 def _images_in_folder(folder: str) -> list[str | Classified]:
-    Image.init()
-    extensions = {name for name, format in Image.registered_extensions().items() if format in _FORMATS}
+    extensions = image_extensions()
     paths, errors = [], []
     for root, folders, files in os.walk(folder, onerror=errors.append):
         folders[:] = [name for name in folders if not name.startswith('.')]
@@ -168,7 +163,7 @@ def _decode(file: BinaryIO) -> Image.Image:
         # Pillow warns about odd metadata and large images. It raises an error above 179 million pixels.
         warnings.simplefilter('ignore')
         try:
-            image = Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
+            image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
         except Image.UnidentifiedImageError as error:
             raise ImageError('not an image, or an unsupported format') from error
         image.load()
@@ -245,7 +240,8 @@ def classify(
         inputs = [image for image in prepared if isinstance(image, Tensor)]
         ranked = iter(())
         if inputs:
-            probability = model(torch.stack(inputs).to(device)).float().softmax(-1)
+            logits = model(torch.stack(inputs).to(device)).float()
+            probability = logits.sigmoid() if getattr(model, 'multi_label', False) else logits.softmax(-1)
             ranked = zip(*(x.tolist() for x in probability.topk(min(top, probability.shape[-1]))))
         for image, result in zip(batch, prepared):
             if isinstance(result, Tensor):

@@ -32,7 +32,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cluster_zoo.errors import OptionError
-from cluster_zoo.training import engine
+from cluster_zoo.training import engine, run_folder
+from cluster_zoo.training.progress import ProgressReport, count_update, log_options
 from cluster_zoo.training.resume import seed_all
 from cluster_zoo.training.runtime import build_precision, option_errors, set_up_device, set_up_processes
 from segmentation.data.datasets import SegmentationDataset
@@ -49,6 +50,8 @@ from segmentation.engine.train_options import train_parser
 __all__ = ['main']
 
 _logger = logging.getLogger(__name__)
+
+_OUTPUT = './output/segmentation'  # parent of the folders of runs
 
 
 @dataclass(kw_only=True)
@@ -148,6 +151,7 @@ def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
             engine.backward(run, loss, update=last)
         total = total + loss.detach()
     run.iteration += 1
+    count_update(run, args.iterations - run.iteration)
     task.update_ema(step=run.iteration)
     run.scheduler.step_update(run.iteration)
     return total
@@ -255,7 +259,7 @@ def write_summary(run: Run, metrics: dict[str, Any], lr: float) -> None:
         writer.writerow(row)
 
 
-class Report(engine.ProgressReport):
+class Report(ProgressReport):
     """Progress of a run, with the mean loss since the last log line."""
 
     def __init__(self, run: Run) -> None:
@@ -285,6 +289,7 @@ class Report(engine.ProgressReport):
 
 def start(args: argparse.Namespace) -> Run:
     """Builds all parts of a run and restores it from ``--resume``."""
+    run_folder.check_output_dir(args, _OUTPUT)
     set_up_device(args)
     if args.device == 'cpu' and args.sync_bn:
         raise OptionError('--sync-bn: PyTorch synchronizes batch norm on GPUs only; leave it out on a CPU')
@@ -299,8 +304,7 @@ def start(args: argparse.Namespace) -> Run:
     device = torch.device(args.device)
     task = SegmentationTask(model, args.guidance_weight, args.auxiliary_weight, train_data.ignore_index, device)
     autocast, scaler = build_precision(args)
-    if args.model_ema:
-        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+    engine.set_up_ema(args, task, args.iterations)
     name = args.segmenter or f'{args.head}_{args.backbone}'
     run = Run(
         args=args,
@@ -310,23 +314,36 @@ def start(args: argparse.Namespace) -> Run:
         scheduler=scheduler,
         autocast=autocast,
         scaler=scaler,
-        output_dir=engine.output_dir(args, './output/segmentation', name),
+        output_dir=run_folder.output_dir(args, _OUTPUT),
         train_data=train_data,
         val_data=val_data,
     )
-    checkpoint = engine.checkpoint_to_resume(run)
+    checkpoint = run_folder.checkpoint_to_resume(run)
     if checkpoint:
         resume(run, checkpoint)
-    if utils.is_primary(args):
-        engine.open_output_dir(run, checkpoint, run.iteration + 1)
+        _logger.info(f'Resumed from {checkpoint}')
+    if not args.dry_run:
+        run_folder.open_output_dir(run, name, checkpoint, run.iteration + 1)
     engine.launch(run)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    _logger.info(
-        f'{name}: {parameters / 1e6:.2f} M parameters, {args.num_classes} classes; {len(train_data)} training and '
-        f'{len(val_data)} validation images; {args.iterations} iterations of {run.crops} crops on '
-        f'{args.world_size} x {args.device}; output in {run.output_dir}'
-    )
+    log_run(run)
     return run
+
+
+def log_run(run: Run) -> None:
+    """Logs what the run will do: its options, images and iterations."""
+    args = run.args
+    log_options(args, default='default')
+    parameters = sum(parameter.numel() for parameter in run.task.get_trainable_module().parameters())
+    where = 'no output (--dry-run)' if args.dry_run else f'output in {run.output_dir}'
+    _logger.info(
+        f'{run.model_name}: {parameters / 1e6:.2f} M parameters, {args.num_classes} classes; {len(run.train_data):,} '
+        f'training and {len(run.val_data):,} validation images; {args.iterations:,} iterations of {run.crops} crops on '
+        f'{args.world_size} x {args.device}; {where}'
+    )
+    if run.iteration >= args.iterations:
+        _logger.info(f'The run is finished: all {args.iterations} iterations are done. To train longer: --iterations.')
+    elif run.iteration:
+        _logger.info(f'Resumed at {run.position()}')
 
 
 def main(argv: Sequence[str] | None = None, prog: str = 'segmentation/train.py') -> int:

@@ -8,10 +8,17 @@ import tarfile
 import pytest
 import timm.data
 import torch
-from PIL import Image
+from PIL import Image, features
 from timm.data.dataset import AugMixDataset
 
-from cluster_zoo.datasets import ImageDataset, check_dataset, class_names, create_dataset, unreadable_images
+from cluster_zoo.datasets import (
+    ImageDataset,
+    check_dataset,
+    class_names,
+    create_dataset,
+    hold_out,
+    unreadable_images,
+)
 from cluster_zoo.errors import DataError
 
 COLORS = {'blue': (0, 0, 255), 'green': (0, 255, 0), 'red': (255, 0, 0)}
@@ -248,7 +255,7 @@ def test_check_class_count(tmp_path, num_classes):
     dataset = create_dataset('', _folder(tmp_path), 'train')
     with pytest.raises(DataError, match='3 classes') as error:
         check_dataset(dataset, num_classes, 'train')
-    assert str(num_classes) in _message(error) and 'num_classes=3' in _message(error)
+    assert str(num_classes) in _message(error) and '--num-classes 3' in _message(error)
 
 
 def test_check_empty_class_folder(tmp_path):
@@ -395,3 +402,113 @@ def test_errors_of_the_transform_are_raised(tmp_path):
     with pytest.raises(TypeError):
         dataset[0]
     assert unreadable_images(dataset) == []
+
+
+# What is used
+
+
+@pytest.mark.parametrize('suffix', ['.webp', '.tif', '.bmp', '.gif', '.JPG', '.ppm', '.avif'])
+@pytest.mark.parametrize('archive', [False, True])
+def test_all_image_formats(tmp_path, suffix, archive):
+    if suffix == '.avif' and not features.check('avif'):
+        pytest.skip('this Pillow has no AVIF')
+    before = timm.data.readers.img_extensions.get_img_extensions()
+    for name in COLORS:
+        (tmp_path / 'data' / name).mkdir(parents=True)
+        for index in range(2):
+            Image.new('RGB', (16, 16), COLORS[name]).save(tmp_path / 'data' / name / f'{index}{suffix}')
+    root = tmp_path / 'data'
+    if archive:
+        members = [(str(p.relative_to(root)), p.read_bytes()) for p in sorted(root.rglob('*')) if p.is_file()]
+        root = _tar(tmp_path / 'data.tar', members)
+    dataset = create_dataset('', root, 'train', strict=True)
+    check_dataset(dataset, 3, 'train')
+    assert [target for _, target in dataset] == [0, 0, 1, 1, 2, 2]
+    assert timm.data.readers.img_extensions.get_img_extensions() == before  # timm is as it was
+
+
+@pytest.mark.parametrize('archive', [False, True])
+def test_unused_files_are_one_line(tmp_path, caplog, archive):
+    caplog.set_level('INFO')
+    root = _folder(tmp_path / 'data')
+    for name in ('red/a.txt', 'red/b.txt', 'blue/c.heic', 'README', '.hidden'):
+        (root / name).write_bytes(b'?')
+    if archive:
+        members = [(str(p.relative_to(root)), p.read_bytes()) for p in sorted(root.rglob('*')) if p.is_file()]
+        root = _tar(tmp_path / 'data.tar', members)
+    check_dataset(create_dataset('', root, 'train'), 3, 'train')
+    [line] = [record.message for record in caplog.records if 'not used' in record.message]
+    assert line.startswith(f'{root}: 4 files are not used: 2 .txt, ')
+    assert {'2 .txt', '1 .heic', '1 without extension'} <= set(line.partition('used: ')[2].rstrip('.').split(', '))
+    caplog.clear()
+    check_dataset(create_dataset('', root, 'train', class_map=dict(blue=0, red=1)), 2, 'val')
+    assert '3 images without a class' in caplog.text
+
+
+def test_images_outside_of_class_folders(tmp_path):
+    _folder(tmp_path)
+    for index in range(2):
+        (tmp_path / f'{index}.png').write_bytes(_png('white'))
+    with pytest.raises(DataError, match='has 2 images outside of class folders') as error:
+        check_dataset(create_dataset('', tmp_path, 'train'), 4, 'train')
+    assert f'{tmp_path}/CLASS' in _message(error)
+
+
+def test_postscript_is_not_an_image(tmp_path):
+    """Pillow would start Ghostscript for such a file."""
+    _folder(tmp_path)
+    (tmp_path / 'blue' / '1.png').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n')
+    with pytest.raises(DataError, match=r'blue/1\.png is not a readable image'):
+        create_dataset('', tmp_path, 'train', strict=True)[1]
+
+
+def test_evaluation_does_not_replace_unreadable_images(tmp_path):
+    dataset = create_dataset('', _damage(_folder(tmp_path)), 'train', replace_unreadable=False)
+    samples = list(dataset)
+    replaced = list(create_dataset('', tmp_path, 'train'))
+    marked = [index for index, (_, target) in enumerate(samples) if target == -1]
+    assert [dataset.filename(index) for index in marked] == unreadable_images(dataset)
+    assert all(samples[i][0].tobytes() == replaced[i][0].tobytes() for i in range(9) if i not in marked)
+
+
+def test_evaluation_of_a_missing_disk(tmp_path):
+    _folder(tmp_path, count=5)
+    dataset = create_dataset('', tmp_path, 'train', replace_unreadable=False)
+    for path in tmp_path.rglob('*.png'):
+        path.unlink()
+    with pytest.raises(DataError, match='10 images in a row'):
+        list(dataset)
+
+
+# Hold-out
+
+
+@pytest.mark.parametrize('archive', [False, True])
+def test_hold_out(tmp_path, archive):
+    root = tmp_path / 'data'
+    for name, count in (('blue', 20), ('green', 7), ('red', 2)):
+        _folder(root, count, [name])
+    if archive:
+        members = [(str(p.relative_to(root)), p.read_bytes()) for p in sorted(root.rglob('*')) if p.is_file()]
+        root = _tar(tmp_path / 'data.tar', members)
+    dataset = create_dataset('', root, 'train')
+    train, held = hold_out(dataset, 0.1, seed=3)
+    assert sorted([*train.filenames(), *held.filenames()]) == sorted(dataset.filenames())
+    labels = [[int(target) for _, target in part] for part in (train, held)]
+    assert [labels[0].count(i) for i in range(3)] == [18, 6, 1]
+    assert [labels[1].count(i) for i in range(3)] == [2, 1, 1]
+    images = {name: image.tobytes() for name, (image, _) in zip(dataset.filenames(), dataset)}
+    assert all(images[name] == image.tobytes() for name, (image, _) in zip(held.filenames(), held))
+    again = hold_out(create_dataset('', root, 'train'), 0.1, seed=3)[1]
+    other = [hold_out(dataset, 0.1, seed=seed)[1].filenames() for seed in range(5)]
+    assert again.filenames() == held.filenames() and len(set(map(tuple, other))) > 1
+    for part in (train, held):
+        check_dataset(part, 3, 'train')
+    assert len(dataset) == 29 and not held.replace_unreadable and train.replace_unreadable
+
+
+def test_hold_out_of_single_images_and_of_other_datasets(tmp_path):
+    with pytest.raises(DataError, match=r'No class .* has two images'):
+        hold_out(create_dataset('', _folder(tmp_path, count=1), 'train'), 0.5, 0)
+    with pytest.raises(DataError, match=r'a folder or a \.tar only'):
+        hold_out(torch.utils.data.TensorDataset(torch.zeros(4)), 0.5, 0)

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,9 @@ import yaml
 from checkpoints import assert_same
 from PIL import Image
 
+from cluster_zoo.training.optim import shorten_warmup
 from cluster_zoo.training.signals import StopRequest
+from cluster_zoo.training.train_options import train_parser
 from cluster_zoo.weights import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -45,8 +48,130 @@ def _summary(folder):
         return list(csv.DictReader(file))
 
 
+def _options(caplog):
+    """Rows of the logged table of options."""
+    rows = [record.message for record in caplog.records if record.funcName == 'log_options']
+    return {row[:14].strip(): ' '.join(row[14:].split()) for row in rows}
+
+
 def _load(path):
     return torch.load(path, weights_only=True)
+
+
+# Data
+
+
+@pytest.mark.parametrize('given', ['train', 'flat', 'flat.tar', 'sample', 'no_val'])
+def test_same_images_for_training_and_validation_are_refused(train, image_folder, tmp_path, capsys, given):
+    shutil.copytree(image_folder / 'train', tmp_path / 'flat')
+    shutil.copytree(image_folder / 'train', tmp_path / 'no_val' / 'train')
+    shutil.make_archive(str(tmp_path / 'flat'), 'tar', tmp_path / 'flat')
+    data = ['--data-dir', tmp_path / given]
+    data = dict(train=[image_folder / 'train'], sample=['--dataset', 'cluster_zoo/cifar10_sample']).get(given, data)
+    line = [*data, *BASE, '--epochs', 1, '--output', tmp_path / 'out']
+    line = list(map(str, line)) + (['--num-classes', '10'] if given == 'sample' else [])
+    assert train.main(line) == 2
+    error = capsys.readouterr().err
+    assert '--val-fraction 0.1' in error and "--val-split ''" in error and error.count('\n') == 1
+    if given == 'train':
+        assert f'give the folder that contains it, {image_folder}' in error
+    if given == 'flat':
+        assert str(tmp_path / 'flat' / 'train' / 'CLASS') in error
+    assert not (tmp_path / 'out').exists()
+    if given != 'sample':
+        assert train.main([*line, '--val-fraction', '0.2']) == 0
+        assert train.main([*line, '--val-split', '', '--experiment', 'all']) == 0
+        assert not (tmp_path / 'out' / 'all' / 'model_best.pth.tar').exists()
+        assert _summary(tmp_path / 'out' / 'all')[0]['eval_top1'] == ''
+
+
+def test_a_split_may_be_named_twice(run, capsys):
+    """To validate on the training images is a test of a setup, if the user asks for it."""
+    assert run('a', '--epochs', 1, '--val-split', 'train') == 0
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        (['--val-fraction', '1'], '--val-fraction'),
+        (['--val-fraction', '0.1', '--val-split', 'val'], 'exclude'),
+        (['--val-split', '', '--sched', 'plateau'], 'plateau'),
+        (['--eval-metric', 'map'], '--multi-label'),
+        (['--multi-label', 'no.csv'], 'no.csv'),
+    ],
+)
+def test_validation_options_that_do_not_fit(run, capsys, flags, message):
+    assert run('a', '--epochs', 1, *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def label_file(image_folder, tmp_path):
+    """Two labels for each red and green image, none for the blue ones."""
+    rows = ['file,labels']
+    for path in sorted(image_folder.rglob('*.png')):
+        labels = {'red': 'red;warm', 'green': 'green;cold', 'blue': ''}[path.parent.name]
+        rows.append(f'{path.relative_to(image_folder)},{labels}')
+    (tmp_path / 'labels.csv').write_text('\n'.join(rows))
+    return tmp_path / 'labels.csv'
+
+
+@pytest.mark.parametrize('flags', [['--mixup', 0.2], ['--class-weights', 'balanced']])
+def test_multi_label(run, tmp_path, label_file, flags, capsys):
+    line = ['--multi-label', label_file, '--num-classes', 4, '--epochs', 12, '--lr', 0.2, '--warmup-epochs', 1]
+    assert run('a', *line, *flags) == 0
+    rows = _summary(tmp_path / 'a')
+    assert set(rows[0]) >= {'eval_map', 'eval_loss', 'eval_macro_f1'} and float(rows[-1]['eval_map']) > 90
+    checkpoint = _load(tmp_path / 'a' / 'last.pth.tar')
+    assert checkpoint['label_names'] == ['cold', 'green', 'red', 'warm']
+    assert run('b', *line[:2], '--num-classes', 3) == 2
+    assert '--num-classes 4' in capsys.readouterr().err
+    assert run('b', *line, '--model', 'dnc_resnet18_cifar') == 2
+    assert 'nearest-centroid' in capsys.readouterr().err
+
+
+# Short runs
+
+
+@pytest.mark.parametrize(
+    'model, flags, expected',
+    [
+        ('coc_tiny', ['--epochs', 300], (5, 10)),
+        ('coc_tiny', ['--epochs', 30], (5, 10)),
+        ('coc_tiny', ['--epochs', 20], (2, 2)),
+        ('coc_tiny', ['--epochs', 3], (0, 0)),
+        ('coc_tiny', ['--epochs', 3, '--warmup-epochs', 2], (2, 0)),
+        ('resnet18', ['--epochs', 10], (5, 0)),
+        ('resnet18', ['--epochs', 9], (0, 0)),
+    ],
+)
+def test_warm_up_and_cool_down_of_a_short_run(model, flags, expected):
+    args = train_parser().resolve(['--model', model, *map(str, flags)])
+    shorten_warmup(args)
+    assert (args.warmup_epochs, args.cooldown_epochs) == expected
+
+
+def test_a_warm_up_that_the_user_sets_is_kept(caplog):
+    args = train_parser().resolve(['--model', 'resnet18', '--epochs', '3', '--warmup-epochs', '5'])
+    shorten_warmup(args)
+    assert args.warmup_epochs == 5 and '--warmup-epochs 5 is not shorter' in caplog.text
+
+
+def test_average_of_few_updates(run, tmp_path, caplog):
+    """Without warm-up of its decay, an average of 9 updates is the initial model."""
+    flags = ['--epochs', 3, '--lr', 0.01, '-b', 14, '--model-ema', '--warmup-epochs', 0]
+    assert run('a', *flags) == 0
+    assert 'initial weights would make up 100 %' in caplog.text
+    assert run('b', *flags, '--no-model-ema-warmup') == 0
+    assert run('c', *flags, '--model-ema-decay', 0.5) == 0  # short enough for 9 updates
+    distances = []
+    for name in 'abc':
+        checkpoint = _load(tmp_path / name / 'last.pth.tar')
+        plain, averaged = checkpoint['state_dict'], checkpoint['state_dict_ema']
+        distances.append(max(float((plain[key] - averaged[key]).abs().max()) for key in plain if 'conv' in key))
+    assert distances[0] < distances[1] / 2 and distances[2] < distances[1] / 2
+    used = [_load(tmp_path / name / 'last.pth.tar')['args']['model_ema_warmup'] for name in 'abc']
+    assert used == [True, False, False]
 
 
 # Run folder
@@ -69,11 +194,11 @@ def test_run_folder(run, tmp_path, caplog):
     assert (options['model'], options['lr'], options['recipe']) == ('test_resnet', 0.05, 'timm')
     best = max(rows, key=lambda row: float(row['eval_top1']))
     assert _load(folder / 'model_best.pth.tar')['metric'] == float(best['eval_top1'])
-    assert 'Recipe timm' in caplog.text
+    assert '--lr 0.05' in _options(caplog)['flag'] and '--hflip 0.5' in _options(caplog)['timm default']
     lines = [record.message for record in caplog.records if record.message.startswith('Train:')]
     assert len(lines) == 3 * 3  # after 2, 4 and 5 updates
     assert re.fullmatch(
-        r'Train: 0 \[   2/5  40%\]  loss \S+ \(mean \S+\)  lr 1.000e-05  \S+ img/s  [\d:]+ left', lines[0]
+        r'Train: 0 \[   2/5  40%\]  loss \S+ \(mean \S+\)  lr 5.000e-02  \S+ img/s  [\d:]+ left', lines[0]
     )
 
 
@@ -99,7 +224,7 @@ def test_learns(run, tmp_path):
 
 def test_recipe_of_the_paper_trains(run, tmp_path, caplog):
     assert run('a', '--model', 'coc_tiny', '--epochs', 1, '--cooldown-epochs', 1, '--amp') == 0
-    assert 'Recipe coc' in caplog.text
+    assert '--aa rand-m9-mstd0.5-inc1' in _options(caplog)['recipe coc']
     options = yaml.safe_load((tmp_path / 'a' / 'args.yaml').read_text())
     assert (options['opt'], options['mixup'], options['aa']) == ('adamw', 0.8, 'rand-m9-mstd0.5-inc1')
     assert [row['epoch'] for row in _summary(tmp_path / 'a')] == ['0', '1']
@@ -110,10 +235,58 @@ def test_validation_interval(run, tmp_path):
     assert [bool(row['eval_top1']) for row in _summary(tmp_path / 'a')] == [False, True, True]
 
 
-def test_new_run_in_an_old_folder_starts_a_new_summary(run, tmp_path):
+def test_used_folder_needs_overwrite(run, tmp_path, capsys):
+    """A second run of the same name is refused, and replaces all files of the first with --overwrite."""
     run('a', '--epochs', 2, '--lr', 0.01)
-    run('a', '--epochs', 1, '--lr', 0.01)
+    (tmp_path / 'a' / 'notes.txt').write_text('of the user')
+    before = {path: path.read_bytes() for path in (tmp_path / 'a').iterdir()}
+    assert run('a', '--epochs', 1, '--lr', 0.01) == 2
+    error = capsys.readouterr().err
+    assert '--overwrite' in error and '--resume auto' in error
+    assert {path: path.read_bytes() for path in (tmp_path / 'a').iterdir()} == before
+    assert run('b', '--epochs', 1, '--lr', 0.01) == 0
+    assert run('a', '--resume', tmp_path / 'b' / 'last.pth.tar', '--epochs', 2) == 2  # of another folder
+    assert run('a', '--epochs', 1, '--lr', 0.01, '--overwrite', '--resume', 'auto') == 2
+    assert run('a', '--epochs', 1, '--lr', 0.01, '--overwrite') == 0
     assert [row['epoch'] for row in _summary(tmp_path / 'a')] == ['0']
+    assert sorted(path.name for path in (tmp_path / 'a').glob('checkpoint-*')) == ['checkpoint-0.pth.tar']
+    assert (tmp_path / 'a' / 'notes.txt').exists()
+
+
+def test_folder_of_a_run_that_failed_at_the_start_is_not_used(run, tmp_path):
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a' / 'args.yaml').write_text('')
+    assert run('a', '--epochs', 1, '--lr', 0.01) == 0
+
+
+def test_unnamed_runs_of_the_same_second_get_two_folders(train, image_folder, tmp_path, monkeypatch):
+    import cluster_zoo.training.run_folder
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr(cluster_zoo.training.run_folder, 'datetime', Clock)
+    for _ in range(2):
+        assert train.main(list(map(str, [image_folder, *BASE, '--output', tmp_path, '--epochs', 1]))) == 0
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ['20260102-030405-test_resnet-32', '20260102-030405-test_resnet-32-2']
+    assert all((tmp_path / name / 'last.pth.tar').is_file() for name in names)
+
+
+def test_output_is_a_file(run, tmp_path, capsys):
+    (tmp_path / 'a').write_text('')
+    assert run('a', '--epochs', 1) == 2
+    assert f'{tmp_path / "a"} is a file' in capsys.readouterr().err
+
+
+def test_dry_run_writes_nothing(run, tmp_path, caplog):
+    assert run('a', '--epochs', 3, '--dry-run', '-b', 16) == 0
+    assert not (tmp_path / 'a').exists()
+    assert '42 training and 15 validation images' in caplog.text
+    assert '10 training images, others in each epoch, are left out' in caplog.text
+    assert '3 epochs of 2 updates with 16 images' in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -284,11 +457,31 @@ def test_resume_a_checkpoint_of_timms_script(run, tmp_path):
     checkpoint = _load(tmp_path / 'a' / 'last.pth.tar')
     checkpoint = {k: v for k, v in checkpoint.items() if k not in ('progress', 'args')}
     torch.save({**checkpoint, 'args': argparse.Namespace(lr=0.01)}, tmp_path / 'timm.pth.tar')
-    assert run('b', '--epochs', 2, '--lr', 0.01, '--resume', tmp_path / 'timm.pth.tar') == 0
+    path = tmp_path / 'timm.pth.tar'
+    assert run('b', '--epochs', 2, '--lr', 0.01, '--resume', path) == 0
     assert [row['epoch'] for row in _summary(tmp_path / 'b')] == ['1']
-    assert run('c', '--epochs', 5, '--lr', 0.01, '--resume', tmp_path / 'timm.pth.tar', '--start-epoch', 4) == 0
+    assert run('c', '--epochs', 5, '--warmup-epochs', 5, '--lr', 0.01, '--resume', path, '--start-epoch', 4) == 0
     [row] = _summary(tmp_path / 'c')
     assert row['epoch'] == '4' and float(row['lr']) == pytest.approx(1e-5 + 4 / 5 * (0.01 - 1e-5))  # still warming up
+
+
+def test_resume_says_what_it_does(run, tmp_path, caplog, capsys):
+    line = ['--epochs', 1, '--lr', 0.01, '--resume', 'auto']
+    assert run('a', *line) == 0
+    assert 'has no checkpoint, so the run starts from the beginning' in caplog.text
+    caplog.clear()
+    summary = (tmp_path / 'a' / 'summary.csv').read_bytes()
+    assert run('a', *line) == 0
+    assert f'Resumed from {tmp_path / "a" / "last.pth.tar"}' in caplog.text
+    assert 'The run is finished: all 1 epochs' in caplog.text
+    assert (tmp_path / 'a' / 'summary.csv').read_bytes() == summary
+    caplog.clear()
+    assert run('a', *line, '--epochs', 2, '--crop-pct', 0.8) == 0
+    assert 'Resumed at epoch 1, batch 0: 5 updates remain' in caplog.text
+    assert '--crop-pct None -> 0.8' in caplog.text and '--epochs 1 -> 2' in caplog.text
+    assert run('a', *line, '--epochs', 3, '--model', 'test_resnet.r160_in1k') == 0  # the same architecture
+    assert run('a', *line, '--epochs', 4, '--model', 'test_vit') == 2
+    assert 'which is not test_vit' in capsys.readouterr().err
 
 
 def test_resume_without_the_optimizer(run, tmp_path):
@@ -386,7 +579,7 @@ def test_published_command_in_two_processes(imagenet_folder, tmp_path, launcher,
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count('Recipe') == 1  # the other process logs nothing
+    assert done.stderr.count('recipe ') == 1  # the other process logs nothing
     assert '2 x cpu' in done.stderr
     checkpoint = _load(tmp_path / 'a' / 'last.pth.tar')
     assert checkpoint['args']['lr'] == 1e-3 and checkpoint['args']['mixup'] == 0.8
@@ -440,6 +633,22 @@ def test_checkpoint_inside_an_epoch_needs_the_same_batches(run, train, tmp_path,
     undo()
     assert run('a', '--epochs', 1, '--lr', 0.01, '--resume', 'auto', '-b', 4) == 2
     assert 'Keep the batch size' in capsys.readouterr().err
+
+
+def test_unreadable_validation_image_does_not_count(train, tmp_path, caplog, image_folder):
+    """The metrics are those of the other images, for any batch size."""
+    shutil.copytree(image_folder, tmp_path / 'data')
+    shutil.copytree(image_folder, tmp_path / 'fewer')
+    (tmp_path / 'data' / 'validation' / 'red' / '3.png').write_bytes(b'no image')
+    (tmp_path / 'fewer' / 'validation' / 'red' / '3.png').unlink()
+    rows = []
+    for name, batch in (('data', 4), ('data', 1), ('fewer', 4)):
+        line = [tmp_path / name, *BASE, '--epochs', 1, '--lr', 0.01, '-vb', batch, '--output', tmp_path / 'out']
+        assert train.main([*map(str, line), '--experiment', f'{name}{batch}']) == 0
+        rows.append(_summary(tmp_path / 'out' / f'{name}{batch}')[0])
+    assert {row['eval_top1'] for row in rows} == {rows[0]['eval_top1']}
+    assert float(rows[0]['eval_loss']) == pytest.approx(float(rows[2]['eval_loss']), abs=1e-6)
+    assert '1 unreadable images so far' in caplog.text
 
 
 @pytest.mark.parametrize('workers', [0, 1])

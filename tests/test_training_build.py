@@ -9,7 +9,8 @@ from timm.data import FastCollateMixup, Mixup, auto_augment
 from timm.models import save_for_hf
 from timm.task import ClassificationTask
 
-from cluster_zoo.errors import OptionError
+from cluster_zoo.datasets import create_dataset
+from cluster_zoo.errors import DataError, OptionError
 from cluster_zoo.layers.centroid_learning import CentroidLearning
 from cluster_zoo.training.loaders import build_datasets, build_loaders, build_mixup
 from cluster_zoo.training.model import build_model
@@ -208,6 +209,55 @@ def test_loss(flags, criterion):
     args = _args(*flags)
     task = build_task(args, build_model(args))
     assert type(task.criterion).__name__ == criterion
+
+
+@pytest.mark.parametrize('flags', [[], ['--smoothing', 0], ['--mixup', 0.2], ['--bce-loss', '--smoothing', 0]])
+def test_class_weights(flags, tmp_path):
+    """The loss has the weights N / (K n), against a plain loop over the images."""
+    counts = dict(a=6, b=2, c=1)
+    for name, count in counts.items():
+        (tmp_path / name).mkdir()
+        for index in range(count):
+            Image.new('RGB', (8, 8)).save(tmp_path / name / f'{index}.png')
+    args = _args('--class-weights', 'balanced', *flags)
+    dataset = create_dataset('', tmp_path, 'train')
+    criterion = build_task(args, build_model(args), dataset).criterion
+    weights = torch.tensor([9 / (3 * count) for count in counts.values()])
+    logits, target = torch.randn(5, 3), torch.tensor([0, 1, 2, 2, 0])
+    hot = torch.nn.functional.one_hot(target, 3) * 1.0
+    if '--mixup' in flags:
+        soft = torch.rand(5, 3).softmax(1)
+        expected = -(weights * soft * logits.log_softmax(1)).sum(1).mean()
+        assert torch.allclose(criterion(logits, soft), expected)
+    elif '--bce-loss' in flags:
+        losses = -(hot * logits.sigmoid().log() + (1 - hot) * (1 - logits.sigmoid()).log())
+        assert torch.allclose(criterion(logits, target), (weights * losses).mean())
+    else:
+        smooth = hot * (1 - args.smoothing) + args.smoothing / 3
+        expected = -(weights * smooth * logits.log_softmax(1)).sum() / weights[target].sum()
+        assert torch.allclose(criterion(logits, target), expected)
+
+
+def test_class_weights_of_several_labels(tmp_path):
+    """The weight of a positive target is the number of negative ones for each positive one."""
+    rows = ['file,labels', '0.png,a;b', '1.png,a', '2.png,a', '3.png,']
+    for index in range(4):
+        Image.new('RGB', (8, 8)).save(tmp_path / f'{index}.png')
+    (tmp_path / 'labels.csv').write_text('\n'.join(rows))
+    args = _args('--class-weights', 'balanced', '--multi-label', tmp_path / 'labels.csv', '--num-classes', 2)
+    args.smoothing = 0.0
+    dataset = create_dataset('', tmp_path, 'train', label_files=args.multi_label)
+    criterion = build_task(args, build_model(args), dataset).criterion
+    logits, target = torch.randn(3, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    p, weights = logits.sigmoid(), torch.tensor([1 / 3, 3.0])
+    expected = -(weights * target * p.log() + (1 - target) * (1 - p).log()).mean()
+    assert torch.allclose(criterion(logits, target), expected)
+
+
+def test_class_weights_need_labels():
+    args = _args('--class-weights', 'balanced')
+    with pytest.raises(DataError, match='not known without reading'):
+        build_task(args, build_model(args), torch.utils.data.TensorDataset(torch.zeros(4)))
 
 
 def test_pad_and_crop_moves_the_image(image_folder):

@@ -283,10 +283,18 @@ def test_options_that_can_not_be_met(run, flags, message):
     assert status == 2 and error.startswith('error: ') and error.count('\n') == 1 and message in error
 
 
-def test_unreadable_image(run, image_folder, tmp_path):
+@pytest.mark.parametrize('batch', [1, 4, 15])
+def test_unreadable_image(run, image_folder, tmp_path, outputs, batch):
+    """The accuracy is that of the other images."""
     shutil.copytree(image_folder / 'validation', tmp_path / 'data')
     (tmp_path / 'data' / 'red' / '1.png').write_bytes(b'')
-    assert run(data=tmp_path / 'data')[1]['unreadable'] == 1
+    result = run('--use-train-size', '-b', batch, data=tmp_path / 'data')[1]
+    logits, labels = outputs
+    kept = [index for index in range(15) if index != 11]  # blue, green, red with five images each
+    expected = 100 * (logits.argmax(1) == labels)[kept].float().mean().item()
+    assert result['unreadable'] == 1 and result['top1'] == pytest.approx(expected, abs=1e-3)
+    means = run('--use-train-size', '-b', batch, '--metrics-avg', 'micro', data=tmp_path / 'data')[1]
+    assert means['micro_recall'] == pytest.approx(expected, abs=1e-3)
     status, error = run('--strict', data=tmp_path / 'data')
     assert status == 2 and 'red/1.png' in error
 
@@ -307,3 +315,164 @@ def test_published_command(tmp_path, image_folder):
     )
     assert done.returncode == 0, done.stderr
     assert re.match(r'coc_tiny: top-1 \S+ %  top-5 100.00 %  5.25 M parameters  \S+ images/s\n--result\n', done.stdout)
+
+
+# Checkpoints of train.py
+
+ODD = [
+    '--crop-pct',
+    0.7,
+    '--mean',
+    0.2,
+    0.3,
+    0.4,
+    '--std',
+    0.5,
+    0.2,
+    0.3,
+    '--interpolation',
+    'bilinear',
+    '--img-size',
+    40,
+]
+
+
+@pytest.fixture(scope='module')
+def trained(train, image_folder, tmp_path_factory):
+    """Trains a few updates; returns the folder of the run and the accuracies in percent that it wrote."""
+
+    def _trained(*flags, data=image_folder):
+        parent = tmp_path_factory.mktemp('runs')
+        line = [data, '--model', 'test_resnet', '--num-classes', 3, '-j', 0, '-b', 14, '--epochs', 2, '--lr', 0.05]
+        line += ['--device', 'cpu', '--output', parent, '--experiment', 'a', *flags]
+        assert train.main(list(map(str, line))) == 0
+        with (parent / 'a' / 'summary.csv').open() as file:
+            return parent / 'a', {k: float(v) for k, v in list(csv.DictReader(file))[-1].items() if 'eval' in k}
+
+    return _trained
+
+
+def _validate(validate, capsys, *flags):
+    status = validate.main(list(map(str, [*flags, '--device', 'cpu', '-j', 0])))
+    out, error = capsys.readouterr()
+    return json.loads(out.partition('--result\n')[2]) if status == 0 else error
+
+
+@pytest.mark.parametrize(
+    'flags, ema',
+    [
+        (ODD, False),
+        ([*ODD, '--model-ema', '--model-ema-decay', 0.6], True),
+        (['--img-size', 32, '--bn-eps', 0.5, '--gp', 'max'], False),
+        (['--model', 'dnc_resnet18_cifar', '--sub-centroids', 2, '--warmup-epochs', 1], False),
+        (['--in-chans', 1, '--input-size', 1, 32, 48, '--model-kwargs', 'stem_width=16'], False),
+    ],
+)
+def test_a_checkpoint_of_train_py_needs_no_flags(trained, validate, image_folder, capsys, flags, ema):
+    """The accuracy and the loss are those that the training logged."""
+    folder, logged = trained(*flags)
+    line = [image_folder, '--checkpoint', folder / 'last.pth.tar', *['--use-ema'] * ema]
+    result = _validate(validate, capsys, *line)
+    assert result['top1'] == pytest.approx(logged['eval_top1'], abs=1e-3)
+
+
+def test_flags_win_over_the_checkpoint(trained, validate, image_folder, capsys):
+    folder, _ = trained(*ODD)
+    line = [image_folder, '--checkpoint', folder / 'last.pth.tar']
+    result = _validate(validate, capsys, *line)
+    assert (result['img_size'], result['crop_pct'], result['interpolation']) == (40, 0.7, 'bilinear')
+    result = _validate(validate, capsys, *line, '--img-size', 64, '--crop-pct', 1)
+    assert (result['img_size'], result['crop_pct'], result['interpolation']) == (64, 1.0, 'bilinear')
+
+
+def test_held_out_images_of_a_checkpoint(trained, validate, image_folder, capsys):
+    folder, logged = trained('--val-fraction', 0.3, '--seed', 5, '--img-size', 32, data=image_folder / 'train')
+    result = _validate(validate, capsys, image_folder / 'train', '--checkpoint', folder / 'last.pth.tar')
+    assert result['top1'] == pytest.approx(logged['eval_top1'], abs=1e-3)
+
+
+def test_multi_label_checkpoint(trained, validate, image_folder, tmp_path, capsys):
+    rows = [f'{path.relative_to(image_folder)},{path.parent.name};x' for path in image_folder.rglob('*.png')]
+    (tmp_path / 'labels.csv').write_text('\n'.join(['file,labels', *rows]))
+    flags = ['--multi-label', tmp_path / 'labels.csv', '--num-classes', 4, '--img-size', 32]
+    folder, logged = trained(*flags)
+    line = [image_folder, '--checkpoint', folder / 'last.pth.tar']
+    for given in ([], flags[:2]):
+        result = _validate(validate, capsys, *line, *given)
+        assert result['map'] == pytest.approx(logged['eval_map'], abs=1e-3) and 'top1' not in result
+    only = [row for row in rows if 'blue' in row]  # the classes are numbered as in training
+    (tmp_path / 'blue.csv').write_text('\n'.join(['file,labels', *only]))
+    assert 'map' in _validate(validate, capsys, *line, '--multi-label', tmp_path / 'blue.csv')
+
+
+def test_classes_are_those_of_the_checkpoint(trained, validate, image_folder, tmp_path, capsys):
+    """A split with some of the classes, or others, is not numbered from 0 again."""
+    folder, _ = trained('--img-size', 32, '--lr', 0.2)
+    model = timm.create_model('test_resnet', num_classes=3)
+    shutil.copytree(image_folder / 'validation', tmp_path / 'some')
+    shutil.rmtree(tmp_path / 'some' / 'blue')
+    line = ['--checkpoint', folder / 'last.pth.tar']
+    whole = _validate(validate, capsys, image_folder, *line, '--metrics-avg', 'micro')
+    some = _validate(validate, capsys, tmp_path / 'some', *line)
+    for name in ('blue', 'green', 'red'):
+        one = tmp_path / f'only {name}'
+        shutil.copytree(image_folder / 'validation' / name, one / name)
+    parts = [_validate(validate, capsys, tmp_path / f'only {n}', *line)['top1'] for n in ('blue', 'green', 'red')]
+    assert sum(parts) / 3 == pytest.approx(whole['top1'], abs=1e-3)
+    assert sum(parts[1:]) / 2 == pytest.approx(some['top1'], abs=1e-3)
+    (tmp_path / 'some' / 'green').rename(tmp_path / 'some' / 'violet')
+    assert "no class 'violet'" in _validate(validate, capsys, tmp_path / 'some', *line)
+    assert model.num_classes == 3
+
+
+def test_checkpoints_that_need_flags(trained, validate, image_folder, tmp_path, capsys):
+    folder, _ = trained('--img-size', 32)
+    saved = torch.load(folder / 'last.pth.tar', weights_only=True)
+    torch.save(saved['state_dict'], tmp_path / 'bare.pth')
+    error = _validate(validate, capsys, image_folder, '--checkpoint', tmp_path / 'bare.pth')
+    assert all(flag in error for flag in ('does not name its model', '--model', '--num-classes', '--img-size'))
+    assert 'no model given' in _validate(validate, capsys, image_folder)
+    torch.save(saved | dict(arch='coc_tiny'), tmp_path / 'coc.pth')
+    error = _validate(validate, capsys, image_folder, '--checkpoint', tmp_path / 'coc.pth', '--model', 'fec_small')
+    assert 'its weights are of coc_tiny, which is not fec_small' in error
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(args=dict(model_kwargs=dict(pretrained_cfg_overlay='x'))), 'pretrained_cfg_overlay'),
+        (dict(args=dict(model_kwargs=dict(checkpoint_path='/etc/passwd'))), 'checkpoint_path'),
+        (dict(args=dict(num_classes=10**9)), 'num_classes'),
+        (dict(args=dict(bn_eps='1')), 'bn_eps'),
+        (dict(args=dict(multi_label=[1])), 'multi_label'),
+        (dict(args=dict(val_fraction=[0.5])), 'val_fraction'),
+        (dict(data_config=dict(input_size=[3, 10**9, 10**9])), 'input_size'),
+        (dict(data_config=dict(std=[0, 0, 0])), 'std'),
+    ],
+)
+def test_options_of_a_hostile_checkpoint_are_refused(
+    trained, validate, image_folder, tmp_path, capsys, change, message
+):
+    folder, _ = trained('--img-size', 32)
+    saved = torch.load(folder / 'last.pth.tar', weights_only=True)
+    change = {key: saved[key] | value for key, value in change.items()}
+    torch.save(saved | change, tmp_path / 'hostile.pth')
+    error = _validate(validate, capsys, image_folder, '--checkpoint', tmp_path / 'hostile.pth')
+    assert 'was refused' in error and message in error and error.count('\n') == 1
+
+
+@pytest.mark.parametrize('file', ['missing/results.csv', 'folder', 'file/results.csv'])
+def test_results_file_is_checked_first(run, tmp_path, file, monkeypatch):
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'file').write_text('')
+    status, result = run('--results-file', tmp_path / file)
+    if file == 'missing/results.csv':  # the folder is created
+        assert status == 0 and (tmp_path / file).is_file()
+    else:
+        assert status == 2 and '--results-file' in result
+    assert status == 0 or 'top-1' not in result
+
+
+def test_data_is_checked_before_a_model_is_downloaded(validate, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(validate, 'measure', lambda args: pytest.fail('the model was built'))
+    assert 'does not exist' in _validate(validate, capsys, tmp_path / 'nowhere', '--model', 'resnet18')

@@ -115,6 +115,9 @@ def test_the_options_of_a_training_script_build_the_model(tmp_path):
         loaded = _loaded(folder)
         assert _same(loaded, expected) and not _same(loaded, averaged if expected is model else model)
         taken = 'not averaged' if expected is model else 'averaged'
+        if state is both:
+            kind, flag = ('averaged', '') if expected is model else ('plain', 'without ')
+            taken += f' (the file also has {kind} ones: {flag}--use-ema)'
         assert _config(folder)['source']['weights'] == taken
         assert f'- weights: {taken}\n' in (folder / 'README.md').read_text(encoding='utf-8')
         data = timm.data.resolve_model_data_config(loaded)
@@ -124,7 +127,7 @@ def test_the_options_of_a_training_script_build_the_model(tmp_path):
 def test_a_checkpoint_of_train_py_needs_no_options(train, tmp_path):
     arguments = ['--dataset', 'cluster_zoo/cifar10_sample', '--model', 'coc_tiny', '--num-classes', '10', '-b', '500']
     arguments += ['--img-size', '32', '--crop-pct', '1', '--epochs', '1', '--cooldown-epochs', '0', '--workers', '0']
-    arguments += ['--output', str(tmp_path), '--experiment', 'run', '--val-num-samples', '10']
+    arguments += ['--output', str(tmp_path), '--experiment', 'run', '--val-fraction', '0.1']
     arguments += ['--model-kwargs', *(f'{key}={value}'.replace(' ', '') for key, value in TINY.items())]
     train.main(arguments)
     path = tmp_path / 'run' / 'last.pth.tar'

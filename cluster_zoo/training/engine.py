@@ -1,7 +1,7 @@
 """What the training loops of classification and segmentation share.
 
-A loop has a `TrainingRun`, and the functions here resume it, open its folder, take optimizer steps and show progress.
-`run_training` is the main function of both scripts: it handles signals and errors.
+A loop has a `TrainingRun`, and the functions here resume it and take optimizer steps. `run_training` is the main
+function of both scripts: it handles signals and errors. `run_folder` opens the folder of a run, `progress` reports.
 """
 
 from __future__ import annotations
@@ -11,43 +11,43 @@ import logging
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from timm import utils
 from timm.models import clean_state_dict
 from timm.task import TrainingTask
-from tqdm import tqdm
 
-from ..errors import CheckpointError, UserError, print_error
-from ..weights import read_checkpoint
+from ..errors import CheckpointError, UserError, one_line, print_error
+from ..weights import check_architecture, read_checkpoint, training_metadata
 from .parser import Parser
-from .resume import gather_states, newest_checkpoint, resume_command
+from .resume import gather_states, resume_command
 from .runtime import option_errors
 from .signals import StopRequest
 from .tasks import CentroidTaskMixin, split_learning_state
 
 __all__ = [
-    'ProgressReport',
     'TrainingRun',
     'backward',
-    'checkpoint_to_resume',
     'launch',
     'load_checkpoint_state',
-    'open_output_dir',
-    'output_dir',
     'run_options',
     'run_training',
+    'set_up_ema',
 ]
 
 _logger = logging.getLogger(__name__)
+
+# Options that a resumed run may change without a remark
+_MAY_DIFFER = (
+    *('resume', 'output', 'experiment', 'config', 'data', 'data_dir', 'device', 'workers', 'pin_mem', 'log_interval'),
+    *('pretrained', 'pretrained_path', 'initial_checkpoint', 'recovery_interval', 'checkpoint_hist'),
+)
+_MAX_INITIAL = 0.01  # fraction of the initial weights in an average above which its decay is warmed up
 
 
 @dataclass(kw_only=True)
@@ -64,6 +64,8 @@ class TrainingRun:
     output_dir: Path
     saver: utils.CheckpointSaver | None = None
     stop: StopRequest | None = None
+    updates: int = 0  # of this process, since it was started or resumed
+    started: float = 0.0  # time of the first of them
     learning_states: list[Any] = field(default_factory=list)  # of the centroids in each process, for a checkpoint
 
     def extra_state(self) -> dict[str, Any]:
@@ -91,47 +93,9 @@ class TrainingRun:
 
 def run_options(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the options without what depends on the process, for ``args.yaml`` and checkpoints."""
-    process = ('given', 'distributed', 'world_size', 'rank', 'local_rank')
-    return {name: value for name, value in vars(args).items() if name not in process}
-
-
-def output_dir(args: argparse.Namespace, parent: str, name: str) -> Path:
-    """Returns the folder of a run, the same in all processes: ``--experiment``, or the time and a name."""
-    names = [args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{name}']
-    if args.distributed:
-        dist.broadcast_object_list(names)
-    return Path(args.output or parent, *names)
-
-
-def open_output_dir(run: TrainingRun, checkpoint: str, first: int, **options: Any) -> None:
-    """Creates the folder of a run with ``args.yaml`` and the saver of checkpoints.
-
-    Args:
-        run: The run.
-        checkpoint: Checkpoint that the run was resumed from; '' for none.
-        first: Rows of ``summary.csv`` from this epoch or iteration on are removed.
-        **options: Arguments of timm's ``CheckpointSaver``.
-    """
-    run.output_dir.mkdir(parents=True, exist_ok=True)
-    (run.output_dir / 'args.yaml').write_text(yaml.safe_dump(run_options(run.args), default_flow_style=False))
-    utils.trim_summary(run.output_dir / 'summary.csv', first)
-    run.saver = utils.CheckpointSaver(
-        model=None,
-        task=run,
-        optimizer=run.optimizer,
-        amp_scaler=run.scaler,
-        checkpoint_dir=str(run.output_dir),
-        recovery_dir=str(run.output_dir),
-        max_history=run.args.checkpoint_hist,
-        **options,
-    )
-    if checkpoint and Path(checkpoint).resolve().parent == run.output_dir.resolve():
-        run.saver.load_state_dict_from_checkpoint(checkpoint)  # the best and the older checkpoints of the folder
-
-
-def checkpoint_to_resume(run: TrainingRun) -> str:
-    """Returns the path of the checkpoint that ``--resume`` means; '' for none."""
-    return newest_checkpoint(run.output_dir) if run.args.resume == 'auto' else run.args.resume
+    process = ('given', 'sources', 'resolved', 'distributed', 'world_size', 'rank', 'local_rank')
+    once = ('dry_run', 'overwrite')
+    return {name: value for name, value in vars(args).items() if name not in (*process, *once)}
 
 
 def load_checkpoint_state(run: TrainingRun, path: str, optimizer: bool = True) -> dict[str, Any]:
@@ -149,9 +113,11 @@ def load_checkpoint_state(run: TrainingRun, path: str, optimizer: bool = True) -
         checkpoint = read_checkpoint(path)
     except CheckpointError as error:
         raise CheckpointError(f'--resume: {error}') from error
+    log_differences(args, training_metadata(checkpoint)['args'])
     wanted = {'state_dict', 'optimizer'} if optimizer else {'state_dict'}
     if not isinstance(checkpoint, dict) or not wanted <= checkpoint.keys():
         raise CheckpointError(f"--resume: '{path}' is not a training checkpoint.")
+    check_architecture(checkpoint.get('arch'), run.model_name, f"--resume: '{path}'")
     with option_errors(f'--resume {path} does not fit this run', KeyError):  # of the state of another optimizer
         task.load_checkpoint_state(clean_state_dict(checkpoint['state_dict']), checkpoint.get('task_state'))
         if task.has_ema():
@@ -165,6 +131,40 @@ def load_checkpoint_state(run: TrainingRun, path: str, optimizer: bool = True) -
             states = split_learning_state(checkpoint.get('learned', []), args.rank, args.world_size)
             task.load_learning_state(states)
     return checkpoint
+
+
+def set_up_ema(args: argparse.Namespace, task: TrainingTask, updates: int, device: torch.device | None = None) -> None:
+    """Keeps an average of the weights, for ``--model-ema``. Sets ``args.model_ema_warmup`` if it is None.
+
+    Without warm-up of the decay, the average of a short run is close to the initial weights.
+
+    Args:
+        args: Options of the run.
+        task: The task.
+        updates: Updates in the run.
+        device: Device of the average; None for that of the model.
+    """
+    if not args.model_ema:
+        return
+    initial = args.model_ema_decay**updates
+    if args.model_ema_warmup is None:
+        args.model_ema_warmup = initial > _MAX_INITIAL
+        if args.model_ema_warmup:
+            _logger.info(
+                f'--model-ema: the decay is warmed up, because with {args.model_ema_decay:g} from the start the '
+                f'initial weights would make up {100 * initial:.0f} % of the average after {updates} updates '
+                '(--no-model-ema-warmup turns this off).'
+            )
+    task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
+
+
+def log_differences(args: argparse.Namespace, saved: dict[str, Any]) -> None:
+    """Logs the options of a resumed run that are not those of the saved one."""
+    now = run_options(args)
+    differ = [name for name in now if name in saved and saved[name] != now[name] and name not in _MAY_DIFFER]
+    if differ:
+        changes = ', '.join(f'--{name.replace("_", "-")} {saved[name]} -> {now[name]}' for name in differ)
+        _logger.warning(f'Options that differ from those of the saved run: {one_line(changes)}')
 
 
 def launch(run: TrainingRun, mode: str | None = None, **ddp_options: Any) -> None:
@@ -204,58 +204,6 @@ def backward(run: TrainingRun, loss: torch.Tensor, update: bool, exclude_head: b
         optimizer.zero_grad()
 
 
-class ProgressReport:
-    """A progress bar on a terminal, log lines elsewhere. Only the first process reports.
-
-    Args:
-        args: Options of the run.
-        total: Number of steps of the bar.
-        step: Current step.
-        title: Text before the bar.
-    """
-
-    REFRESH: ClassVar = 0.5  # seconds between updates of the bar
-
-    def __init__(self, args: argparse.Namespace, total: int, step: int = 0, title: str | None = None) -> None:
-        self.args, self.bar = args, None
-        if utils.is_primary(args) and sys.stderr.isatty():
-            self.bar = tqdm(desc=title, total=total, initial=step, mininterval=0, dynamic_ncols=True)
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        """Starts a new measurement of time."""
-        self.start, self.first = time.monotonic(), step
-
-    def is_due(self, interval_reached: bool) -> bool:
-        """Returns whether to call `show`. To read the loss in between would wait for the device every time."""
-        stale = self.bar is not None and time.time() - self.bar.last_print_t > self.REFRESH
-        return utils.is_primary(self.args) and (interval_reached or stale)
-
-    def show(self, step: int, remaining: int, images: int, lr: float, mean_loss: float, line: str) -> None:
-        """Updates the bar or logs a line.
-
-        Args:
-            step: Steps that are done.
-            remaining: Steps to the end of the run, for the time that is left.
-            images: Images since the last restart, in all processes.
-            lr: Learning rate.
-            mean_loss: Loss for the bar.
-            line: Step and losses for the log line.
-        """
-        elapsed = time.monotonic() - self.start
-        speed = images / elapsed
-        if self.bar is not None:
-            self.bar.set_postfix_str(f'loss {mean_loss:.3f}, lr {lr:.2e}, {speed:.0f} img/s', refresh=False)
-            self.bar.update(step - self.bar.n)
-        else:
-            left = tqdm.format_interval(elapsed / (step - self.first) * remaining)
-            _logger.info(f'Train: {line}  lr {lr:.3e}  {speed:.1f} img/s  {left} left')
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
 def run_training(
     parser: Parser,
     start: Callable[[argparse.Namespace], TrainingRun],
@@ -279,6 +227,8 @@ def run_training(
     run = None
     try:
         run = start(parser.resolve(argv))
+        if run.args.dry_run:
+            return 0
         with StopRequest() as run.stop:
             number = fit(run)
     except UserError as error:

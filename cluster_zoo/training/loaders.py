@@ -9,7 +9,7 @@ import torch
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
 from torchvision import transforms
 
-from ..datasets import check_dataset, create_dataset
+from ..datasets import check_dataset, create_dataset, find_split, hold_out, unreadable_images
 from ..errors import DataError
 from .posterize import allow_zero_bits
 from .runtime import model_dtype, option_errors
@@ -19,10 +19,17 @@ __all__ = [
     'build_datasets',
     'build_loaders',
     'build_mixup',
+    'check_data_dir',
     'dataset_options',
+    'drop_invalid',
     'loader_options',
     'uses_prefetcher',
 ]
+
+
+_WITHOUT_VALIDATION = (
+    "Hold out some of the training images (--val-fraction 0.1), or train without validation (--val-split '')."
+)
 
 
 def uses_prefetcher(args: argparse.Namespace) -> bool:
@@ -46,11 +53,46 @@ def dataset_options(args: argparse.Namespace, in_chans: int) -> dict[str, Any]:
         target_key=args.target_key,
         trust_remote_code=args.dataset_trust_remote_code,
         strict=args.strict,
+        label_files=args.multi_label,
+    )
+
+
+def check_data_dir(args: argparse.Namespace) -> None:
+    """Checks that there are folders or archives of both splits, before a model is built.
+
+    Raises:
+        DataError: There is no such split, or training and validation images would be the same.
+    """
+    if args.dataset and not args.dataset.startswith('cluster_zoo/'):
+        return
+    root = args.data_dir or args.data
+    train = args.dataset or find_split(root, args.train_split)
+    if not args.val_split or args.val_fraction:
+        return
+    try:
+        val = args.dataset or find_split(root, args.val_split)
+    except DataError as error:
+        raise DataError(f'{error} {_WITHOUT_VALIDATION}') from error
+    # To train and validate on one split is a test that --val-split can ask for
+    if train != val or args.train_split == args.val_split:
+        return
+    if args.dataset:
+        raise DataError(f'{args.dataset} has no splits. {_WITHOUT_VALIDATION}')
+    root, form = (train.parent, '{}.tar') if train.is_file() else (train, '{}/CLASS/*.jpg')
+    expected = 'expected ' + ' and '.join(str(root / form.format(split)) for split in ('train', 'val'))
+    if train.stem in ('train', 'training'):
+        expected = f'give the folder that contains it, {train.resolve().parent}'
+    raise DataError(
+        f'{train} has no splits, so training and validation images would be the same: {expected}. {_WITHOUT_VALIDATION}'
     )
 
 
 def build_datasets(args: argparse.Namespace, data_config: dict[str, Any]) -> tuple[Any, Any]:
-    """Opens the training and validation splits and checks them against ``args.num_classes``."""
+    """Opens the training and validation splits and checks them against ``args.num_classes``.
+
+    Returns:
+        Both datasets. That of validation is None for ``--val-split ''``.
+    """
     options = dataset_options(args, data_config['input_size'][0])
     train = create_dataset(
         split=args.train_split,
@@ -59,10 +101,36 @@ def build_datasets(args: argparse.Namespace, data_config: dict[str, Any]) -> tup
         num_samples=args.train_num_samples,
         **options,
     )
-    val = create_dataset(split=args.val_split, num_samples=args.val_num_samples, **options)
+    val = None
     check_dataset(train, args.num_classes, args.train_split)
-    check_dataset(val, args.num_classes, args.val_split, like=train)
+    if args.val_fraction:
+        train, val = hold_out(train, args.val_fraction, args.seed)
+    elif args.val_split:
+        if args.multi_label:  # the same classes, even if there is no validation image of some
+            options['class_map'] = train.reader.class_to_idx
+        options |= dict(num_samples=args.val_num_samples, replace_unreadable=False)
+        val = create_dataset(split=args.val_split, **options)
+        check_dataset(val, args.num_classes, args.val_split, like=train)
     return train, val
+
+
+def drop_invalid(
+    output: torch.Tensor, target: torch.Tensor, dataset: Any, remaining: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the outputs and targets of a validation batch that count.
+
+    Args:
+        output: Logits [B, K].
+        target: Targets, [B] or [B, K].
+        dataset: The dataset, whose unreadable images have negative targets.
+        remaining: Number of images until those that a distributed sampler has added to fill the last batches; None if
+            there are none.
+    """
+    output, target = output[:remaining], target[:remaining]
+    if unreadable_images(dataset):
+        valid = target.reshape(len(target), -1)[:, 0] >= 0
+        output, target = output[valid], target[valid]
+    return output, target
 
 
 def loader_options(args: argparse.Namespace, data_config: dict[str, Any]) -> dict[str, Any]:
@@ -92,6 +160,7 @@ def build_mixup(args: argparse.Namespace) -> Mixup | None:
         mode=args.mixup_mode,
         label_smoothing=args.smoothing,
         num_classes=args.num_classes,
+        multi_label=bool(args.multi_label),
     )
 
 
@@ -101,7 +170,7 @@ def build_loaders(
     data_config: dict[str, Any],
     mixup: Mixup | None,
 ) -> tuple[Any, Any]:
-    """Builds the loaders of the training and validation splits."""
+    """Builds the loaders of the training and validation splits; the second is None without validation."""
     train, val = datasets
     options = loader_options(args, data_config) | dict(
         distributed=args.distributed,
@@ -131,13 +200,16 @@ def build_loaders(
             ]
         )
     allow_zero_bits(train_loader.dataset)
-    val_loader = create_loader(
-        val,
-        batch_size=args.validation_batch_size or args.batch_size,
-        interpolation=data_config['interpolation'],
-        crop_pct=data_config['crop_pct'],
-        **options,
-    )
+    val_loader = None
+    if val is not None:
+        val_loader = create_loader(
+            val,
+            batch_size=args.validation_batch_size or args.batch_size,
+            interpolation=data_config['interpolation'],
+            crop_pct=data_config['crop_pct'],
+            crop_mode=data_config.get('crop_mode'),
+            **options,
+        )
     if len(train_loader) == 0:
         raise DataError(
             f'the {len(train)} images of the {args.train_split} split do not fill one batch of {args.batch_size} on '

@@ -42,6 +42,7 @@ def create_from_options(args: argparse.Namespace, **kwargs: Any) -> nn.Module:
             **args.model_kwargs,
         )
         model = create_model(**arguments)
+    _set_batch_norm(model, args)
     args.num_classes = model.num_classes if args.num_classes is None else args.num_classes
     return model
 
@@ -68,7 +69,6 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         load_checkpoint(model, args.initial_checkpoint)
     _init_head(model, args)
     set_centroid_learning(model, args)
-    _set_batch_norm(model, args)
     if args.grad_checkpointing:
         with option_errors('--grad-checkpointing', AttributeError):
             model.set_grad_checkpointing(enable=True)
@@ -123,8 +123,8 @@ def set_centroid_learning(model: nn.Module, args: argparse.Namespace) -> None:
 
 
 def _set_batch_norm(model: nn.Module, args: argparse.Namespace) -> None:
-    momentum, eps = args.bn_momentum, args.bn_eps
-    if args.bn_tf:
+    momentum, eps = getattr(args, 'bn_momentum', None), getattr(args, 'bn_eps', None)
+    if getattr(args, 'bn_tf', False):
         momentum, eps = momentum or 0.01, eps or 1e-3
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

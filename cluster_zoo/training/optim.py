@@ -6,6 +6,7 @@ import argparse
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 from timm import utils
@@ -15,10 +16,12 @@ from timm.task import (
     ClassificationTask,
     FeatureDistillationTask,
     LogitDistillationTask,
+    MultiLabelClassificationTask,
     TokenDistillationTask,
     TrainingTask,
 )
 
+from ..datasets import class_counts
 from ..errors import OptionError, nearest
 from ..layers.nearest_centroid import centroid_heads
 from .model import check_model_name
@@ -26,29 +29,49 @@ from .runtime import model_dtype, option_errors
 from .tasks import with_centroid_learning
 from .train_options import is_mixing
 
-__all__ = ['build_optimizer', 'build_scheduler', 'build_task', 'check_optimizer_name']
+__all__ = ['build_optimizer', 'build_scheduler', 'build_task', 'check_optimizer_name', 'shorten_warmup']
 
 _logger = logging.getLogger(__name__)
 
 
-def build_task(args: argparse.Namespace, model: nn.Module) -> TrainingTask:
-    """Builds timm's task: the model, its loss and, for distillation, its teacher. Centroids learn in any task."""
+def build_task(args: argparse.Namespace, model: nn.Module, dataset: Any = None) -> TrainingTask:
+    """Builds timm's task: the model, its loss and, for distillation, its teacher. Centroids learn in any task.
+
+    Args:
+        args: Options of the run.
+        model: The model.
+        dataset: Training split, for ``--class-weights``.
+    """
+    uses_bce = args.bce_loss or bool(args.multi_label)
     criterion = dict(
-        loss_type='jsd' if args.jsd_loss else 'bce' if args.bce_loss else 'ce',
+        loss_type='jsd' if args.jsd_loss else 'bce' if uses_bce else 'ce',
         smoothing=args.smoothing,
         soft_targets=is_mixing(args),
         jsd_splits=args.aug_splits,
     )
-    if args.bce_loss:
+    if uses_bce:
         criterion |= dict(
             bce_sum=args.bce_sum,
             bce_target_thresh=args.bce_target_thresh,
             pos_weight=args.bce_pos_weight,
         )
     task_cls, options = ClassificationTask, {}
+    if args.multi_label:
+        if args.kd_model_name is not None or centroid_heads(model):
+            raise OptionError('--multi-label cannot be combined with --kd-model-name or nearest-centroid models')
+        task_cls = MultiLabelClassificationTask
+    if args.class_weights:
+        weights = _class_weights(args, dataset)
+        if uses_bce:
+            criterion['pos_weight' if args.multi_label else 'class_weight'] = weights
+        else:  # timm's cross-entropy takes no weights; with mixup, the targets are smooth already
+            smoothing = 0.0 if is_mixing(args) else args.smoothing
+            options['criterion'] = nn.CrossEntropyLoss(torch.tensor(weights), label_smoothing=smoothing)
+            criterion = None
     if args.kd_model_name is not None:
         check_model_name(args.kd_model_name, '--kd-model-name')
-        task_cls, options = _distillation(args)
+        task_cls, distillation = _distillation(args)
+        options |= distillation
     if centroid_heads(model):
         task_cls = with_centroid_learning(task_cls)
     with option_errors(f'--kd-model-name {args.kd_model_name}'):
@@ -63,6 +86,20 @@ def build_task(args: argparse.Namespace, model: nn.Module) -> TrainingTask:
     # On a CPU, unlike on a GPU, autocast would compute and accumulate the loss in bfloat16.
     task.criterion.register_forward_pre_hook(lambda module, inputs: (inputs[0].float(), *inputs[1:]))
     return task
+
+
+def _class_weights(args: argparse.Namespace, dataset: Any) -> list[float]:
+    """Returns the balanced weight of each class, or with several labels that of positive targets.
+
+    The weights N / (K n) of K classes with n of N images each have a mean of 1 over the images. With several labels, a
+    class is a binary decision, and the weight (N - n) / n balances both sides.
+    """
+    counts, total = class_counts(dataset, args.num_classes)
+    known = np.maximum(counts, 1)
+    weights = (total - counts) / known if args.multi_label else total / (len(counts) * known)
+    weights[counts == 0] = 1.0
+    _logger.info(f'--class-weights: {weights.min():.3g} to {weights.max():.3g} for {len(weights)} classes.')
+    return weights.astype(np.float32).tolist()
 
 
 def _distillation(args: argparse.Namespace) -> tuple[type[TrainingTask], dict[str, Any]]:
@@ -102,6 +139,26 @@ def build_optimizer(args: argparse.Namespace, task: TrainingTask) -> torch.optim
     check_optimizer_name(args.opt)
     with option_errors(f'--opt {args.opt}', TypeError):
         return create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+
+
+def shorten_warmup(args: argparse.Namespace) -> None:
+    """Shortens the warm-up and the cool-down of a recipe in a run that is short for them.
+
+    If both together are longer than half of ``--epochs``, each gets at most a tenth of it. Values that the user has set
+    are not changed.
+    """
+    before = (args.warmup_epochs, args.cooldown_epochs)
+    if 2 * sum(before) > args.epochs:
+        for name in ('warmup_epochs', 'cooldown_epochs'):
+            if args.sources.get(name) not in ('flag', 'config'):
+                setattr(args, name, min(getattr(args, name), args.epochs // 10))
+    if (args.warmup_epochs, args.cooldown_epochs) != before:
+        _logger.info(
+            f'Warm-up of {args.warmup_epochs} and cool-down of {args.cooldown_epochs} epochs in place of {before[0]} '
+            f'and {before[1]}, which are too long for {args.epochs} epochs (--warmup-epochs, --cooldown-epochs).'
+        )
+    elif args.warmup_epochs >= args.epochs > 0 and args.sched != 'none':
+        _logger.warning(f'--warmup-epochs {args.warmup_epochs} is not shorter than --epochs {args.epochs}.')
 
 
 def build_scheduler(

@@ -56,7 +56,8 @@ class Parser(argparse.ArgumentParser):
 
         Returns:
             One value per option. ``args.recipe`` is the name of the recipe that is used, ``args.given`` the sorted
-            list of options on the command line.
+            list of options on the command line, ``args.sources`` where the values come from that are no defaults, and
+            ``args.resolved`` a copy of all values.
 
         Raises:
             OptionError: The config file cannot be read, is not a mapping, or has an unknown key or a value of the wrong
@@ -69,11 +70,14 @@ class Parser(argparse.ArgumentParser):
             os.environ['CLUSTER_ZOO_DEBUG'] = '1'
         given = {dest: value for dest, value in parsed.items() if value is not _UNSET and value is not None}
         config = read_config(given['config'], actions) if given.get('config') else {}
-        values = {dest: action.default for dest, action in actions.items()}
+        values, recipe = {dest: action.default for dest, action in actions.items()}, {}
         if 'recipe' in actions:
-            values |= _recipe({**values, **config, **given}, chosen={*config, *given})
+            recipe = _recipe({**values, **config, **given}, chosen={*config, *given})
             config.pop('recipe', None), given.pop('recipe', None)
-        return argparse.Namespace(**{**values, **config, **given}, given=sorted(given))
+        sources = dict.fromkeys(recipe, f'recipe {recipe.get("recipe")}')
+        sources |= dict.fromkeys(config, 'config') | dict.fromkeys(given, 'flag')
+        values |= recipe | config | given
+        return argparse.Namespace(**values, given=sorted(given), sources=sources, resolved=dict(values))
 
 
 def _recipe(values: dict[str, Any], chosen: set[str]) -> dict[str, Any]:

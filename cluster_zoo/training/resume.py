@@ -94,6 +94,8 @@ def resume_command(program: Sequence[str], argv: Sequence[str], output_dir: Path
     for word in words:
         if word in ('--resume', '--output', '--experiment'):
             next(words)
+        elif word == '--overwrite':
+            continue
         elif not word.startswith(('--resume=', '--output=', '--experiment=', '--local-rank=', '--local_rank=')):
             kept.append(word)
     launcher = ['torchrun', f'--nproc-per-node={nproc}'] if nproc else [sys.executable]

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..errors import OptionError, UserError
 __all__ = [
     'available_workers',
     'build_precision',
+    'check_output_file',
     'model_dtype',
     'option_errors',
     'set_up_device',
@@ -45,6 +47,17 @@ def option_errors(option: str, *also: type[Exception]) -> Iterator[None]:
         raise
     except (AssertionError, OSError, RuntimeError, ValueError, *also) as error:
         raise OptionError(f'{option}: {" ".join(str(error).split()) or type(error).__name__}') from error
+
+
+def check_output_file(option: str, path: str) -> None:
+    """Creates the folder of an output file, and raises `OptionError` unless the file can be written."""
+    with option_errors(f'{option} {path}'):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        existed = Path(path).exists()
+        with open(path, 'a'):
+            pass
+        if not existed:
+            Path(path).unlink()
 
 
 def available_workers(workers: int) -> int:

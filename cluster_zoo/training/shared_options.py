@@ -40,6 +40,19 @@ def add_dataset_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     add('--input-key', help='key of the image in a dataset of records')
     add('--target-key', help='key of the label in a dataset of records')
     add('--dataset-trust-remote-code', action='store_true', help="let Hugging Face datasets run the dataset's own code")
+    add(
+        '--multi-label',
+        nargs='+',
+        metavar='FILE',
+        help='images with several labels: CSV files with the columns file (relative to DIR) and labels (with ; between '
+        'them); DIR needs no class folders',
+    )
+    add(
+        '--val-fraction',
+        type=float,
+        metavar='F',
+        help='hold out this fraction of the training images of each class for validation, chosen by --seed',
+    )
     add('--strict', action='store_true', help='fail on an unreadable image (default: skip and count it)')
     return group
 

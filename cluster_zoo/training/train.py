@@ -26,10 +26,11 @@ from timm.task import evaluation_sample_limit
 
 from ..datasets import class_names, unreadable_images
 from ..errors import OptionError
-from . import engine
-from .loaders import build_datasets, build_loaders, build_mixup
+from . import engine, run_folder
+from .loaders import build_datasets, build_loaders, build_mixup, check_data_dir, drop_invalid
 from .model import build_model
-from .optim import build_optimizer, build_scheduler, build_task
+from .optim import build_optimizer, build_scheduler, build_task, shorten_warmup
+from .progress import ProgressReport, count_update, log_options
 from .resume import gather_states, get_buffers, get_rng_state, seed_all, set_buffers, set_rng_state
 from .runtime import build_precision, model_dtype, option_errors, set_up_processes, set_up_runtime
 from .train_options import check_train_options, train_parser
@@ -37,6 +38,8 @@ from .train_options import check_train_options, train_parser
 __all__ = ['main']
 
 _logger = logging.getLogger(__name__)
+
+_OUTPUT = './output/train'  # parent of the folders of runs
 
 
 @dataclass
@@ -56,7 +59,7 @@ class Run(engine.TrainingRun):
     """A run of epochs."""
 
     train_loader: Any
-    val_loader: Any
+    val_loader: Any  # None without validation
     mixup: Mixup | None
     num_epochs: int
     updates_per_epoch: int
@@ -71,6 +74,11 @@ class Run(engine.TrainingRun):
 
     def position(self) -> str:
         return f'epoch {self.progress.epoch}, batch {self.progress.batch}'
+
+    def remaining_updates(self) -> int:
+        """Returns the number of updates until the end of the run."""
+        done = -(-self.progress.batch // self.args.grad_accum_steps)
+        return (self.num_epochs - self.progress.epoch) * self.updates_per_epoch - done
 
 
 def save_recovery(run: Run) -> None:
@@ -145,7 +153,7 @@ def train_epoch(run: Run) -> float | None:
     args, progress, task = run.args, run.progress, run.task
     num_batches, accum = len(run.train_loader), args.grad_accum_steps
     title = f'Epoch {progress.epoch}/{run.num_epochs}'
-    report = engine.ProgressReport(args, num_batches, progress.batch, title)
+    report = ProgressReport(args, num_batches, progress.batch, title)
     samples_before = progress.samples
     task.train()
     for batch, (images, target) in epoch_batches(run):
@@ -167,6 +175,7 @@ def train_epoch(run: Run) -> float | None:
         if not update:
             continue
         updates = batch // accum + 1
+        count_update(run, run.remaining_updates())
         task.update_ema(step=progress.epoch * run.updates_per_epoch + updates)
         if run.scheduler is not None:
             run.scheduler.step_update(num_updates=progress.epoch * run.updates_per_epoch + updates)
@@ -187,7 +196,7 @@ def train_epoch(run: Run) -> float | None:
     return utils.reduce_tensor(loss, args.world_size).item() if args.distributed else loss.item()
 
 
-def show_progress(run: Run, report: engine.ProgressReport, loss: torch.Tensor, samples: int) -> None:
+def show_progress(run: Run, report: ProgressReport, loss: torch.Tensor, samples: int) -> None:
     """Shows the progress of an epoch; ``samples`` are the images of this process since its start."""
     progress, total = run.progress, len(run.train_loader)
     mean = float(progress.loss_sum / progress.samples)
@@ -214,12 +223,12 @@ def save_images(run: Run, images: torch.Tensor) -> None:
 
 @torch.inference_mode()
 def validate(run: Run, ema: bool = False) -> dict[str, float]:
-    """Computes loss, top-1 and top-5 on the validation split, over all processes."""
+    """Computes loss and accuracy (with several labels, mAP and F1) on the validation split, over all processes."""
     args = run.args
     model = run.task.get_eval_model(ema=ema)
     model.eval()
     limit = evaluation_sample_limit(run.val_loader)
-    evaluator = run.task.create_evaluator(max_samples=limit)
+    evaluator, seen = run.task.create_evaluator(), 0
     for images, target in run.val_loader:
         images, target = to_device(run, images, target)
         with run.autocast():
@@ -228,13 +237,17 @@ def validate(run: Run, ema: bool = False) -> dict[str, float]:
         if args.tta > 1:
             output = output.unfold(0, args.tta, args.tta).mean(dim=2)
             target = target[:: args.tta][: len(output)]
-        evaluator.update(output, target)
+        remaining = None if limit is None else max(0, limit - seen)
+        seen += len(output)
+        evaluator.update(*drop_invalid(output, target, run.val_loader.dataset, remaining))
         # All processes have to ask equally often. Only with a common sampler do they have as many batches.
         if (not args.distributed or limit is not None) and run.stop.requested():
             break
     metrics = evaluator.compute(distributed=args.distributed)
     if utils.is_primary(args) and not run.stop.signal:
-        values = f'top-1 {metrics["top1"]:.2f}  top-5 {metrics["top5"]:.2f}  loss {metrics["loss"]:.4f}'
+        names = dict(top1='top-1', top5='top-5', map='mAP')
+        percent = [f'{names.get(name, name)} {value:.2f}' for name, value in metrics.items() if name != 'loss']
+        values = '  '.join([*percent, f'loss {metrics["loss"]:.4f}'])
         _logger.info(f'{"EMA:  " if ema else "Test: "}{run.progress.epoch}  {values}')
     return metrics
 
@@ -245,7 +258,7 @@ def evaluate(run: Run) -> dict[str, float] | None:
     if args.distributed and args.dist_bn:
         for ema in (False, True) if run.task.has_ema() else (False,):
             utils.distribute_bn(run.task.get_trainable_module(ema=ema), args.world_size, args.dist_bn == 'reduce')
-    if (epoch + 1) % args.val_interval and epoch + 1 < run.num_epochs:
+    if run.val_loader is None or ((epoch + 1) % args.val_interval and epoch + 1 < run.num_epochs):
         return None
     metrics = validate(run)
     if run.task.has_ema() and not args.model_ema_force_cpu:
@@ -262,7 +275,7 @@ def fit(run: Run) -> int:
     Returns:
         0, or the number of the signal that stopped the run.
     """
-    args, num_unreadable = run.args, 0
+    args, unreadable = run.args, set()
     if run.progress.rng:
         own = run.progress.rng[args.rank]
         run.progress.loss_sum = own.get('loss_sum', run.progress.loss_sum)
@@ -280,22 +293,33 @@ def fit(run: Run) -> int:
         if run.scheduler is not None:
             run.scheduler.step(epoch + 1, metric)
         run.gather_learning_states()
+        skipped = gather_states(skipped_images(run), run.stop.group)
         run.progress = Progress(epoch + 1)  # checkpoints after an epoch are those of the start of the next one
         if run.saver is None:
             continue
-        metrics = metrics or dict.fromkeys(('loss', 'top1', 'top5'))
+        metrics = metrics or dict.fromkeys(run.task.create_evaluator().metric_names)
         summary = run.output_dir / 'summary.csv'
         utils.update_summary(epoch, OrderedDict(loss=loss), metrics, summary, lr=sum(rates) / len(rates))
         run.saver.save_checkpoint(epoch, metric)
         run.learning_states = []
-        unreadable = {*unreadable_images(run.train_loader.dataset), *unreadable_images(run.val_loader.dataset)}
-        if len(unreadable) > num_unreadable:
-            num_unreadable = len(unreadable)
-            _logger.warning(f'{num_unreadable} unreadable images so far, replaced by others.')
+        if set().union(*skipped) > unreadable:
+            unreadable = set().union(*skipped)
+            _logger.warning(
+                f'{len(unreadable)} unreadable images so far: replaced by others in training, left out of validation.'
+            )
     if run.saver is not None and run.saver.best_metric is not None:
         best = f'{args.eval_metric} {run.saver.best_metric:.3f} after epoch {run.saver.best_epoch}'
-        _logger.info(f'Best {best}: {run.output_dir / "model_best.pth.tar"}')
+        weights = ', of the averaged weights (--use-ema selects them)' if run.task.has_ema() else ''
+        _logger.info(f'Best {best}{weights}: {run.output_dir / "model_best.pth.tar"}')
+    elif run.saver is not None:
+        _logger.info(f'Not validated: {run.output_dir / "last.pth.tar"}')
     return 0
+
+
+def skipped_images(run: Run) -> list[str]:
+    """Returns the names of the images that this process could not read."""
+    loaders = [loader for loader in (run.train_loader, run.val_loader) if loader is not None]
+    return [name for loader in loaders for name in unreadable_images(loader.dataset)]
 
 
 # --- building the run -------------------------------------------------------------------------------------------------
@@ -304,9 +328,10 @@ def fit(run: Run) -> int:
 def start(args: argparse.Namespace) -> Run:
     """Builds all parts of a run and restores it from ``--resume``."""
     check_train_options(args)
+    run_folder.check_output_dir(args, _OUTPUT)
+    check_data_dir(args)
     set_up_runtime(args)
     set_up_processes(args)
-    _logger.info(f'Recipe {args.recipe}; options on the command line: {", ".join(args.given) or "none"}.')
     utils.random_seed(args.seed, args.rank)
     model = build_model(args)
     with option_errors('image size'):
@@ -314,15 +339,14 @@ def start(args: argparse.Namespace) -> Run:
     datasets = build_datasets(args, data_config)
     mixup = build_mixup(args)
     train_loader, val_loader = build_loaders(args, datasets, data_config, mixup)
-    task = build_task(args, model)
+    task = build_task(args, model, datasets[0])
     optimizer = build_optimizer(args, task)
+    shorten_warmup(args)
     updates_per_epoch = -(-len(train_loader) // args.grad_accum_steps)
     scheduler, num_epochs = build_scheduler(args, optimizer, updates_per_epoch)
     autocast, scaler = build_precision(args)
-    if args.model_ema:
-        device = torch.device('cpu') if args.model_ema_force_cpu else None
-        task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup, device=device)
-    name = f'{safe_model_name(args.model)}-{data_config["input_size"][-1]}'
+    ema_device = torch.device('cpu') if args.model_ema_force_cpu else None
+    engine.set_up_ema(args, task, num_epochs * updates_per_epoch, ema_device)
     run = Run(
         args=args,
         model_name=args.model,
@@ -331,7 +355,7 @@ def start(args: argparse.Namespace) -> Run:
         scheduler=scheduler,
         autocast=autocast,
         scaler=scaler,
-        output_dir=engine.output_dir(args, './output/train', name),
+        output_dir=run_folder.output_dir(args, _OUTPUT),
         train_loader=train_loader,
         val_loader=val_loader,
         mixup=mixup,
@@ -340,29 +364,55 @@ def start(args: argparse.Namespace) -> Run:
         metadata=dict(data_config=data_config, label_names=list(class_names(datasets[0]).values())),
     )
     restore(run)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    _logger.info(
-        f'{args.model}: {parameters / 1e6:.2f} M parameters, {args.num_classes} classes; {len(datasets[0])} training '
-        f'and {len(datasets[1])} validation images of {data_config["input_size"]}; {num_epochs} epochs of '
-        f'{updates_per_epoch} updates on {args.world_size} x {args.device}; output in {run.output_dir}'
-    )
+    log_run(run, datasets)
     return run
+
+
+def log_run(run: Run, datasets: tuple[Any, Any]) -> None:
+    """Logs what the run will do: its options, images and updates."""
+    args, loader, (train, val) = run.args, run.train_loader, datasets
+    log_options(args, default='timm default')
+    parameters = sum(parameter.numel() for parameter in run.task.get_trainable_module().parameters())
+    _logger.info(f'{args.model}: {parameters / 1e6:.2f} M parameters, {args.num_classes} classes')
+    size = ' x '.join(map(str, run.metadata['data_config']['input_size']))
+    validation = 'no validation images' if val is None else f'{len(val):,} validation images'
+    _logger.info(f'{len(train):,} training and {validation} of {size}')
+    batch = args.batch_size * args.world_size
+    is_sampled = args.train_img_sizes or args.aug_repeats or args.train_batches_per_epoch or args.epoch_repeats
+    if not is_sampled and (left_out := len(train) - len(loader) * batch) > 0:
+        advice = '; a lower --batch-size uses more of them' if left_out > len(train) / 20 else ''
+        _logger.info(
+            f'{left_out:,} training images, others in each epoch, are left out because they do not fill a batch of '
+            f'{batch}{advice}'
+        )
+    where = 'no output (--dry-run)' if args.dry_run else f'output in {run.output_dir}'
+    _logger.info(
+        f'{run.num_epochs} epochs of {run.updates_per_epoch:,} updates with {batch * args.grad_accum_steps} images on '
+        f'{args.world_size} x {args.device}; {where}'
+    )
+    if run.progress.epoch >= run.num_epochs:
+        _logger.info(f'The run is finished: all {run.num_epochs} epochs are done. To train longer, raise --epochs.')
+    elif args.resume and run.remaining_updates() < run.num_epochs * run.updates_per_epoch:
+        _logger.info(f'Resumed at {run.position()}: {run.remaining_updates():,} updates remain')
 
 
 def restore(run: Run) -> None:
     """Sets the position of a run, opens its folder and distributes it, in the order that timm's task requires."""
     args = run.args
-    checkpoint = engine.checkpoint_to_resume(run)
+    checkpoint = run_folder.checkpoint_to_resume(run)
     if checkpoint:
         resume(run, checkpoint)
+        _logger.info(f'Resumed from {checkpoint}')
     if args.start_epoch is not None:
         run.progress = Progress(args.start_epoch)
     updates = run.progress.epoch * run.updates_per_epoch - (-run.progress.batch // args.grad_accum_steps)
     if run.scheduler is not None and updates > 0 and args.sched != 'plateau':
         run.scheduler.step(run.progress.epoch)
         run.scheduler.step_update(updates)
-    if utils.is_primary(args):
-        engine.open_output_dir(run, checkpoint, run.progress.epoch, decreasing=args.eval_metric == 'loss')
+    if not args.dry_run:
+        name = f'{safe_model_name(args.model)}-{run.metadata["data_config"]["input_size"][-1]}'
+        decreasing = args.eval_metric == 'loss'
+        run_folder.open_output_dir(run, name, checkpoint, run.progress.epoch, decreasing=decreasing)
     engine.launch(run, args.torchcompile_mode, **dict(broadcast_buffers=False) if args.no_ddp_bb else {})
 
 

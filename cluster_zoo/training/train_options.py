@@ -48,7 +48,11 @@ def _add_train_model_options(parser: argparse.ArgumentParser) -> None:
     add('--model-ema', action='store_true', help='keep an exponential moving average of the weights')
     add('--model-ema-force-cpu', action='store_true', help='keep the average on the CPU (it is not validated then)')
     add('--model-ema-decay', type=float, default=0.9998, metavar='F', help='decay of the average (default: 0.9998)')
-    add('--model-ema-warmup', action='store_true', help='warm up the decay from 0')
+    add(
+        '--model-ema-warmup',
+        action=argparse.BooleanOptionalAction,
+        help='warm up the decay from 0 (default: in runs that are short for the decay)',
+    )
 
 
 def _add_centroid_options(parser: argparse.ArgumentParser) -> None:
@@ -143,6 +147,7 @@ def _add_augmentation_options(parser: argparse.ArgumentParser) -> None:
     add('--aug-repeats', type=float, default=0, metavar='N', help='repeated augmentation (distributed only)')
     add('--aug-splits', type=int, default=0, metavar='N', help='augmentation splits, 0 or at least 2')
     add('--jsd-loss', action='store_true', help='Jensen-Shannon divergence + cross-entropy, needs --aug-splits')
+    add('--class-weights', choices=('balanced',), help='weight classes in the loss by the inverse of their frequency')
     add('--bce-loss', action='store_true', help='binary cross-entropy')
     add('--bce-sum', action='store_true', help='sum over classes with --bce-loss')
     add('--bce-target-thresh', type=float, metavar='F', help='threshold that makes soft targets binary')
@@ -202,8 +207,20 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add('--checkpoint-hist', type=int, default=10, metavar='N', help='checkpoints to keep')
     add('--save-images', action='store_true', help='save training batches as images')
     add('--output', default='', metavar='DIR', help='parent of the run folder (default: ./output/train)')
-    add('--experiment', default='', metavar='NAME', help='name of the run folder (default: time, model and size)')
-    add('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'), help='metric that picks the best checkpoint')
+    add(
+        '--experiment',
+        default='',
+        metavar='NAME',
+        help='name of the run folder, a new one (default: time, model, size)',
+    )
+    add('--overwrite', action='store_true', help='replace an earlier run of the same --experiment')
+    add('--dry-run', action='store_true', help='build the run and print its options, images and updates, then stop')
+    add(
+        '--eval-metric',
+        default='top1',
+        choices=('top1', 'top5', 'map', 'loss'),
+        help='metric that picks the best checkpoint (default: top1, map with --multi-label)',
+    )
     add('--tta', type=int, default=0, metavar='N', help='average the outputs of every N validation images')
     add(
         '--use-multi-epochs-loader',
@@ -235,7 +252,7 @@ def train_parser(prog: str = 'train.py') -> Parser:
     )
     group = add_dataset_options(parser)
     group.add_argument('--train-split', default='train', metavar='NAME', help='training split')
-    group.add_argument('--val-split', default='validation', metavar='NAME', help='validation split')
+    group.add_argument('--val-split', default='validation', metavar='NAME', help="validation split; '' for none")
     group.add_argument('--train-num-samples', type=int, metavar='N', help='length of an iterable training split')
     group.add_argument('--val-num-samples', type=int, metavar='N', help='length of an iterable validation split')
     _add_train_model_options(parser)
@@ -258,6 +275,9 @@ def is_mixing(args: argparse.Namespace) -> bool:
 
 def check_train_options(args: argparse.Namespace) -> None:
     """Raises `OptionError` for values out of range and for options that exclude each other."""
+    if args.multi_label and not args.sources.get('eval_metric'):
+        args.eval_metric = 'map'
+    without_validation = not args.val_split and not args.val_fraction
     odd = [size for size in (args.batch_size, *(args.train_batch_sizes or ())) if size % 2]
     rules = (
         (args.batch_size < 1 or args.grad_accum_steps < 1, '--batch-size and --grad-accum-steps must be at least 1'),
@@ -268,6 +288,12 @@ def check_train_options(args: argparse.Namespace) -> None:
         (args.resume == 'auto' and not args.experiment, '--resume auto needs --experiment, the name of the run folder'),
         (args.train_batch_sizes and not args.train_img_sizes, '--train-batch-sizes needs --train-img-sizes'),
         (args.checkpoint_hist < 1, '--checkpoint-hist must be at least 1'),
+        (args.val_fraction is not None and not 0 < args.val_fraction < 1, '--val-fraction must be above 0, below 1'),
+        (args.val_fraction and args.sources.get('val_split'), '--val-fraction and --val-split exclude each other'),
+        (without_validation and args.sched == 'plateau', "--sched plateau needs validation: leave out --val-split ''"),
+        (args.multi_label and args.eval_metric in ('top1', 'top5'), '--eval-metric of --multi-label: map or loss'),
+        (not args.multi_label and args.eval_metric == 'map', '--eval-metric map needs --multi-label'),
+        (args.jsd_loss and (args.multi_label or args.class_weights), '--jsd-loss has one label, without class weights'),
         (
             args.train_crop_mode == 'pad' and (args.aug_splits or args.train_img_sizes),
             '--train-crop-mode pad cannot be combined with --aug-splits or --train-img-sizes',

@@ -1,7 +1,7 @@
 """Measure accuracy and speed of image classifiers: ``validate.py`` and ``cluster-zoo validate``.
 
 Read this file from the bottom up: `main` (one result per model), `measure` (builds a model and its loader), `run`
-(batches).
+(batches). A checkpoint of ``train.py`` contains the options of its model, images and classes; flags have priority.
 """
 
 from __future__ import annotations
@@ -24,16 +24,32 @@ from timm import utils
 from timm.data import RealLabelsImagenet, create_loader, resolve_input_data_config
 from timm.layers import apply_test_time_pool
 from timm.models import is_model, list_models
-from timm.task import ClassificationEvaluator
+from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from tqdm import tqdm
 
-from ..datasets import check_dataset, create_dataset, unreadable_images
-from ..errors import OptionError, UserError, print_error
-from ..weights import load_checkpoint
-from .loaders import dataset_options, loader_options
+from ..datasets import (
+    ImageDataset,
+    check_dataset,
+    class_names,
+    create_dataset,
+    find_split,
+    hold_out,
+    unreadable_images,
+)
+from ..errors import DataError, OptionError, UserError, print_error
+from ..weights import extract_state_dict, load_weights, weights_in_use
+from .loaders import dataset_options, drop_invalid, loader_options
 from .model import check_model_name, create_from_options
 from .parser import Parser
-from .runtime import available_workers, build_precision, model_dtype, option_errors, set_up_runtime
+from .runtime import (
+    available_workers,
+    build_precision,
+    check_output_file,
+    model_dtype,
+    option_errors,
+    set_up_runtime,
+)
+from .saved_options import complete_options
 from .shared_options import LEFT_OUT, add_dataset_options, add_input_options, add_runtime_options
 
 __all__ = ['main', 'validate_parser']
@@ -61,10 +77,9 @@ def validate_parser(prog: str = 'validate.py') -> Parser:
     add(
         '-m',
         '--model',
-        default='dpn92',
         metavar='NAMES',
         help='model, several with commas between them, a pattern such as '
-        "'coc_*' (those with pretrained weights), 'all', or a file of names",
+        "'coc_*' (those with pretrained weights), 'all', or a file of names (default: that of --checkpoint)",
     )
     add('--pretrained', action='store_true', help='use pretrained weights (always without --checkpoint)')
     add('--checkpoint', default='', metavar='FILE', help='checkpoint file, or folder of checkpoint files')
@@ -114,11 +129,15 @@ def select(args: argparse.Namespace) -> list[tuple[str, str]]:
         found = [path for kind in ('*.pth.tar', '*.pth', '*.safetensors') for path in folder.glob(kind)]
         if not found:
             raise OptionError(f'--checkpoint {folder}: the folder has no .pth.tar, .pth or .safetensors files')
-        return [(args.model, str(path)) for path in sorted(found, key=lambda path: utils.natural_key(str(path)))]
+        return [(args.model or '', str(path)) for path in sorted(found, key=lambda path: utils.natural_key(str(path)))]
+    if not (args.model or args.checkpoint):
+        raise OptionError('no model given: name one with --model, or a file with --checkpoint')
     names = []
-    for name in args.model.split(','):
+    for name in (args.model or '').split(','):
         name = name.strip()
-        if name == 'all':
+        if not args.model:
+            names.append('')
+        elif name == 'all':
             names += list_models(pretrained=True, exclude_filters=_OTHER_CLASSES)
         elif any(character in name for character in '*?['):
             found = list_models(name, pretrained=not args.checkpoint)
@@ -133,13 +152,33 @@ def select(args: argparse.Namespace) -> list[tuple[str, str]]:
     return [(name, args.checkpoint) for name in names]
 
 
-def build_model(args: argparse.Namespace) -> torch.nn.Module:
+def build_model(args: argparse.Namespace, checkpoint: Any) -> torch.nn.Module:
     """Builds the model with its weights, on the CPU. Without a checkpoint it gets pretrained weights, as in timm."""
     check_model_name(args.model)
     model = create_from_options(args, pretrained=args.pretrained or not args.checkpoint)
     if args.checkpoint:
-        load_checkpoint(model, args.checkpoint, use_ema=args.use_ema)
+        load_weights(model, extract_state_dict(checkpoint, args.checkpoint, args.use_ema))
+        _logger.info(f'{args.checkpoint}: {args.model}, weights {weights_in_use(checkpoint, args.use_ema)}')
     return utils.reparameterize_model(model) if args.reparam else model
+
+
+def build_dataset(args: argparse.Namespace, data_config: dict[str, Any]) -> Any:
+    """Opens the split, or the images that ``--val-fraction`` holds out of it, and numbers its classes as the model."""
+    options = dataset_options(args, data_config['input_size'][0])
+    options |= dict(split=args.split, num_samples=args.num_samples, load_bytes=args.tf_preprocessing)
+    if args.real_labels:  # these belong to the images by their order
+        options['strict'] = True
+    dataset = create_dataset(replace_unreadable=args.tf_preprocessing, **options)
+    names, labels = class_names(dataset), args.label_names
+    if labels and list(names.values()) != labels and isinstance(dataset, ImageDataset) and names:
+        if unknown := sorted(set(names.values()) - set(labels)):
+            raise DataError(
+                f'The checkpoint has no class {unknown[0]!r}, which the {args.split} split has: it knows '
+                f'{", ".join(labels[:5])}{", ..." if len(labels) > 5 else ""}. Number the classes with --class-map.'
+            )
+        options['class_map'] = {name: index for index, name in enumerate(labels)}
+        dataset = create_dataset(replace_unreadable=args.tf_preprocessing, **options)
+    return hold_out(dataset, args.val_fraction, args.seed)[1] if args.val_fraction else dataset
 
 
 def compile_model(model: torch.nn.Module, args: argparse.Namespace) -> torch.nn.Module:
@@ -188,7 +227,8 @@ def run(args: argparse.Namespace, setup: Setup, input_size: tuple[int, ...]) -> 
         images = torch.zeros((args.batch_size, *input_size), device=args.device, dtype=setup.dtype).to(**layout)
         with setup.autocast():
             setup.model(images)
-    evaluator = ClassificationEvaluator(args.device)
+    dataset = setup.loader.dataset
+    evaluator = (MultiLabelClassificationEvaluator if args.multi_label else ClassificationEvaluator)(args.device)
     confusion = None
     start = time.monotonic()
     bar = tqdm(setup.loader, desc=args.model, leave=False, disable=not sys.stderr.isatty())
@@ -201,27 +241,33 @@ def run(args: argparse.Namespace, setup: Setup, input_size: tuple[int, ...]) -> 
             output = output[:, setup.valid_labels]
         if setup.real_labels is not None:
             setup.real_labels.add_result(output)
+        output, target = drop_invalid(output, target, dataset)
         evaluator.update(output, target)
         if args.metrics_avg:
             classes = output.shape[1]
             pairs = torch.bincount(target * classes + output.argmax(1), minlength=classes**2)
             confusion = pairs if confusion is None else confusion + pairs
         if batch % args.log_freq == 0 or batch + 1 == len(setup.loader):
-            figures = evaluator.summary()
             speed = evaluator.num_samples / (time.monotonic() - start)
-            line = f'top-1 {figures["top1"]:.2f}  top-5 {figures["top5"]:.2f}  {speed:.1f} img/s'
+            line = f'{_percent(evaluator.summary())}  {speed:.1f} img/s'.lstrip()
             if bar.disable:
                 _logger.info(f'{args.model} [{batch + 1:>4d}/{len(setup.loader)}]  {line}')
             else:
                 bar.set_postfix_str(line, refresh=False)
-    figures = evaluator.compute()
-    result = dict(top1=figures['top1'], top5=figures['top5'])
+    result = dict(evaluator.compute())
+    del result['loss']
     if setup.real_labels is not None:
         top1, *_, top5 = [*setup.real_labels.get_accuracy().values()] * 2
         result = dict(top1=top1, top5=top5)
     if confusion is not None:
         result |= averages(confusion.view(classes, classes), args.metrics_avg)
     return result | dict(img_per_sec=evaluator.num_samples / (time.monotonic() - start))
+
+
+def _percent(figures: dict[str, float]) -> str:
+    """Returns the main metrics as text."""
+    names = dict(top1='top-1', top5='top-5', map='mAP')
+    return '  '.join(f'{names[name]} {value:.2f} %' for name, value in figures.items() if name in names)
 
 
 def averages(confusion: torch.Tensor, how: str) -> dict[str, float]:
@@ -247,9 +293,10 @@ def averages(confusion: torch.Tensor, how: str) -> dict[str, float]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Builds a model and its loader and evaluates it. Sets options that depend on the model."""
     utils.random_seed(args.seed)
+    checkpoint = complete_options(args)
     autocast, _ = build_precision(args)
     dtype = model_dtype(args)
-    model = build_model(args)
+    model = build_model(args, checkpoint)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     with option_errors('image size'):
         data_config = resolve_input_data_config(model, vars(args), use_test_size=not args.use_train_size)
@@ -260,12 +307,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
 
-    dataset = create_dataset(
-        split=args.split,
-        num_samples=args.num_samples,
-        load_bytes=args.tf_preprocessing,
-        **dataset_options(args, data_config['input_size'][0]),
-    )
+    dataset = build_dataset(args, data_config)
     valid_labels, real_labels = read_labels(args, dataset)
     check_dataset(dataset, args.num_classes if valid_labels is None else len(valid_labels), args.split)
     crop_pct = 1.0 if test_time_pool else data_config['crop_pct']
@@ -283,14 +325,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     setup = Setup(compile_model(model, args), loader, autocast, dtype, valid_labels, real_labels)
     result = run(args, setup, data_config['input_size'])
     if skipped := unreadable_images(dataset):
-        _logger.warning(f'{len(skipped)} unreadable images, replaced by others: {", ".join(skipped[:3])} ...')
-    top1, top5 = result.pop('top1'), result.pop('top5')
+        more = ', ...' if len(skipped) > 3 else ''
+        _logger.warning(f'{len(skipped)} unreadable images are left out: {", ".join(skipped[:3])}{more}')
+    accuracy = {}
+    for name in ('top1', 'top5') if 'top1' in result else ('map',):
+        value = result.pop(name)
+        accuracy |= {name: round(value, 4)} | ({f'{name}_err': round(100 - value, 4)} if name != 'map' else {})
     return dict(
         model=args.model,
-        top1=round(top1, 4),
-        top1_err=round(100 - top1, 4),
-        top5=round(top5, 4),
-        top5_err=round(100 - top5, 4),
+        **accuracy,
         param_count=round(parameters / 1e6, 2),
         img_size=data_config['input_size'][-1],
         crop_pct=crop_pct,
@@ -343,10 +386,14 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
     results = []
     try:
         args = validate_parser(prog).resolve(argv)
+        models = select(args)
+        if not args.dataset:
+            find_split(args.data_dir or args.data, args.split)
+        if args.results_file:
+            check_output_file('--results-file', args.results_file)
         set_up_runtime(args)
         if 'workers' not in args.given:
             args.workers = available_workers(args.workers)
-        models = select(args)
         for name, checkpoint in models:
             # A copy, because `measure` sets options
             options = argparse.Namespace(**{**vars(args), 'model': name, 'checkpoint': checkpoint})
@@ -355,11 +402,11 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
             except UserError as error:
                 if len(models) == 1:
                     raise
-                print_error(error, name)
+                print_error(error, name or checkpoint)
                 continue
             result = results[-1]
             print(
-                f'{name}: top-1 {result["top1"]:.2f} %  top-5 {result["top5"]:.2f} %  '
+                f'{result["model"]}: {_percent(result)}  '
                 f'{result["param_count"]:.2f} M parameters  {result["img_per_sec"]:.1f} images/s',
                 flush=True,
             )
@@ -368,7 +415,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
         return 2
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    results.sort(key=lambda result: result['top1'], reverse=True)
+    results.sort(key=lambda result: result['map' if 'map' in result else 'top1'], reverse=True)
     if args.results_file:
         kind = args.results_format or ('json' if args.results_file.endswith('.json') else 'csv')
         write_results(args.results_file, results, kind)

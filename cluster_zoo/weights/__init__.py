@@ -5,6 +5,7 @@ All problems with files, servers and configurations raise `CheckpointError` with
 
 from ..errors import CheckpointError
 from .checkpoints import (
+    check_architecture,
     check_fit,
     convert_state_dict,
     extract_state_dict,
@@ -12,10 +13,13 @@ from .checkpoints import (
     load_state_dict,
     load_weights,
     read_checkpoint,
+    training_metadata,
+    weights_in_use,
 )
 
 __all__ = [
     'CheckpointError',
+    'check_architecture',
     'check_fit',
     'convert_state_dict',
     'extract_state_dict',
@@ -23,4 +27,6 @@ __all__ = [
     'load_state_dict',
     'load_weights',
     'read_checkpoint',
+    'training_metadata',
+    'weights_in_use',
 ]

@@ -23,7 +23,7 @@ _CARD = """\
 
 # {title}
 
-{architecture}, {num_classes} classes, trained on {dataset}. {paper}
+{architecture}, {num_classes} classes{several}, trained on {dataset}. {paper}
 
 ```python
 import timm
@@ -80,6 +80,7 @@ def model_card(config: dict[str, Any], title: str) -> str:
         title=_escape(title),
         architecture=name,
         num_classes=config.get('num_classes'),
+        several=' (an image can have several)' if config.get('multi_label') else '',
         dataset=known.data or 'unknown data',
         paper=_escape(' '.join(str(cfg[key]) for key in ('paper_name', 'paper_ids') if cfg.get(key))),
         load=full_name or 'local-dir:FOLDER',

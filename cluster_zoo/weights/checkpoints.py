@@ -13,23 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError, one_line
+from . import metadata
 from .pickle_scan import check_checksums, check_file, check_tensors
 
 __all__ = [
+    'check_architecture',
     'check_fit',
     'convert_state_dict',
     'extract_state_dict',
-    'is_averaged',
     'load_checkpoint',
     'load_state_dict',
     'load_weights',
     'read_checkpoint',
+    'training_metadata',
+    'weights_in_use',
 ]
 
 # Keys under which training scripts save the weights and their average, timm's first
@@ -186,9 +190,45 @@ def _shown(names: list[str]) -> str:
     return one_line(', '.join(names[:_SHOWN])) + (', ...' if len(names) > _SHOWN else '')
 
 
-def is_averaged(checkpoint: Any, use_ema: bool = False) -> bool:
-    """Whether `extract_state_dict` returns averaged weights."""
-    return not set(_EMA_KEYS).isdisjoint(_find_weights(checkpoint, use_ema)[0])
+def weights_in_use(checkpoint: Any, use_ema: bool = False) -> str:
+    """Returns which weights `extract_state_dict` returns: 'averaged' or 'not averaged', and how to get the others."""
+    averaged = [not set(_EMA_KEYS).isdisjoint(_find_weights(checkpoint, ema)[0]) for ema in (use_ema, not use_ema)]
+    other = f' (the file also has {"averaged" if averaged[1] else "plain"} ones: {"without " * use_ema}--use-ema)'
+    return f'{"averaged" if averaged[0] else "not averaged"}{other if averaged[0] != averaged[1] else ""}'
+
+
+def training_metadata(checkpoint: Any) -> dict[str, Any]:
+    """Returns what the training scripts of this package and of timm store beside the weights.
+
+    Returns:
+        ``arch``, the architecture without tag if timm knows it, else None; ``args``, the options of the script;
+        ``data_config``, the preparation of images; ``label_names``. What the file does not have is empty. The values
+        are untrusted.
+    """
+    saved = checkpoint if isinstance(checkpoint, dict) else {}
+    args = saved.get('args')
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    args = args if isinstance(args, dict) else {}
+    names = [name for name in (saved.get('arch'), args.get('model')) if isinstance(name, str) and timm.is_model(name)]
+    data = saved.get('data_config')
+    return dict(
+        arch=names[0].partition('.')[0] if names else None,
+        args=args,
+        data_config=data if isinstance(data, dict) else {},
+        label_names=saved.get('label_names') or [],
+    )
+
+
+def check_architecture(found: Any, expected: str, where: str) -> None:
+    """Raises `CheckpointError` if a checkpoint names another architecture, even if its weights would fit.
+
+    Args:
+        found: Name in the checkpoint, or None.
+        expected: Name of the model, with or without tag.
+        where: Name of the file for the message.
+    """
+    if isinstance(found, str) and found.partition('.')[0] != expected.partition('.')[0]:
+        raise CheckpointError(f'{where} was refused: its weights are of {one_line(found)}, which is not {expected}.')
 
 
 def _find_weights(checkpoint: Any, use_ema: bool) -> tuple[list[str], dict]:
@@ -275,9 +315,14 @@ def load_checkpoint(model: nn.Module, path: str | Path, use_ema: bool = False) -
         use_ema: See `load_state_dict`.
 
     Raises:
-        CheckpointError: The file cannot be read or does not fit. The model is unchanged.
+        CheckpointError: The file cannot be read, does not fit, or names another model of this package. The model is
+            unchanged.
     """
-    load_weights(model, load_state_dict(path, use_ema))
+    checkpoint = read_checkpoint(path)
+    found, expected = training_metadata(checkpoint)['arch'], getattr(model, 'pretrained_cfg', {}).get('architecture')
+    if found and expected and metadata.is_ours(found):
+        check_architecture(found, expected, f"'{path}'")
+    load_weights(model, extract_state_dict(checkpoint, path, use_ema))
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Tensor]) -> None:

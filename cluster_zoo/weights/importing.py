@@ -4,7 +4,6 @@ The folder contains the weights as safetensors, the configuration that timm need
 images, and a model card. The results of the model are compared before and after writing.
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Sequence
@@ -21,12 +20,19 @@ from ..errors import CheckpointError, nearest, one_line
 from . import cache, conversion, metadata
 from .archives import is_archive, unpack_checkpoint
 from .card import model_card
-from .checkpoints import extract_state_dict, is_averaged, load_weights, read_checkpoint
+from .checkpoints import (
+    check_architecture,
+    extract_state_dict,
+    load_weights,
+    read_checkpoint,
+    training_metadata,
+    weights_in_use,
+)
 from .configs import CONFIG, check_config, check_size
 from .download import fetch, hub_folder, organization
 from .loading import load_model
 
-__all__ = ['find_weights', 'import_checkpoint', 'install', 'write_folder']
+__all__ = ['find_weights', 'import_checkpoint', 'install', 'training_config', 'write_folder']
 
 _DATA = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 # Keys of timm's configuration of an architecture that describe other weights than the imported ones
@@ -67,17 +73,13 @@ def import_checkpoint(
         problem = f'There is no model {model_name!r}' if model_name else f"'{path}' does not name its architecture"
         hint = nearest(model_name or '', timm.list_models()) or f', such as {", ".join(metadata.package_models()[:4])}'
         raise CheckpointError(f'{problem}: give --model NAME{hint}.')
-    options, extra, data = saved['args'], saved['args'].get('model_kwargs'), saved.get('data_config')
-    arguments = dict(num_classes=options.get('num_classes'), in_chans=options.get('in_chans'))
-    arguments |= dict(global_pool=options.get('gp')) | (extra if isinstance(extra, dict) else {})
-    arguments |= conversion.context_cluster_args(state_dict) | (model_args or {})
-    arguments = {key: value for key, value in arguments.items() if value is not None}
-    data = _data_config(data if isinstance(data, dict) else options, arguments)
-    data |= _data_config(data_config or {}, arguments)
-    labels = label_names or saved.get('label_names')
+    config = training_config(saved, model_name)
+    given = {key: value for key, value in (model_args or {}).items() if value is not None}
+    arguments = config['model_args'] | conversion.context_cluster_args(state_dict) | given
+    data = config['pretrained_cfg'] | _data_config(data_config or {}, arguments)
+    labels = label_names or config['label_names']
     # Options from a file are as untrusted as a config.json
-    config = dict(architecture=model_name, pretrained_cfg=data, model_args=arguments, label_names=labels)
-    check_config(config, f"'{path}'")
+    check_config(config | dict(pretrained_cfg=data, model_args=arguments, label_names=labels), f"'{path}'")
     overlay = dict.fromkeys(_OF_WEIGHTS) | dict(label_offset=0)
     build = partial(timm.create_model, model_name, pretrained_cfg_overlay=overlay, **arguments)
     check_size(build, state_dict, f"'{path}'")
@@ -88,6 +90,7 @@ def import_checkpoint(
     source = dict(file=one_line(path.name), sha256=cache.sha256(path)) | source
     load_weights(model, state_dict)
     logits = _run(model, data)
+    model.multi_label = bool(saved['args'].get('multi_label'))
     with cache.new_folder(folder) as new:
         _write(model, logits, new, folder.name, source, data, labels if len(labels) == model.num_classes else None)
 
@@ -103,8 +106,7 @@ def install(name: str, path: Path, folder: Path, source: dict[str, str]) -> None
 def _read(path: Path, expected: str | None, use_ema: bool = False) -> tuple[dict[str, Any], dict[str, Tensor], dict]:
     """Reads a checkpoint or an archive of one, and refuses the weights of another model, even if they would fit.
 
-    Returns the content, with the architecture as ``arch`` and the script's options as ``args``, the state dict and
-    whether it is averaged.
+    Returns its `training_metadata`, the state dict, and which weights these are.
     """
     with tempfile.TemporaryDirectory() as scratch:
         file = unpack_checkpoint(path, Path(scratch)) if path.is_file() and is_archive(path) else path
@@ -112,18 +114,10 @@ def _read(path: Path, expected: str | None, use_ema: bool = False) -> tuple[dict
             checkpoint = read_checkpoint(file)
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(str(file), str(path))) from error
-    saved = dict.copy(checkpoint) if isinstance(checkpoint, dict) else {}
-    options = saved.get('args')
-    options = vars(options) if isinstance(options, argparse.Namespace) else options
-    options = options if isinstance(options, dict) else {}
-    names = [
-        name for name in (saved.get('arch'), options.get('model')) if isinstance(name, str) and timm.is_model(name)
-    ]
-    found = names[0].partition('.')[0] if names else None
-    if found and metadata.is_ours(found) and timm.is_model(expected or '') and expected.partition('.')[0] != found:
-        raise CheckpointError(f"'{path}' was refused: its weights are of {found}, which is not {expected}.")
-    source = dict(weights='averaged' if is_averaged(checkpoint, use_ema) else 'not averaged')
-    return saved | dict(args=options, arch=found), extract_state_dict(checkpoint, path, use_ema), source
+    saved = training_metadata(checkpoint)
+    if saved['arch'] and metadata.is_ours(saved['arch']) and timm.is_model(expected or ''):
+        check_architecture(saved['arch'], expected, f"'{path}'")
+    return saved, extract_state_dict(checkpoint, path, use_ema), dict(weights=weights_in_use(checkpoint, use_ema))
 
 
 def _write(model: nn.Module, logits: Tensor, folder: Path, *args: Any) -> None:
@@ -144,6 +138,24 @@ def _run(model: nn.Module, data: dict[str, Any] | None = None) -> Tensor:
     if not bool(logits.isfinite().all()):
         raise CheckpointError('The model gives NaN or infinity with these weights.')
     return logits
+
+
+def training_config(saved: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """Returns the configuration of the model and its images that a training script stored, which is untrusted.
+
+    Args:
+        saved: Result of `training_metadata`.
+        architecture: Name of the model, without tag.
+
+    Returns:
+        ``architecture``, ``model_args``, ``pretrained_cfg`` and ``label_names``, for `check_config`.
+    """
+    options, extra = saved['args'], saved['args'].get('model_kwargs')
+    arguments = {key: options.get(key) for key in ('num_classes', 'in_chans', 'sub_centroids')}
+    arguments |= dict(global_pool=options.get('gp')) | (extra if isinstance(extra, dict) else {})
+    arguments = {key: value for key, value in arguments.items() if value is not None}
+    data = _data_config(saved['data_config'] or options, arguments)
+    return dict(architecture=architecture, pretrained_cfg=data, model_args=arguments, label_names=saved['label_names'])
 
 
 def _data_config(options: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
@@ -172,6 +184,7 @@ def write_folder(
     config = json.loads((folder / CONFIG).read_text(encoding='utf-8'))
     config.get('model_args', {}).pop('num_classes', None)  # transformers would pass it twice
     config |= dict(sha256=cache.sha256(folder / cache.WEIGHTS), source=source)
+    config |= dict(multi_label=True) if getattr(model, 'multi_label', False) else {}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     (folder / 'README.md').write_text(model_card(config, title), encoding='utf-8')
 

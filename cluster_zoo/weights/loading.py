@@ -33,6 +33,10 @@ def load_model(name: str, pretrained: bool = True, **kwargs: Any) -> nn.Module:
         pretrained: Load pretrained weights.
         **kwargs: Further arguments of ``timm.create_model``.
 
+    Returns:
+        The model. That of a model folder has the attribute ``multi_label``: whether an image can have several of its
+        classes, with a probability that is the sigmoid of each logit.
+
     Raises:
         CheckpointError: The model does not exist or cannot be built, or its weights are not available.
     """
@@ -41,10 +45,12 @@ def load_model(name: str, pretrained: bool = True, **kwargs: Any) -> nn.Module:
         if source not in FOREIGN:
             return timm.create_model(name, pretrained=pretrained, **kwargs)
         folder = hub_folder(location) if source == 'hf-hub' else Path(location)
-        _, state_dict = open_model_folder(folder) if pretrained else (read_config(folder), None)
+        config, state_dict = open_model_folder(folder) if pretrained else (read_config(folder), None)
         create = partial(timm.create_model, f'local-dir:{folder}', **kwargs)
         check_size(create, state_dict, name)
-        return create(pretrained=pretrained, pretrained_cfg_overlay=dict(state_dict=state_dict, source=None))
+        model = create(pretrained=pretrained, pretrained_cfg_overlay=dict(state_dict=state_dict, source=None))
+        model.multi_label = bool(config.get('multi_label'))
+        return model
     except CheckpointError:
         raise
     except Exception as error:  # of timm, of the Hub's client, or of a library that reads a damaged file

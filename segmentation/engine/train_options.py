@@ -134,7 +134,11 @@ def _add_start_options(parser: argparse.ArgumentParser) -> None:
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
     add('--model-ema', action='store_true', help='keep an exponential moving average of the weights and validate it')
     add('--model-ema-decay', type=float, default=0.9998, metavar='F', help='decay of the average (default: 0.9998)')
-    add('--model-ema-warmup', action='store_true', help='warm up the decay from 0')
+    add(
+        '--model-ema-warmup',
+        action=argparse.BooleanOptionalAction,
+        help='warm up the decay from 0 (default: in runs that are short for the decay)',
+    )
 
 
 def _add_training_data_options(group: argparse._ArgumentGroup) -> None:
@@ -202,7 +206,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         help='resume from a checkpoint of this script; auto: from the newest one of --experiment, if any',
     )
     add('--output', default='', metavar='DIR', help='parent of the run folder (default: ./output/segmentation)')
-    add('--experiment', default='', metavar='NAME', help='name of the run folder (default: time, head and backbone)')
+    add('--experiment', default='', metavar='NAME', help='name of the run folder, a new one (default: time and model)')
+    add('--overwrite', action='store_true', help='replace an earlier run of the same --experiment')
+    add('--dry-run', action='store_true', help='build the run and print its options and images, then stop')
     add('--local_rank', '--local-rank', type=int, default=0, metavar='N', help='set by torch.distributed.launch')
 
 

@@ -1,0 +1,118 @@
+"""The folder of a run: its name, what it contains, and the checkpoint to resume from."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+from timm import utils
+
+from ..errors import OptionError
+from .engine import TrainingRun, run_options
+from .resume import newest_checkpoint
+from .runtime import option_errors
+
+__all__ = ['check_output_dir', 'checkpoint_to_resume', 'open_output_dir', 'output_dir']
+
+_logger = logging.getLogger(__name__)
+
+# What a run writes to its folder; the first two are results
+_RUN_FILES = ('summary.csv', '*.pth.tar', 'args.yaml', 'train-batch-*.jpg', 'overlays')
+
+
+def output_dir(args: argparse.Namespace, parent: str) -> Path:
+    """Returns the folder of a run with a name (``--experiment``), or the folder that will contain that of the run."""
+    return Path(args.output or parent, args.experiment)
+
+
+def check_output_dir(args: argparse.Namespace, parent: str) -> None:
+    """Checks the folder of a run before anything is built. Call this before processes wait for each other.
+
+    Raises:
+        OptionError: A file is in the way, or the folder has another run that is neither resumed nor overwritten.
+    """
+    folder = output_dir(args, parent)
+    if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        raise OptionError(f'--output {folder}: {file} is a file, expected a folder')
+    resumed = args.resume == 'auto' or Path(args.resume or os.devnull).resolve().parent == folder.resolve()
+    if args.resume == 'auto' and args.overwrite:
+        raise OptionError('--resume auto and --overwrite exclude each other')
+    if args.experiment and not (resumed or args.overwrite) and _files(folder, _RUN_FILES[:2]):
+        raise OptionError(
+            f'--experiment {args.experiment}: {folder} has a run already. Resume it (--resume auto), replace it '
+            '(--overwrite), or choose another name'
+        )
+
+
+def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return [path for pattern in patterns for path in folder.glob(pattern)]
+
+
+def open_output_dir(run: TrainingRun, name: str, checkpoint: str, first: int, **options: Any) -> None:
+    """Creates the folder of a run with ``args.yaml`` and the saver of checkpoints. All processes have to call this.
+
+    Args:
+        run: The run. Its ``output_dir`` becomes the new folder.
+        name: Name of the folder after the time, without ``--experiment``.
+        checkpoint: Checkpoint that the run was resumed from; '' for none.
+        first: Rows of ``summary.csv`` from this epoch or iteration on are removed.
+        **options: Arguments of timm's ``CheckpointSaver``.
+    """
+    args = run.args
+    folders = [run.output_dir]
+    if utils.is_primary(args):
+        with option_errors(f'--output {run.output_dir}'):
+            folders = [run.output_dir if args.experiment else _new_folder(run.output_dir, name)]
+            folders[0].mkdir(parents=True, exist_ok=True)
+    if args.distributed:
+        dist.broadcast_object_list(folders)
+    run.output_dir = folders[0]
+    if not utils.is_primary(args):
+        return
+    continues = bool(checkpoint) and Path(checkpoint).resolve().parent == run.output_dir.resolve()
+    for path in _files(run.output_dir, _RUN_FILES) if args.overwrite and not continues else ():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (run.output_dir / 'args.yaml').write_text(yaml.safe_dump(run_options(run.args), default_flow_style=False))
+    utils.trim_summary(run.output_dir / 'summary.csv', first)
+    run.saver = utils.CheckpointSaver(
+        model=None,
+        task=run,
+        optimizer=run.optimizer,
+        amp_scaler=run.scaler,
+        checkpoint_dir=str(run.output_dir),
+        recovery_dir=str(run.output_dir),
+        max_history=run.args.checkpoint_hist,
+        **options,
+    )
+    if continues:
+        run.saver.load_state_dict_from_checkpoint(checkpoint)  # the best and the older checkpoints of the folder
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """Creates a folder with the time and a name. Two runs that start in the same second get two folders."""
+    stem, number = f'{datetime.now():%Y%m%d-%H%M%S}-{name}', 1
+    while True:
+        folder = parent / (f'{stem}-{number}' if number > 1 else stem)
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def checkpoint_to_resume(run: TrainingRun) -> str:
+    """Returns the path of the checkpoint that ``--resume`` means; '' for none."""
+    if run.args.resume != 'auto':
+        return run.args.resume
+    found = newest_checkpoint(run.output_dir)
+    if not found:
+        _logger.info(f'--resume auto: {run.output_dir} has no checkpoint, so the run starts from the beginning.')
+    return found
