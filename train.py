@@ -9,7 +9,10 @@ The code is `cluster_zoo/training/train.py`. An installed package has the same c
 
 import sys
 
-from cluster_zoo.training.train import main
+try:
+    from cluster_zoo.training.train import main
+except KeyboardInterrupt:
+    sys.exit(130)
 
 if __name__ == '__main__':
     sys.exit(main())

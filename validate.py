@@ -10,7 +10,10 @@ The code is `cluster_zoo/training/validate.py`. An installed package has the sam
 
 import sys
 
-from cluster_zoo.training.validate import main
+try:
+    from cluster_zoo.training.validate import main
+except KeyboardInterrupt:
+    sys.exit(130)
 
 if __name__ == '__main__':
     sys.exit(main())

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,9 @@ from typing import Any
 # Python puts the folder of a script on the import path; its modules must not hide others.
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+if __name__ == '__main__':  # Ctrl-C during the imports ends the script without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from timm import utils
@@ -352,4 +356,5 @@ def main(argv: Sequence[str] | None = None, prog: str = 'segmentation/train.py')
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -25,6 +25,9 @@ from typing import Any
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+if __name__ == '__main__':  # Ctrl-C during the imports ends the script without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 import torch.distributed as dist
 from timm import utils
@@ -46,12 +49,19 @@ from segmentation.engine.overlays import OverlayWriter
 __all__ = ['main']
 
 
+_COMMON = (
+    *('data', 'dataset', 'split', 'segmenter', 'head', 'backbone', 'checkpoint', 'use_ema', 'test_mode', 'test_crop'),
+    *('scales', 'flip', 'batch_size', 'amp', 'device', 'workers', 'results_file', 'overlays'),
+)
+
+
 def validate_parser(prog: str = 'segmentation/validate.py') -> Parser:
     """Returns the parser of this script."""
     parser = Parser(
         prog=prog,
         usage='%(prog)s DATA [options]',
         description='Measure intersection over union, accuracy and speed of a segmentation model.',
+        common=_COMMON,
     )
     group = shared_options.add_data_options(parser)
     group.add_argument('--split', default='val', metavar='NAME', help='split to evaluate (default: val)')
@@ -233,4 +243,5 @@ def main(argv: Sequence[str] | None = None, prog: str = 'segmentation/validate.p
 
 
 if __name__ == '__main__':
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -53,6 +53,66 @@ def test_examples_of_the_help_are_valid(name, capsys, tmp_path, monkeypatch):
         assert callable(cli._parser().parse_args(shlex.split(example)[1:]).run)
 
 
+def console_script(argv, setup=''):
+    """Code of the installed command, which ends by printing whether PyTorch was imported."""
+    return (
+        f'import sys; sys.argv = ["/usr/bin/cluster-zoo", *{argv!r}]\n{setup}\ntry:\n'
+        '    from cluster_zoo.cli import main\n    status = main()\n'
+        'except SystemExit as error:\n    status = error.code\n'
+        'print("torch" in sys.modules, status)'
+    )
+
+
+@pytest.mark.parametrize(
+    ('argv', 'expected'),
+    [
+        (['--help'], 'False 0'),
+        (['--version'], 'False 0'),
+        ([], 'False 2'),
+        (['trian'], 'False 2'),
+        (['segment', 'trian'], 'False 2'),
+        (['segment', '--help'], 'False 0'),
+        (['list', 'coc_tiny.in1k'], 'True 0'),
+    ],
+)
+def test_help_and_typos_do_not_import_pytorch(argv, expected):
+    run = subprocess.run([sys.executable, '-c', console_script(argv)], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.splitlines()[-1] == expected, run.stderr
+
+
+def test_package_under_the_command():
+    """The package has its function and its models there too."""
+    code = (
+        'import sys; sys.argv = ["cluster-zoo"]\nimport cluster_zoo\nassert "torch" not in sys.modules\nimport timm\n'
+    )
+    code += 'assert cluster_zoo.nearest_centroid("resnet18", num_classes=2) and timm.is_model("coc_tiny")\n'
+    code += 'try:\n    cluster_zoo.nonsense\nexcept AttributeError as error:\n    print(error)'
+    run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert "'cluster_zoo' has no attribute 'nonsense'" in run.stdout, run.stderr
+
+
+@pytest.mark.parametrize(
+    'program',
+    [
+        ['-c', console_script(['list'])],
+        ['-c', console_script(['train', 'data'])],
+        *(['segmentation/train.py'], ['segmentation/validate.py'], ['train.py'], ['validate.py']),
+    ],
+    ids=lambda program: program[-1][:25],
+)
+def test_interrupted_import(program, tmp_path):
+    """Ctrl-C while PyTorch is imported ends the command without a traceback."""
+    (tmp_path / 'torch').mkdir()
+    (tmp_path / 'torch' / '__init__.py').write_text('import time; print("importing", flush=True); time.sleep(60)')
+    environment = dict(os.environ, PYTHONPATH=f'{tmp_path}{os.pathsep}{ROOT}')
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    process = subprocess.Popen([sys.executable, *program], **options)
+    assert process.stdout.readline() == 'importing\n'
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=50)
+    assert err == '' and (process.returncode in (130, -signal.SIGINT) or out.endswith(' 130\n')), (out, err)
+
+
 def test_exit_status_is_documented(capsys):
     _, out, _ = output_of(['--help'], capsys)
     documented = re.findall(r'^  (\d+) ', out.partition('exit status:')[2], re.MULTILINE)

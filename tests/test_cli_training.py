@@ -1,5 +1,6 @@
 """cluster-zoo train, validate and segment: the same parsers and the same code as the scripts."""
 
+import argparse
 import json
 import os
 import re
@@ -12,23 +13,66 @@ from pathlib import Path
 import pytest
 
 from cluster_zoo.cli import main
+from cluster_zoo.training import train_options as train
+from cluster_zoo.training import validate
 from segmentation.engine.train_options import train_parser
 from segmentation.validate import validate_parser
 
 ROOT = Path(__file__).parents[1]
 SAMPLE = ['--dataset', 'cluster_zoo/cifar10_sample', '--device', 'cpu', '-j', '0']
 TRAIN = [*SAMPLE, '--model', 'test_resnet', '--num-classes', '10', '--img-size', '32', '-b', '100', '--lr', '0.01']
+TRAIN += ['--val-fraction', '0.1']
+
+
+COMMANDS = ['train', 'validate', 'segment train', 'segment validate']
+
+
+def _help(command, flag, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*command.split(), *flag.split()])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_fits_a_screen(command, capsys, monkeypatch):
+    """--help has the common options and names the groups, --help GROUP has one of them, --help-all everything."""
+    monkeypatch.setenv('COLUMNS', '100')
+    short, whole = _help(command, '--help', capsys), ' '.join(_help(command, '--help-all', capsys).split())
+    assert len(short.splitlines()) <= 40 and '--help-all' in short
+    titles = re.findall(r'([a-z][^,.]*?) \(\d+\)', ' '.join(short.partition('Groups of options: ')[2].split()))
+    assert len(titles) >= 5
+    for title in titles:
+        group = _help(command, f'--help {title.split()[0]}', capsys)
+        assert f'{title}:\n' in group and len(group.splitlines()) <= 60
+        assert all(' '.join(line.split()) in whole for line in group.splitlines())
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_help_states_defaults(command, capsys, monkeypatch):
+    scripts = (train.train_parser, validate.validate_parser, train_parser, validate_parser)
+    parser = dict(zip(COMMANDS, scripts))[command]()
+    monkeypatch.setenv('COLUMNS', '1000')
+    shown = re.split(r'\n  (?=-)', _help(command, '--help-all', capsys))  # one text for each option
+    for action in parser._actions:
+        if action.default and action.default not in (argparse.SUPPRESS, 'None') and action.option_strings:
+            [text] = [text for text in shown if text.split()[0] == action.option_strings[0]]
+            assert 'default' in text and text.count('default:') <= 1, text
+
+
+def test_unknown_group_of_the_help(capsys):
+    with pytest.raises(SystemExit):
+        main(['train', '--help', 'optimiser'])
+    assert re.search(r'no group .optimiser. \(did you mean optimizer', capsys.readouterr().err)
 
 
 @pytest.mark.parametrize('command', ['validate', 'segment train'])
 def test_help_is_that_of_the_script(command, capsys):
     script = {'segment train': 'segmentation/train.py', 'segment validate': 'segmentation/validate.py'}
     path = ROOT / script.get(command, f'{command}.py')
-    run = subprocess.run([sys.executable, path, '--help'], capture_output=True, text=True, cwd=ROOT.parent)
-    with pytest.raises(SystemExit) as stop:
-        main([*command.split(), '--help'])
-    shown = capsys.readouterr().out
-    assert stop.value.code == run.returncode == 0
+    run = subprocess.run([sys.executable, path, '--help-all'], capture_output=True, text=True, cwd=ROOT.parent)
+    shown = _help(command, '--help-all', capsys)
+    assert run.returncode == 0
     assert shown.startswith(f'usage: cluster-zoo {command} ')
     assert shown.partition('\n\n')[2] == run.stdout.partition('\n\n')[2]
 

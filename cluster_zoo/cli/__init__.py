@@ -1,17 +1,21 @@
-"""The ``cluster-zoo`` command. Each module has a command or a group of commands; `parser` has what they share."""
+"""The ``cluster-zoo`` command. Each module has a command or a group of commands; `parser` has a table of them.
 
+The module of a command is imported when it runs, so that the help and the errors of mistyped commands are fast.
+"""
+
+import importlib
 import io
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from .. import __version__
 from ..errors import UserError, print_error
-from . import completion, demo, export, predict, training, weights
-from .parser import Parser
+from . import completion, training
+from .parser import COMMANDS, Parser
 
 __all__ = ['main']
 
@@ -36,10 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
+            named = [argv[0]] if argv and argv[0] in COMMANDS else []
+            if named and COMMANDS[argv[0]].module != 'training':
+                importlib.import_module('..models', __name__)  # registers the models
             status = training.run_script(argv)
             if status is None:
                 with _exit_on_sigterm():
-                    args = _parser().parse_args(argv)
+                    args = _parser(named).parse_args(argv)
                     if getattr(args, 'debug', False):
                         os.environ['CLUSTER_ZOO_DEBUG'] = '1'
                     status = args.run(args) or 0
@@ -78,15 +85,20 @@ def _exit_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _parser() -> Parser:
+def _parser(names: Iterable[str] = COMMANDS) -> Parser:
+    """Returns the parser of the command. The modules of the named commands are imported for their parsers."""
     parser = Parser(
         prog='cluster-zoo',
         description='Clustering as a vision backbone: Context Cluster, FEC and Deep Nearest Centroids.',
         epilog=f'examples:\n  cluster-zoo demo\n  cluster-zoo predict cat.jpg\n\n{_EXIT_STATUS}',
     )
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
-    completion.add_argument(parser)
+    completion.add_argument(parser, _parser)
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
-    for command in (demo, weights, predict, export, training):
-        command.add_parser(commands)
+    modules = {COMMANDS[name].module for name in names}
+    for module in modules:
+        importlib.import_module(f'.{module}', __name__).add_parser(commands)
+    for name, command in COMMANDS.items():
+        if name not in commands.choices:
+            commands.add_parser(name, help=command.help, add_help=False)
     return parser

@@ -16,7 +16,8 @@ from torchvision.transforms.functional import to_pil_image
 from ..datasets import check_dataset, class_names, create_dataset
 from ..explain import cluster_map, draw_clusters
 from ..predict import classify, load_classifier
-from .parser import DEMO_MODEL, Commands, add_device
+from .arguments import DEMO_MODEL, add_device
+from .parser import COMMANDS, Commands
 
 DEMO_DATASET = 'cluster_zoo/cifar10_sample'
 
@@ -28,7 +29,7 @@ def add_parser(commands: Commands) -> None:
     """Registers the command."""
     demo = commands.add_parser(
         'demo',
-        help='classify the bundled images with the bundled weights',
+        help=COMMANDS['demo'].help,
         description=f'Classify 1,000 test images of CIFAR-10 with {DEMO_MODEL}, both part of the package, and draw '
         'the clusters of ten images.',
         epilog='examples:\n  cluster-zoo demo\n  cluster-zoo demo --output clusters.png --device cpu\n',

@@ -10,14 +10,15 @@ import timm
 from ..export import FORMATS, OPSET, TOLERANCE, Export, check_request, export_model
 from ..weights import load_checkpoint
 from ..weights.loading import load_model
-from .parser import Commands, model_name, positive
+from .arguments import model_name, positive
+from .parser import COMMANDS, Commands
 
 
 def add_parser(commands: Commands) -> None:
     """Registers the command."""
     parser = commands.add_parser(
         'export',
-        help='write a model as ONNX, TorchScript or pt2',
+        help=COMMANDS['export'].help,
         description='Write a model to a file for other programs. The export check opens the file and compares its '
         f"logits with the model's, within {TOLERANCE:.0e}, for several batches and image sizes.\n\n"
         'Batches may have any size. TorchScript files accept images of any size. ONNX and pt2 files accept sizes that '

@@ -1,18 +1,33 @@
-"""Argument parser of the commands, and types of arguments that several commands have."""
+"""The commands and their argument parser. Importing this module does not import PyTorch."""
 
 import argparse
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
-
-import timm
-import torch
-from timm.models import parse_model_name
+from typing import Any, NamedTuple, NoReturn
 
 from ..errors import nearest
 
-DEMO_MODEL = 'coc_tiny_plain.cifar10'  # its weights are part of the package
+
+class Command(NamedTuple):
+    """A command."""
+
+    module: str  # in this package; its `add_parser` adds the parser
+    help: str
+
+
+COMMANDS = {
+    'demo': Command('demo', 'classify the bundled images with the bundled weights'),
+    'list': Command('weights', 'list models and weights'),
+    'info': Command('weights', 'print the metadata of a model and its weights'),
+    'fetch': Command('weights', 'download pretrained weights'),
+    'import': Command('weights', 'convert a checkpoint file to a model folder'),
+    'push': Command('weights', 'upload weights to the Hugging Face Hub, or copy them to a folder'),
+    'predict': Command('predict', 'classify images: files, folders, standard input'),
+    'export': Command('export', 'write a model as ONNX, TorchScript or pt2'),
+    'train': Command('training', 'train an image classifier'),
+    'validate': Command('training', 'measure accuracy and speed of image classifiers'),
+    'segment': Command('training', 'train or validate a segmenter'),
+}
 
 Commands = argparse._SubParsersAction  # what ``add_subparsers`` returns, for annotations
 
@@ -58,51 +73,3 @@ class Parser(argparse.ArgumentParser):
             known = [name.strip(" '") for name in mistyped[2].split(',')]
             message = f"there is no command '{mistyped[1]}'{nearest(mistyped[1], known)}"
         self.exit(2, f'error: {message}\n(see {self.prog} --help)\n')
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--device``."""
-    parser.add_argument(
-        '--device',
-        type=_device,
-        default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='device, for example cpu or cuda (default: %(default)s)',
-    )
-
-
-def _device(name: str) -> torch.device:
-    available = ['cpu']
-    if torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type
-        available += [kind, *(f'{kind}:{index}' for index in range(torch.accelerator.device_count()))]
-    if name not in available:
-        raise argparse.ArgumentTypeError(f'there is no device {name}, only {", ".join(available)}')
-    return torch.device(name)
-
-
-def model_name(name: str) -> str:
-    """Type of an argument: a model name of ``timm.create_model``, or the path of a model folder."""
-    if (Path(name) / 'config.json').is_file():
-        return f'local-dir:{name}'
-    try:
-        source, _ = parse_model_name(name)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if source:
-        return name
-    architecture, _, tag = name.partition('.')
-    if not timm.is_model(architecture):
-        raise argparse.ArgumentTypeError(
-            f"there is no model '{architecture}'{nearest(architecture, timm.list_models())}"
-        )
-    names = timm.list_models(f'{architecture}.*', include_tags=True)
-    if tag and name not in names:
-        raise argparse.ArgumentTypeError(f"there are no weights '{name}', only {', '.join(names) or architecture}")
-    return name
-
-
-def positive(value: str) -> int:
-    """Type of an argument: a whole number of at least 1."""
-    if not value.isdecimal() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f'{value} is not a whole number of at least 1')
-    return int(value)

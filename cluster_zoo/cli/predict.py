@@ -8,14 +8,15 @@ import torch
 
 from ..errors import ImageError, OptionError, print_error, printable
 from ..predict import Classified, classify, find_images, load_classifier
-from .parser import DEMO_MODEL, Commands, add_device, model_name, positive
+from .arguments import DEMO_MODEL, add_device, model_name, positive
+from .parser import COMMANDS, Commands
 
 
 def add_parser(commands: Commands) -> None:
     """Registers the command."""
     parser = commands.add_parser(
         'predict',
-        help='classify images: files, folders, standard input',
+        help=COMMANDS['predict'].help,
         description='Classify images and print the most probable classes of each.\n\n'
         'Images are rotated according to their EXIF orientation, transparent pixels are blended with white, and then '
         "the model's evaluation transform is applied. Unreadable images are reported, and the others are classified.",

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Sequence
 
 from ..errors import OptionError
-from .parser import Commands
+from .parser import COMMANDS, Commands
 
 _SCRIPTS = {
     ('train',): 'cluster_zoo.training.train',
@@ -15,12 +15,12 @@ _SCRIPTS = {
 
 
 def add_parser(commands: Commands) -> None:
-    """Registers the commands for the help of ``cluster-zoo``. Their own parsers are those of the scripts."""
-    commands.add_parser('train', help='train an image classifier', add_help=False)
-    commands.add_parser('validate', help='measure accuracy and speed of image classifiers', add_help=False)
+    """Registers the commands. Their own parsers are those of the scripts."""
+    commands.add_parser('train', help=COMMANDS['train'].help, add_help=False)
+    commands.add_parser('validate', help=COMMANDS['validate'].help, add_help=False)
     segment = commands.add_parser(
         'segment',
-        help='train or validate a segmenter',
+        help=COMMANDS['segment'].help,
         description='Train or validate a segmenter.',
         epilog='examples:\n'
         '  cluster-zoo segment train DATA --dataset camvid --head semantic_fpn --backbone coc_tiny\n'
@@ -45,6 +45,7 @@ def run_script(argv: Sequence[str]) -> int | None:
     for words, module in _SCRIPTS.items():
         if tuple(argv[: len(words)]) == words:
             try:
+                importlib.import_module('cluster_zoo.models')  # registers the models
                 main = importlib.import_module(module).main
             except ModuleNotFoundError as error:
                 raise OptionError(str(error)) from error

@@ -21,20 +21,20 @@ from ..weights.configs import CONFIG, read_config
 from ..weights.download import is_drive, organization
 from ..weights.importing import find_weights, import_checkpoint, install, write_folder
 from ..weights.loading import load_model, open_model_folder
-from .parser import Commands, positive
+from .arguments import positive
+from .parser import COMMANDS, Commands
 
 
 def add_parser(commands: Commands) -> None:
     """Registers the five commands."""
-    add = _add(commands, 'list', 'list models and weights', _list, 'list', 'list swin --json').add_argument
+    add = _add(commands, 'list', _list, 'list', 'list swin --json').add_argument
     add('filter', nargs='?', default='*', metavar='FILTER', help="part of the names, or a pattern such as 'coc_*'")
 
-    help = 'print the metadata of a model and its weights'
-    add = _add(commands, 'info', help, _info, 'info coc_small', 'info my_model/').add_argument
+    add = _add(commands, 'info', _info, 'info coc_small', 'info my_model/').add_argument
     add('name', metavar='NAME', help='model, with or without a tag, or model folder')
 
     examples = 'fetch coc_small', "fetch dnc_resnet50 --file 'ImageNet/resnet50.pth'"
-    add = _add(commands, 'fetch', 'download pretrained weights', _fetch, *examples).add_argument
+    add = _add(commands, 'fetch', _fetch, *examples).add_argument
     add('name', metavar='NAME', help='model, with or without a tag, or pretrained segmenter')
     add('--file', metavar='PATH', help='path in the Google Drive folder, if the right file cannot be determined')
     add('--force', action='store_true', help='download again, and accept a file that has changed')
@@ -45,7 +45,7 @@ def add_parser(commands: Commands) -> None:
         'import birds.pth --to birds/ --model coc_tiny --num-classes 200 --label-names birds.txt',
         'import drive-download.zip --as fec_small.in1k',
     )
-    parser = _add(commands, 'import', 'convert a checkpoint file to a model folder', _import, *examples)
+    parser = _add(commands, 'import', _import, *examples)
     add, target = parser.add_argument, parser.add_mutually_exclusive_group(required=True).add_argument
     add('file', type=Path, metavar='FILE', help='checkpoint of any origin, or an archive of one')
     target('--to', type=Path, metavar='FOLDER', help='model folder to write')
@@ -59,15 +59,16 @@ def add_parser(commands: Commands) -> None:
     add('--force', action='store_true', help='replace an existing model folder')
 
     examples = 'push birds/ --to my-lab/birds --private', 'push coc_small --to my-lab/coc_small'
-    add = _add(commands, 'push', 'upload weights to the Hugging Face Hub', _push, *examples).add_argument
+    add = _add(commands, 'push', _push, *examples).add_argument
     add('name', metavar='NAME', help='model folder, or model whose weights are in the cache')
     add('--to', required=True, metavar='ORG/NAME', help='repository; it is created if it does not exist')
     add('--private', action='store_true', help='create a private repository')
     add('--message', default='Add model', help='commit message (default: %(default)s)')
 
 
-def _add(commands: Commands, name: str, help: str, run: Any, *examples: str) -> argparse.ArgumentParser:
+def _add(commands: Commands, name: str, run: Any, *examples: str) -> argparse.ArgumentParser:
     epilog = ''.join(f'\n  cluster-zoo {example}' for example in examples)
+    help = COMMANDS[name].help
     description = f'{help[0].upper()}{help[1:]}.'
     parser = commands.add_parser(name, help=help, description=description, epilog=f'examples:{epilog}')
     parser.add_argument('--json', action='store_true', help='print JSON')

@@ -15,11 +15,13 @@ import yaml
 from timm.utils import ParseKwargs as TimmParseKwargs
 
 from ..errors import OptionError, nearest
+from .help import HelpFormatter, add_help_options
 from .recipes import PUBLISHED_CENTROIDS, RECIPES, recipe_for
 
 __all__ = ['ParseKwargs', 'Parser']
 
 _UNSET = object()
+_UNUSED = ('debug', argparse.SUPPRESS)  # destinations that are no options of a run
 
 
 class ParseKwargs(TimmParseKwargs):
@@ -33,10 +35,17 @@ class ParseKwargs(TimmParseKwargs):
 
 
 class Parser(argparse.ArgumentParser):
-    """Argument parser that merges defaults, a recipe, a config file and the command line."""
+    """Argument parser that merges defaults, a recipe, a config file and the command line.
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    Args:
+        common: Destinations of the options that ``--help`` prints; ``--help-all`` prints all.
+        **kwargs: Arguments of ``argparse.ArgumentParser``.
+    """
+
+    def __init__(self, common: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(add_help=False, formatter_class=HelpFormatter, **kwargs)
+        self.common = common
+        add_help_options(self)
         self.add_argument('--debug', action='store_true', help='print the traceback of an error')
 
     def error(self, message: str) -> NoReturn:
@@ -46,7 +55,7 @@ class Parser(argparse.ArgumentParser):
             known = [option for action in self._actions for option in action.option_strings]
             words = message.removeprefix(prefix).split()
             message += ''.join(nearest(word.split('=')[0], known) for word in words if word.startswith('-'))
-        self.exit(2, f'error: {message}\n(all options: {self.prog} --help)\n')
+        self.exit(2, f'error: {message}\n(all options: {self.prog} --help-all)\n')
 
     def resolve(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parses a command line and merges it with the recipe and the config file.
@@ -63,7 +72,7 @@ class Parser(argparse.ArgumentParser):
             OptionError: The config file cannot be read, is not a mapping, or has an unknown key or a value of the wrong
                 type.
         """
-        actions = {action.dest: action for action in reversed(self._actions) if action.dest not in ('help', 'debug')}
+        actions = {action.dest: action for action in reversed(self._actions) if action.dest not in _UNUSED}
         # All options start unset, to tell an option with the value of its default from a missing one.
         parsed = vars(self.parse_args(argv, argparse.Namespace(**dict.fromkeys(actions, _UNSET))))
         if parsed.pop('debug'):

@@ -12,6 +12,12 @@ from .shared_options import LEFT_OUT, add_dataset_options, add_input_options, ad
 __all__ = ['add_centroid_learning_options', 'check_train_options', 'is_mixing', 'train_parser']
 
 
+_COMMON = (
+    *('data', 'dataset', 'val_split', 'val_fraction', 'model', 'num_classes', 'pretrained', 'img_size', 'recipe'),
+    *('epochs', 'batch_size', 'lr', 'opt', 'mixup', 'amp', 'device', 'workers', 'experiment', 'resume', 'dry_run'),
+)
+
+
 def _add_train_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('model').add_argument
     add('--model', default='resnet50', metavar='NAME', help='model to train (default: resnet50)')
@@ -240,6 +246,7 @@ def train_parser(prog: str = 'train.py') -> Parser:
         usage='%(prog)s [DIR] [options]',
         description='Train an image classifier. A recipe has the defaults (--recipe).',
         epilog=LEFT_OUT,
+        common=_COMMON,
     )
     add = parser.add_argument
     add('-c', '--config', default='', metavar='FILE', help='YAML file of option values; flags have priority')

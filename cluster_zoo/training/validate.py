@@ -60,6 +60,12 @@ _logger = logging.getLogger(__name__)
 _OTHER_CLASSES = ['*in21k', '*in22k', '*in12k', '*dino*', '*fcmae', '*seer', '*.cifar10']
 
 
+_COMMON = (
+    *('data', 'dataset', 'split', 'model', 'checkpoint', 'use_ema', 'num_classes', 'img_size', 'crop_pct'),
+    *('batch_size', 'amp', 'device', 'workers', 'results_file'),
+)
+
+
 def validate_parser(prog: str = 'validate.py') -> Parser:
     """Returns the parser of ``validate.py``."""
     parser = Parser(
@@ -67,6 +73,7 @@ def validate_parser(prog: str = 'validate.py') -> Parser:
         usage='%(prog)s [DIR] [options]',
         description='Measure top-1 and top-5 accuracy and speed of one or several image classifiers.',
         epilog=LEFT_OUT,
+        common=_COMMON,
     )
     group = add_dataset_options(parser)
     group.add_argument('--split', default='validation', metavar='NAME', help='split to validate on')

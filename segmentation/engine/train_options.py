@@ -40,6 +40,13 @@ _AT_LEAST = {
 _ABOVE_0 = ('lr', 'head_lr_scale', 'clip_grad')
 
 
+_COMMON = (
+    *('data', 'dataset', 'segmenter', 'head', 'backbone', 'classifier', 'pretrained_backbone', 'num_classes', 'crop'),
+    *('iterations', 'batch_size', 'lr', 'opt', 'amp', 'device', 'workers', 'val_interval', 'overlays', 'experiment'),
+    *('resume', 'dry_run'),
+)
+
+
 class TrainParser(Parser):
     """A parser that takes its defaults from the published system of ``--segmenter``."""
 
@@ -218,6 +225,7 @@ def train_parser(prog: str = 'segmentation/train.py') -> TrainParser:
         prog=prog,
         usage='%(prog)s DATA [options]',
         description='Train a segmenter. The defaults are those of Semantic FPN with Context Cluster on ADE20K.',
+        common=_COMMON,
     )
     add = parser.add_argument
     add('-c', '--config', default='', metavar='FILE', help='YAML file of option values; flags win over it')
