@@ -3,11 +3,14 @@
 import argparse
 import json
 from dataclasses import asdict
+from typing import Any
 
 import torch
+import torch.nn as nn
 
 from ..errors import ImageError, OptionError, print_error, printable
 from ..predict import Classified, classify, find_images, load_classifier
+from ..weights.metadata import label_names, release
 from .arguments import DEMO_MODEL, add_device, model_name, positive
 from .parser import COMMANDS, Commands
 
@@ -37,10 +40,9 @@ def add_parser(commands: Commands) -> None:
     add(
         '--model',
         type=model_name,
-        default=DEMO_MODEL,
         metavar='NAME',
-        help='any model of timm or of this package, hf-hub:ORG/NAME or local-dir:FOLDER (default: %(default)s, the '
-        'bundled model for the ten classes of CIFAR-10)',
+        help='any model of timm or of this package, model folder or hf-hub:ORG/NAME (default: '
+        f'{DEMO_MODEL}, the bundled model for the ten classes of CIFAR-10)',
     )
     add('--top', type=positive, default=5, metavar='K', help='classes per image (default: %(default)s)')
     add('--batch-size', type=positive, default=32, metavar='N', help='images per batch (default: %(default)s)')
@@ -49,13 +51,28 @@ def add_parser(commands: Commands) -> None:
     parser.set_defaults(run=_predict)
 
 
+def _describe(name: str | None, model: nn.Module) -> dict[str, Any]:
+    """Returns what the model is, because a user may not know the default model or its classes."""
+    data, several = release(name or DEMO_MODEL).data, getattr(model, 'multi_label', False)
+    labels = label_names({**model.pretrained_cfg, 'num_classes': model.num_classes}) or []
+    description = f'{name or DEMO_MODEL}: {model.num_classes} classes{f" of {data}" if data else ""}'
+    description += ', an image can have several' if several else ''
+    if not name:
+        description += f' only ({", ".join(labels)}), because no --model is given'
+    about = dict(model=name or DEMO_MODEL, num_classes=model.num_classes, trained_on=data)
+    return about | dict(description=printable(description))
+
+
 def _predict(args: argparse.Namespace) -> int:
     images = find_images(args.images)
     if all(isinstance(image, Classified) for image in images):
         for image in images:
             print_error(ImageError(image.error), printable(image.image))
         raise OptionError('There is no image to classify: name files or folders of images.')
-    model = load_classifier(args.model, args.device)
+    model = load_classifier(args.model or DEMO_MODEL, args.device)
+    about = _describe(args.model, model)
+    if not args.json:
+        print(about['description'])
     results = []
     try:
         for result in classify(model, images, args.top, args.batch_size):
@@ -73,5 +90,5 @@ def _predict(args: argparse.Namespace) -> int:
         records = [asdict(result) for result in results]
         for record in records:
             record.pop('classes' if record['error'] else 'error')
-        print(json.dumps({'model': args.model, 'images': records}, indent=2))
+        print(json.dumps(about | {'images': records}, indent=2))
     return int(any(result.error for result in results))

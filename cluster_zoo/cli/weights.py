@@ -3,6 +3,7 @@
 import argparse
 import fnmatch
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,8 @@ def add_parser(commands: Commands) -> None:
     examples = 'push birds/ --to my-lab/birds --private', 'push coc_small --to my-lab/coc_small'
     add = _add(commands, 'push', _push, *examples).add_argument
     add('name', metavar='NAME', help='model folder, or model whose weights are in the cache')
-    add('--to', required=True, metavar='ORG/NAME', help='repository; it is created if it does not exist')
+    add('--to', required=True, metavar='ORG/NAME', help='repository or, with ./ or / before it, folder; it is created')
+    add('--force', action='store_true', help='replace an existing model folder')
     add('--private', action='store_true', help='create a private repository')
     add('--message', default='Add model', help='commit message (default: %(default)s)')
 
@@ -219,14 +221,7 @@ def _show(args: argparse.Namespace, headline: str, result: dict[str, Any], use: 
 def _import(args: argparse.Namespace) -> None:
     if args.name:
         return _import_release(args)
-    if args.to.exists():
-        here, target = Path.cwd(), args.to.resolve()
-        if not target.is_dir() or target in (here, *here.parents):
-            raise OptionError(f"'{args.to}' cannot be replaced: name another folder")
-        if any(target.iterdir()) and not (args.force and (target / CONFIG).is_file()):
-            raise OptionError(
-                f"'{args.to}' exists already: name another folder, or replace a model folder with --force"
-            )
+    _check_target(args.to, args.force)
     model_args = args.model_kwargs | (dict(num_classes=args.num_classes) if args.num_classes else {})
     data = dict(img_size=args.img_size) if args.img_size else {}
     import_checkpoint(args.file, args.to, args.model, args.use_ema, model_args, data, args.label_names)
@@ -234,6 +229,17 @@ def _import(args: argparse.Namespace) -> None:
     result = dict(architecture=config['architecture'], classes=config['num_classes'], source=config['source'])
     result |= dict(sha256=config['sha256'], input_size=config['pretrained_cfg']['input_size'])
     _show(args, f'{args.to}: written, and checked by running the model', result, _usage(f'local-dir:{args.to}'))
+
+
+def _check_target(folder: Path, force: bool) -> None:
+    """Raises `OptionError` if a folder exists already, unless it is a model folder that may be replaced."""
+    if not folder.exists():
+        return
+    here, target = Path.cwd(), folder.resolve()
+    if not target.is_dir() or target in (here, *here.parents):
+        raise OptionError(f"'{folder}' cannot be replaced: name another folder")
+    if any(target.iterdir()) and not (force and (target / CONFIG).is_file()):
+        raise OptionError(f"'{folder}' exists already: name another folder, or replace a model folder with --force")
 
 
 def _import_release(args: argparse.Namespace) -> None:
@@ -261,6 +267,13 @@ def _push(args: argparse.Namespace) -> None:
             elif not (folder := cache.cached(name)):
                 raise CheckpointError(f'The weights of {name} are not on this machine: cluster-zoo fetch {name}')
         open_model_folder(folder)  # refuses a damaged one
+        if args.to.startswith(('.', '/', '~')) or Path(args.to).is_dir():
+            target = Path(args.to).expanduser()
+            _check_target(target, args.force)
+            with cache.new_folder(target.resolve()) as new:
+                for name in (cache.WEIGHTS, CONFIG, 'README.md'):
+                    shutil.copyfile(folder / name, new / name)
+            return _show(args, f'{args.name}: copied', dict(folder=str(target)), _usage(f'local-dir:{target}'))
         try:
             huggingface_hub.create_repo(args.to, private=args.private, exist_ok=True)
             commit = huggingface_hub.upload_folder(

@@ -16,6 +16,8 @@ from ..layers.centroid_learning import CentroidLearning
 from ..layers.nearest_centroid import centroid_heads
 from ..models.dnc import VARIANTS
 from ..weights import load_checkpoint
+from ..weights.configs import read_config
+from ..weights.download import hub_folder
 from .runtime import model_dtype, option_errors
 
 __all__ = ['build_model', 'check_model_name', 'create_from_options', 'set_centroid_learning']
@@ -31,9 +33,15 @@ def create_from_options(args: argparse.Namespace, **kwargs: Any) -> nn.Module:
     """``timm.create_model`` with the options that training and validation share. Sets ``args.num_classes``."""
     if args.sub_centroids is not None:
         kwargs['sub_centroids'] = args.sub_centroids
-    with option_errors(f'--model {args.model}', KeyError, TypeError):
+    name = args.model
+    if name.startswith('hf-hub:'):  # timm would try for half a minute without a network, and would not check the folder
+        folder = hub_folder(name.partition(':')[2])
+        read_config(folder)
+        name = f'local-dir:{folder}'
+    # A download can fail with any error of an HTTP library
+    with option_errors(f'--model {args.model}', Exception if kwargs.get('pretrained') else KeyError, TypeError):
         arguments = resolve_model_input_args(
-            args.model,
+            name,
             vars(args),
             num_classes=args.num_classes,
             global_pool=args.gp,

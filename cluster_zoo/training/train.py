@@ -349,7 +349,7 @@ def start(args: argparse.Namespace) -> Run:
     engine.set_up_ema(args, task, num_epochs * updates_per_epoch, ema_device)
     run = Run(
         args=args,
-        model_name=args.model,
+        model_name=args.model if ':' not in args.model else model.pretrained_cfg['architecture'],
         task=task,
         optimizer=optimizer,
         scheduler=scheduler,
