@@ -35,9 +35,15 @@ from timm import utils
 from cluster_zoo.errors import OptionError, UserError, print_error
 from cluster_zoo.training.engine import run_options
 from cluster_zoo.training.parser import Parser
-from cluster_zoo.training.runtime import available_workers, build_precision, option_errors, set_up_device
+from cluster_zoo.training.runtime import (
+    available_workers,
+    build_precision,
+    check_output_file,
+    option_errors,
+    set_up_device,
+)
 from cluster_zoo.training.shared_options import add_device_options
-from cluster_zoo.weights import load_checkpoint, read_checkpoint
+from cluster_zoo.weights import extract_state_dict, load_weights, read_checkpoint, training_metadata, weights_in_use
 from segmentation import Segmenter, create_segmenter, segmenter_config
 from segmentation.data.datasets import SegmentationDataset, create_dataset
 from segmentation.engine import inference, shared_options
@@ -81,25 +87,33 @@ def validate_parser(prog: str = 'segmentation/validate.py') -> Parser:
     return parser
 
 
-def saved_options(path: str) -> dict[str, Any]:
-    """Returns the options of the training run that wrote a checkpoint; empty for a file of weights only.
+def complete_options(args: argparse.Namespace) -> Any:
+    """Sets options that are not given: from the checkpoint, unless another model is named, or the published system.
+
+    Returns:
+        The content of the checkpoint.
 
     Raises:
         CheckpointError: The file cannot be read.
+        OptionError: Data or weights are missing, or the checkpoint is not of a segmenter.
     """
-    checkpoint = read_checkpoint(path)
-    saved = checkpoint.get('args') if isinstance(checkpoint, dict) else None
-    saved = vars(saved) if isinstance(saved, argparse.Namespace) else saved
-    return saved if isinstance(saved, dict) else {}
-
-
-def complete_options(args: argparse.Namespace) -> None:
-    """Sets options that are not given: from the checkpoint, unless another model is named, or the published system."""
     if not args.data:
         raise OptionError('no data given: name the folder of the dataset, or its .tar')
     if not args.checkpoint:
         raise OptionError('no --checkpoint given: random weights cannot be evaluated')
-    saved = saved_options(args.checkpoint)
+    checkpoint = read_checkpoint(args.checkpoint)
+    found = training_metadata(checkpoint)
+    saved = found['args']
+    if found['arch'] and 'head' not in saved:
+        raise OptionError(
+            f'--checkpoint {args.checkpoint} is of the classifier {found["arch"]}, not of a segmenter; training can '
+            'start from it: --pretrained-backbone FILE'
+        )
+    if not (args.segmenter or args.head or saved.get('segmenter') or saved.get('head')):
+        raise OptionError(
+            f'--checkpoint {args.checkpoint} does not name its model: give --segmenter NAME, or --head, --backbone and '
+            '--num-classes'
+        )
     if not (args.segmenter or args.head):
         shared_options.fill(args, saved, (*shared_options.MODEL_OPTIONS, *shared_options.TEST_OPTIONS))
     shared_options.fill(args, saved, shared_options.DATA_OPTIONS)
@@ -107,16 +121,19 @@ def complete_options(args: argparse.Namespace) -> None:
         published = shared_options.config_options(segmenter_config(args.segmenter))
         shared_options.fill(args, published, ('dataset', *shared_options.TEST_OPTIONS))
     args.dataset = args.dataset or 'folder'
+    return checkpoint
 
 
-def build_model(args: argparse.Namespace, dataset: SegmentationDataset) -> Segmenter:
+def build_model(args: argparse.Namespace, dataset: SegmentationDataset, checkpoint: Any) -> Segmenter:
     """Builds the model with its weights on the device, without the auxiliary head."""
     if args.num_classes is None and not args.segmenter:
         args.num_classes = len(dataset.classes)
     arguments = shared_options.model_options(args)
     with option_errors('model', TypeError):
         model = create_segmenter(**arguments)
-        load_checkpoint(model, args.checkpoint, args.use_ema)
+        load_weights(model, extract_state_dict(checkpoint, args.checkpoint, args.use_ema))
+    if utils.is_primary(args):
+        print(f'{args.checkpoint}: weights {weights_in_use(checkpoint, args.use_ema)}')
     if model.num_classes != len(dataset.classes):
         raise OptionError(
             f'the model has {model.num_classes} classes, {args.dataset} has {len(dataset.classes)}: give the --dataset '
@@ -135,7 +152,9 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         args.workers = available_workers(args.workers)
     if args.batch_size < 1 or args.workers < 0 or args.num_overlays < 0:
         raise OptionError('--batch-size must be at least 1, --workers and --num-overlays at least 0')
-    complete_options(args)
+    checkpoint = complete_options(args)
+    if args.results_file and utils.is_primary(args):
+        check_output_file('--results-file', args.results_file)
     protocol = shared_options.test_protocol(args) | dict(flip=args.flip)
     with option_errors('test'):
         inference.check(protocol['mode'], protocol.get('crop'), protocol.get('stride'))
@@ -148,7 +167,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         remap=shared_options.label_remap(args),
         workers=max(1, args.workers),
     )
-    model, overlays = build_model(args, dataset), None
+    model, overlays = build_model(args, dataset, checkpoint), None
     if args.overlays:
         with option_errors(f'--overlays {args.overlays}'):
             overlays = OverlayWriter(dataset, args.overlays, args.num_overlays)

@@ -195,7 +195,10 @@ def test_unknown_labels(name, tree):
     unknown = f'{beyond}, 200'
     message = _message(error)
     assert message.startswith(f'{root / masks[0] / f"b{ending}"} has label {unknown};')
-    assert message.endswith(f' 0-{beyond - 1}, 255')
+    advice = (
+        ': raise --num-classes, or give the class of each label with --remap LABEL=CLASS' if name == 'folder' else ''
+    )
+    assert message.endswith(f' 0-{beyond - 1}, 255{advice}')
 
 
 def test_cityscapes_prefers_train_ids(tree):
@@ -239,7 +242,7 @@ def test_masks_of_0_and_255_need_a_remap(tree):
     root = tree('folder')
     for path in root.glob('*/masks/*.png'):
         path.write_bytes(_mask([0, 255]))
-    assert 'remap {0: 0, 255: 1}' in _refused('folder', root, 'train')
+    assert '--remap 0=0 255=1' in _refused('folder', root, 'train')
     dataset = create_dataset('folder', root, 'train', remap={0: 0, 255: 1})
     assert (dataset.classes, dataset[0][1].unique().tolist()) == (('0', '1'), [0, 1])
 
@@ -339,7 +342,7 @@ def test_empty_split(name, tree):
     (root / 'ImageSets/SegmentationContext/train.txt').write_text('')
     for stem in 'ab':
         (root / images[0] / f'{stem}{ending}').unlink()
-    assert 'has no images (*.' in _refused(name, root, 'train').replace('*_leftImg8bit', '*')
+    assert 'has no images of split' in _refused(name, root, 'train')
 
 
 def test_missing_mask(name, tree):
@@ -478,3 +481,60 @@ def test_camvid():
     # The mean height of each class in a street scene
     assert heights['sky'] < heights['building'] < heights['car'] < heights['pavement'] < heights['road']
     assert dataset.name(0).startswith('camvid/val/images/')
+
+
+# First mistakes
+
+
+@pytest.mark.parametrize('suffix', ['.webp', '.bmp', '.tif', '.JPG', '.gif'])
+def test_images_of_all_formats(folder, suffix):
+    for path in sorted(folder.glob('train/images/*')):
+        with Image.open(path) as image:
+            image.convert('RGB').save(path.with_suffix(suffix))
+        path.unlink()
+    dataset = create_dataset('folder', folder, 'train', num_classes=3)
+    assert len(dataset) == 2 and dataset.name(0).endswith(suffix)
+    dataset.check()
+
+
+def test_files_that_are_not_used_are_counted(folder, caplog):
+    caplog.set_level('INFO')
+    (folder / 'train' / 'images' / 'notes.txt').write_text('')
+    (folder / 'train' / 'masks' / 'more.png').write_bytes(_mask([0]))
+    (folder / 'train' / 'masks' / 'more.txt').write_text('')
+    create_dataset('folder', folder, 'train', num_classes=3)
+    lines = [record.message for record in caplog.records]
+    assert lines == [
+        f'{folder}/train/images: 1 files are not used: train/images/notes.txt',
+        f'{folder}/train/masks: 2 files are not used: train/masks/more.png, train/masks/more.txt',
+    ]
+
+
+def test_masks_of_another_format(folder):
+    for path in folder.glob('train/masks/*.png'):
+        path.rename(path.with_suffix('.jpg'))
+    assert 'Masks must be PNG, there are .jpg files' in _refused('folder', folder, 'train', num_classes=3)
+
+
+def test_a_split_in_place_of_the_dataset(folder):
+    message = _refused('folder', folder / 'train', 'train')
+    assert f'give the folder that contains it, {folder}' in message
+
+
+@pytest.mark.parametrize(('name', 'wrong'), [('ade20k', 'folder'), ('folder', 'ade20k'), ('cityscapes', 'camvid')])
+def test_the_layout_of_another_dataset(name, wrong, tree):
+    assert name in _refused(wrong, tree(name), 'train').partition(': choose --dataset ')[2].split(' or ')
+
+
+def test_messages_name_flags(folder):
+    assert '--num-classes 3' in _refused('camvid', folder, 'train', num_classes=3).replace('11', '3')
+    assert '--remap is only for --dataset folder' in _refused('camvid', folder, 'train', remap={0: 0})
+
+
+def test_postscript_is_not_an_image(folder):
+    """Pillow would start Ghostscript for such a file."""
+    path = sorted(folder.glob('train/images/*'))[0]
+    path.write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n')
+    dataset = create_dataset('folder', folder, 'train', num_classes=3)
+    with pytest.raises(DataError, match='not an image of a known format'):
+        dataset[0]

@@ -166,7 +166,7 @@ def test_checkpoint_with_other_classes(tmp_path):
     'arguments, options, message',
     [
         (('semantic_fnp', 'coc_tiny', 5), {}, r'no head .semantic_fnp. \(did you mean semantic_fpn'),
-        (('fcn', 'coc_tiny'), {}, 'fcn needs a backbone and num_classes'),
+        (('fcn', 'coc_tiny'), {}, 'fcn needs a backbone'),
         (('fcn', 'coc_tiny', 0), {}, 'num_classes .* got 0'),
         (('fcn', 'coc_tiny', 5), dict(classifier='cnd'), 'no classifier .cnd. .did you mean cond'),
         (('fcn', 'coc_tiny', 5), dict(channels=0), 'channels .* got 0'),

@@ -446,7 +446,7 @@ def test_a_devices_memory_is_too_small(run, monkeypatch, capsys):
 
 @pytest.mark.parametrize('start', ['file', 'module'])
 def test_starts_as_a_file_and_as_a_module(start, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['train.py', '--help'])
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--help-all'])
     # The first entry is the folder of the script, or the current folder for a module
     monkeypatch.setattr(sys, 'path', [str(ROOT / 'segmentation' if start == 'file' else ROOT), *sys.path])
     monkeypatch.delitem(sys.modules, 'segmentation.train')

@@ -222,7 +222,7 @@ def test_weights_alone_need_a_model(run, data, model, tmp_path):
     path = tmp_path / 'weights.pth'
     torch.save(model.state_dict(), path)
     status, error = run(checkpoint=path)
-    assert status == 2 and '--head and --backbone' in error
+    assert status == 2 and 'does not name its model' in error and '--head, --backbone and --num-classes' in error
     flags = ['--head', 'fcn', '--backbone', 'test_resnet', '--channels', 8, '--model-kwargs', 'output_stride=8']
     check(run(*flags, checkpoint=path)[0], expected(data, model))
 
@@ -429,3 +429,33 @@ def test_an_error_leaves_things_as_they_were(monkeypatch):
     with pytest.raises(RuntimeError, match='broken'):
         evaluate(model, Squares([4]), 'cpu')
     assert model.training and torch.backends.cudnn.benchmark
+
+
+# First mistakes
+
+
+def test_checkpoint_of_a_classifier(run, tmp_path):
+    path = tmp_path / 'classifier.pth.tar'
+    torch.save(dict(arch='coc_tiny', state_dict={'x': torch.zeros(1)}, args=dict(model='coc_tiny')), path)
+    status, error = run(checkpoint=path)
+    assert status == 2 and 'is of the classifier coc_tiny, not of a segmenter' in error
+
+
+def test_results_file_is_checked_first(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(validate, 'evaluate', lambda **_: pytest.fail('the evaluation has started'))
+    (tmp_path / 'file').write_text('')
+    for path in (tmp_path, tmp_path / 'file' / 'results.json'):
+        status, error = run('--results-file', path)
+        assert status == 2 and '--results-file' in error
+
+
+def test_weights_in_use_are_named(data, checkpoint, tmp_path, capsys):
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save(saved | dict(state_dict_ema=saved['state_dict']), tmp_path / 'both.pth.tar')
+    for flags, text in (
+        ([], 'weights not averaged (the file also'),
+        (['--use-ema'], 'weights averaged (the file also'),
+    ):
+        line = [data, '--checkpoint', tmp_path / 'both.pth.tar', '--device', 'cpu', '-j', 0, *flags]
+        assert validate.main(list(map(str, line))) == 0
+        assert text in capsys.readouterr().out

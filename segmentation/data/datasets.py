@@ -5,6 +5,7 @@ message lists the problems of a dataset before training starts.
 """
 
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from posixpath import join
@@ -26,6 +27,8 @@ from .layouts import LAYOUTS, Layout
 __all__ = ['DATASETS', 'DataError', 'SegmentationDataset', 'create_dataset']
 
 DATASETS = tuple(LAYOUTS)
+_logger = logging.getLogger(__name__)
+
 _LISTED = 5  # number of files that a message lists
 
 
@@ -60,6 +63,7 @@ class SegmentationDataset(Dataset):
         self.tables = tables  # from labels to classes, by the suffix of the mask
         self.classes, self.colours = classes
         self.transform = transform
+        self.advice = ''  # for labels that are unknown
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -119,7 +123,9 @@ class SegmentationDataset(Dataset):
         mask = table[labels]
         if mask.min() < 0:
             unknown, known = _spans(np.unique(labels[mask < 0])), _spans(np.flatnonzero(table >= 0))
-            raise DataError(f'{self.files.root / sample.mask} has label {unknown}; known labels are {known}')
+            raise DataError(
+                f'{self.files.root / sample.mask} has label {unknown}; known labels are {known}{self.advice}'
+            )
         return image, tv_tensors.Mask(torch.from_numpy(mask.astype(np.int64)))
 
 
@@ -138,8 +144,8 @@ def create_dataset(
     ========================= ==========================================================================================
     name                      files in `root`
     ========================= ==========================================================================================
-    `folder`                  `{split}/images/NAME.jpg` (or .jpeg, .png) and `{split}/masks/NAME.png`; optionally
-                              `classes.txt` with the class names, one per line
+    `folder`                  `{split}/images/NAME.jpg` (or another format of images) and `{split}/masks/NAME.png`;
+                              optionally `classes.txt` with the class names, one per line
     `camvid`                  like `folder`, with splits train, val, test; 11 classes, label 11 is ignored
     `ade20k`                  `images/training/NAME.jpg`, `annotations/training/NAME.png`; 150 classes, 0 is ignored
     `cityscapes`              `leftImg8bit/train/CITY/NAME_leftImg8bit.png`, `gtFine/train/CITY/NAME_gtFine_*.png`: 19
@@ -164,9 +170,9 @@ def create_dataset(
         DataError: The dataset or split is unknown or empty, files are missing, or the number of classes differs.
     """
     if name not in LAYOUTS:
-        raise DataError(f'no dataset {name!r}{nearest(name, LAYOUTS)}: choose from {", ".join(LAYOUTS)}')
+        raise DataError(f'--dataset: no dataset {name!r}{nearest(name, LAYOUTS)}: choose from {", ".join(LAYOUTS)}')
     if remap is not None and name != 'folder':
-        raise DataError(f'remap is only for datasets of type folder: the labels of {name} are fixed')
+        raise DataError(f'--remap is only for --dataset folder: the labels of {name} are fixed')
     files, layout = open_files(root), LAYOUTS[name]
     top, splits = _find_splits(files, name, layout)
     samples = []
@@ -182,13 +188,31 @@ def create_dataset(
         labels = {'.png': {i: i for i in range(len(classes.names))} if remap is None else remap}
     count = len(classes.names)
     if num_classes not in (None, count):
-        raise DataError(f'{name} in {root} has {count} classes, not {num_classes}')
+        raise DataError(f'{name} in {root} has {count} classes, not {num_classes}: --num-classes {count}')
     tables = {suffix: label_table(mapping, count) for suffix, mapping in labels.items()}
-    return SegmentationDataset(files, samples, tables, classes, transform)
+    dataset = SegmentationDataset(files, samples, tables, classes, transform)
+    if name == 'folder':
+        dataset.advice = ': raise --num-classes, or give the class of each label with --remap LABEL=CLASS'
+    return dataset
 
 
 def _find_splits(files: Folder | Archive, name: str, layout: Layout) -> tuple[str, dict[str, str]]:
     """Returns the folder that contains the dataset, and the dataset's own names of the available splits."""
+    if found := _search(files, layout):
+        return found
+    inside = files.folders('')
+    split = next(iter((layout.splits or dict(train='train')).values()))
+    hint = ' or '.join(other for other in LAYOUTS if _search(files, LAYOUTS[other]))
+    hint = f': choose --dataset {hint}' if hint else ''
+    if {'images', 'masks'} <= {*inside}:
+        hint = f': if it is a split, give the folder that contains it, {files.root.resolve().parent}'
+    raise DataError(
+        f'{files.root} is not a dataset of type {name}: expected the folders {layout.images.format(split=split)} and '
+        f'{layout.masks.format(split=split)}, found {_listed(inside) or "no folders"}{hint}'
+    )
+
+
+def _search(files: Folder | Archive, layout: Layout) -> tuple[str, dict[str, str]] | None:
     inside = files.folders('')
     for top in ('', *layout.tops, *(inside if len(inside) == 1 else ())):
         if not files.exists(top):
@@ -201,11 +225,7 @@ def _find_splits(files: Folder | Archive, name: str, layout: Layout) -> tuple[st
         }
         if found:
             return top, found
-    split = next(iter((layout.splits or dict(train='train')).values()))
-    raise DataError(
-        f'{files.root} is not a dataset of type {name}: expected the folders {layout.images.format(split=split)} and '
-        f'{layout.masks.format(split=split)}, found {_listed(inside) or "no folders"}'
-    )
+    return None
 
 
 def _find_samples(files: Folder | Archive, top: str, layout: Layout, split: str) -> list[_Sample]:
@@ -221,7 +241,7 @@ def _find_samples(files: Folder | Archive, top: str, layout: Layout, split: str)
     if layout.listing is not None:
         stems = _listed_stems(files, join(top, layout.listing.format(split=split)), stems)
     if not stems:
-        raise DataError(f'{files.root / images} has no images (*{", *".join(layout.image_suffixes)}) of split {split}')
+        raise DataError(f'{files.root / images} has no images of split {split}')
     available = set(files.below(masks))
     samples, missing = [], []
     for stem, image in stems.items():
@@ -232,9 +252,16 @@ def _find_samples(files: Folder | Archive, top: str, layout: Layout, split: str)
             samples.append(_Sample(image, f'{masks}/{stem}{suffix}', suffix))
     if missing:
         names = ' or '.join(f'NAME{suffix}' for suffix in layout.labels)
+        other = sorted({'.' + mask.rpartition('.')[2] for mask in available} - {'.png'})
         raise DataError(
             f'{len(missing)} of {len(stems)} images have no mask ({names} in {files.root / masks}): {_listed(missing)}'
+            + (f'. Masks must be PNG, there are {", ".join(other)} files' if other else '')
         )
+    if layout.listing is None and [*layout.labels] == ['.png']:
+        used = {path for sample in samples for path in sample[:2]}
+        for folder, paths in ((images, files.below(images)), (masks, available)):
+            if unused := sorted({*paths} - used):
+                _logger.info(f'{files.root / folder}: {len(unused)} files are not used: {_listed(unused)}')
     return samples
 
 
@@ -299,7 +326,7 @@ def _count_classes(files: Folder | Archive, masks: list[str], workers: int) -> i
     if count < 2:
         raise DataError(
             f'the masks in {files.root} contain only the labels 0 and {IGNORE_INDEX}, which is ignored: if '
-            f'{IGNORE_INDEX} is a class, remap the labels (remap {{0: 0, {IGNORE_INDEX}: 1}})'
+            f'{IGNORE_INDEX} is a class, give the class of each label: --remap 0=0 {IGNORE_INDEX}=1'
         )
     return count
 

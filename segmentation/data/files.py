@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from cluster_zoo.datasets import IMAGE_FORMATS
 from cluster_zoo.errors import DataError
 
 __all__ = ['Archive', 'Folder', 'open_files', 'read_image', 'read_labels']
@@ -130,7 +131,9 @@ def read_labels(files: Folder | Archive, path: str) -> np.ndarray:
 def _decode(files: Folder | Archive, path: str) -> tuple[Image.Image, object]:
     """Returns an image, and the mode of the stored pixels, which Pillow forgets after decoding."""
     try:
-        image = Image.open(io.BytesIO(files.read(path)))
+        Image.init()
+        formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
+        image = Image.open(io.BytesIO(files.read(path)), formats=formats)
         stored_mode = image.tile[0][3] if image.tile else None
         image.load()
     except UnidentifiedImageError:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from timm.data.readers.img_extensions import get_img_extensions
+from cluster_zoo.datasets import image_extensions
 
 from .classes import (
     ADE20K,
@@ -28,7 +28,7 @@ class Layout:
     labels: Mapping[str, Mapping[int, int]]  # class of each label, by the mask's suffix; the first existing one is used
     classes: Classes
     splits: Mapping[str, str] | None = None  # own names of the splits, by common name; None: every folder is a split
-    image_suffixes: tuple[str, ...] = get_img_extensions()
+    image_suffixes: tuple[str, ...] = tuple(sorted(image_extensions()))
     listing: str | None = None  # file with the images of a split, one name per line, without suffix; None: all images
     tops: tuple[str, ...] = ()  # names of the dataset's folder, to find it in `root`
 

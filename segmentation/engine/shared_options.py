@@ -57,7 +57,13 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     group = parser.add_argument_group('dataset')
     add = group.add_argument
     add('data', nargs='?', metavar='DATA', help='folder of the dataset, or a .tar of it')
-    add('-d', '--dataset', metavar='NAME', help='folder, camvid, ade20k, cityscapes or pascal_context_59')
+    add(
+        '-d',
+        '--dataset',
+        metavar='NAME',
+        help='folder, camvid, ade20k, cityscapes or pascal_context_59 (default: that of --segmenter or of a '
+        'checkpoint, else folder)',
+    )
     add(
         '--remap',
         nargs='+',

@@ -101,7 +101,7 @@ def _bounds(args: argparse.Namespace) -> Iterator[tuple[bool, str]]:
 def _check(args: argparse.Namespace) -> None:
     ranges = (args.scale, args.ratio)
     rules = (
-        (not args.data, 'no data given: name the folder of the dataset, or its .tar'),
+        (not args.data, 'no data given: name the folder of the dataset (DATA), or its .tar'),
         *_bounds(args),
         (args.layer_decay is not None and not 0 < args.layer_decay <= 1, '--layer-decay must be above 0, at most 1'),
         (not 0 <= args.model_ema_decay < 1, '--model-ema-decay must be at least 0, below 1'),
@@ -224,7 +224,8 @@ def train_parser(prog: str = 'segmentation/train.py') -> TrainParser:
     parser = TrainParser(
         prog=prog,
         usage='%(prog)s DATA [options]',
-        description='Train a segmenter. The defaults are those of Semantic FPN with Context Cluster on ADE20K.',
+        description='Train a segmenter. The defaults of the training are those of Semantic FPN with Context Cluster on '
+        'ADE20K.',
         common=_COMMON,
     )
     add = parser.add_argument
@@ -238,5 +239,5 @@ def train_parser(prog: str = 'segmentation/train.py') -> TrainParser:
     add_test_options(parser)
     add_device_options(parser)
     _add_run_options(parser)
-    parser.set_defaults(dataset='ade20k')
+    parser.set_defaults(dataset='folder')
     return parser

@@ -178,7 +178,10 @@ def create_segmenter(
     """
     if pretrained:
         if head not in CONFIGS:
-            raise ValueError(f'There are no weights for {head!r}: pretrained needs a name of list_segmenters().')
+            raise ValueError(
+                f'There are no weights of a whole segmenter for {head!r}: name a published system of '
+                'list_segmenters(), or use pretrained_backbone=True for those of the backbone.'
+            )
         checkpoint_path = verified_weights(fetch_segmenter(head, root=cache_dir))
     if head in CONFIGS:
         config = CONFIGS[head]
@@ -191,7 +194,7 @@ def create_segmenter(
             'published system of list_segmenters().'
         )
     if backbone is None or num_classes is None:
-        raise ValueError(f'The head {head} needs a backbone and num_classes.')
+        raise ValueError(f'The head {head} needs a backbone (--backbone) and num_classes (--num-classes).')
     if num_classes < 1:
         raise ValueError(f'num_classes must be at least 1, got {num_classes}.')
     create = _create_region_proxy if head == 'region_proxy' else partial(_create_decoder_segmenter, head)
