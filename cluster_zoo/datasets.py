@@ -224,8 +224,10 @@ def create_dataset(
                 name, None if root is None else str(root), split, search_split=search_split, **kwargs
             )
     except ImportError as error:
-        raise DataError(f'{name} needs a package that is not installed: pip install {error.name}') from error
+        raise DataError(f'{name} needs a package that is not installed: {_install(prefix, error.name)}') from error
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError, tarfile.TarError) as error:
+        if 'lease install' in str(error):  # of a reader of timm
+            raise DataError(f'{name} needs a package that is not installed: {_install(prefix)}') from error
         reason = ' '.join(str(error).split()).partition('. Supported image extensions')[0] or type(error).__name__
         raise DataError(f'Cannot open the {split} split of {name or root}: {reason}') from error
     if not isinstance(dataset, timm.data.ImageDataset):
@@ -238,6 +240,11 @@ def create_dataset(
         additional_features=dataset.additional_features,
         **options,
     )
+
+
+def _install(prefix: str, package: str | None = None) -> str:
+    extra = "'cluster_zoo[datasets]'" if prefix in ('hfds', 'hfids', 'wds') else package or prefix
+    return f'pip install {extra}'
 
 
 @contextmanager

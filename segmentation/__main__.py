@@ -1,6 +1,8 @@
 """Prints the published systems as a markdown table: ``python -m segmentation [FILTER]``."""
 
 import argparse
+import os
+import sys
 
 import torch
 
@@ -38,7 +40,11 @@ def main() -> None:
     args = parser.parse_args()
     if not list_segmenters(args.filter):
         parser.error(f'no published system matches {args.filter!r}; * matches any part of a name')
-    print(markdown_table(args.filter))
+    try:
+        print(markdown_table(args.filter), flush=True)
+    except BrokenPipeError:  # the reader has ended, as in `python -m segmentation | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again at exit
+        sys.exit(141)
 
 
 if __name__ == '__main__':

@@ -49,7 +49,7 @@ from segmentation.data.datasets import SegmentationDataset, create_dataset
 from segmentation.engine import inference, shared_options
 from segmentation.engine.build import build_eval_transform
 from segmentation.engine.evaluation import evaluate
-from segmentation.engine.metrics import table
+from segmentation.engine.metrics import confusion_matrix_class, table
 from segmentation.engine.overlays import OverlayWriter
 
 __all__ = ['main']
@@ -146,6 +146,7 @@ def build_model(args: argparse.Namespace, dataset: SegmentationDataset, checkpoi
 
 def prepare(args: argparse.Namespace) -> dict[str, Any]:
     """Builds the arguments of `evaluate` from the options."""
+    confusion_matrix_class()
     set_up_device(args)
     utils.init_distributed_device(args)
     if 'workers' not in args.given:

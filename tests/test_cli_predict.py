@@ -8,12 +8,15 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
+from PIL import Image
 
 from cluster_zoo import cli
 from cluster_zoo.cli import predict as command
 from cluster_zoo.datasets import create_dataset
 from cluster_zoo.predict import load_classifier
+from cluster_zoo.weights.importing import write_folder
 
 CLASSES = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
 
@@ -33,6 +36,9 @@ def test_text(images, capsys):
     assert cli.main(['predict', str(images), '--top', '3', '--device', 'cpu']) == 0
     out, err = capsys.readouterr()
     assert err == ''
+    about, out = out.split('\n', 1)
+    assert about.startswith('coc_tiny_plain.cifar10: 10 classes of CIFAR-10 only (airplane, ')
+    assert 'no --model is given' in about and all(name in about for name in CLASSES)
     found = re.findall(r'^(\S+)\n((?:  .+\n){3})', out, re.MULTILINE)
     assert [name for name, _ in found] == [str(images / f'{name}.png') for name in CLASSES]
     assert ''.join(f'{name}\n{classes}' for name, classes in found) == out
@@ -42,6 +48,29 @@ def test_text(images, capsys):
         assert sorted(map(float, percents), reverse=True) == list(map(float, percents)) and set(labels) < set(CLASSES)
         right += name.endswith(f'{labels[0]}.png')
     assert right >= 5  # of ten, where 83.7 % are expected
+
+
+def test_a_named_model_is_described_without_its_classes(images, capsys):
+    assert cli.main(['predict', str(images / 'cat.png'), '--model', 'coc_tiny_plain.cifar10', '--top', '1']) == 0
+    assert capsys.readouterr().out.startswith('coc_tiny_plain.cifar10: 10 classes of CIFAR-10\n')
+
+
+def test_several_labels(images, tmp_path, capsys):
+    """Each label has the sigmoid of its logit as its probability."""
+    model = timm.create_model('coc_tiny_plain.cifar10', pretrained=True).eval()
+    model.multi_label = True
+    (tmp_path / 'folder').mkdir()
+    write_folder(model, tmp_path / 'folder', 'folder', {}, label_names=CLASSES)
+    assert 'an image can have several' in (tmp_path / 'folder' / 'README.md').read_text()
+    argv = ['predict', str(images / 'cat.png'), '--model', str(tmp_path / 'folder'), '--top', '10', '--json']
+    assert cli.main([*argv, '--device', 'cpu']) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert 'an image can have several' in found['description']
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with Image.open(images / 'cat.png') as image, torch.inference_mode():
+        expected = model(transform(image.convert('RGB')).unsqueeze(0))[0].sigmoid()
+    for one in found['images'][0]['classes']:
+        assert one['probability'] == pytest.approx(float(expected[one['index']]), abs=1e-5)
 
 
 def test_json_matches_text(images, capsys):
@@ -67,9 +96,12 @@ def test_unreadable_images_are_reported_and_others_classified(form, images, tmp_
     assert len(lines) == 2 and lines[0].startswith(f'error: {names[0]}: ') and 'truncated' in lines[0]
     assert lines[1].startswith(f'error: {names[2]}: no such file')
     if form == 'text':
-        assert out.startswith(names[1] + '\n') and len(out.splitlines()) == 6
+        assert out.splitlines()[1] == names[1] and len(out.splitlines()) == 7
     else:
-        first, second, third = json.loads(out)['images']
+        found = json.loads(out)
+        assert (found['num_classes'], found['trained_on']) == (10, 'CIFAR-10')
+        assert 'no --model is given' in found['description']
+        first, second, third = found['images']
         assert first.keys() == third.keys() == {'image', 'error'} and len(second['classes']) == 5
 
 
@@ -91,7 +123,7 @@ def test_unprintable_file_names(images, tmp_path):
     )
     assert run.stderr.startswith(b'error: no\\nsuch\\x07.png: no such file') and run.stderr.count(b'\n') == 1
     assert run.returncode == 1
-    printed = run.stdout.splitlines()
+    printed = run.stdout.splitlines()[1:]
     assert printed[::2] == [b'\\x1b[31mred.png', b'lat\\udce9.png', b'new\\nline.png', b'\\xfc.png']
     assert len(printed) == 8 and len(set(printed[1::2])) == 1
 
@@ -102,13 +134,13 @@ def test_unprintable_labels(images, monkeypatch, capsys):
     monkeypatch.setattr(command, 'load_classifier', lambda name, device: model)
     assert cli.main(['predict', str(images / 'ship.png'), '--top', '10']) == 0
     out = capsys.readouterr().out
-    assert r'%  a\nb' in out and r'\u202e' in out and out.replace('\n', '').isprintable() and out.count('\n') == 11
+    assert r'%  a\nb' in out and r'\u202e' in out and out.replace('\n', '').isprintable() and out.count('\n') == 12
 
 
 def test_addresses(images, capsys):
     assert cli.main(['predict', 'https://example.org/cat.png', str(images / 'cat.png'), '--top', '1']) == 1
     out, err = capsys.readouterr()
-    assert out.startswith(str(images / 'cat.png')) and out.count('\n') == 2
+    assert out.splitlines()[1] == str(images / 'cat.png') and out.count('\n') == 3
     assert err.startswith('error: https://example.org/cat.png: addresses are not supported')
     assert err.count('\n') == 1
 

@@ -233,7 +233,7 @@ def test_missing_package_is_named(tmp_path, monkeypatch):
         raise ModuleNotFoundError("No module named 'datasets'", name='datasets')
 
     monkeypatch.setattr(timm.data, 'create_dataset', refuse)
-    with pytest.raises(DataError, match='pip install datasets'):
+    with pytest.raises(DataError, match=r"pip install 'cluster_zoo\[datasets\]'"):
         create_dataset('hfds/somebody/something', tmp_path, 'train')
 
 

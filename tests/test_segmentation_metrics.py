@@ -137,6 +137,10 @@ def test_one_class():
 
 
 def test_error_without_torchmetrics():
-    script = "import sys; sys.modules['torchmetrics.classification'] = None; import segmentation.engine.metrics"
-    run = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 1 and "pip install 'cluster_zoo[segmentation]'" in run.stderr
+    """The scripts say so before they do anything else, in one line."""
+    for name in ('train', 'validate'):
+        script = f"import sys; sys.modules['torchmetrics.classification'] = None; import segmentation.{name} as script;"
+        script += "sys.exit(script.main(['data', '--head', 'fcn', '--backbone', 'resnet18']))"
+        run = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True)
+        assert run.returncode == 2 and run.stderr.count('\n') == 1
+        assert run.stderr.startswith('error: ') and "pip install 'cluster_zoo[segmentation]'" in run.stderr

@@ -1,10 +1,12 @@
 """Arguments that several commands have, and their types."""
 
 import argparse
+import os
 from pathlib import Path
 
 import timm
 import torch
+from PIL import Image
 from timm.models import parse_model_name
 
 from ..errors import nearest
@@ -51,6 +53,19 @@ def model_name(name: str) -> str:
     if tag and name not in names:
         raise argparse.ArgumentTypeError(f"there are no weights '{name}', only {', '.join(names) or architecture}")
     return name
+
+
+def image_path(name: str) -> Path:
+    """Type of an argument: an image file to write."""
+    path = Path(name)
+    folder = path.absolute().parent
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise argparse.ArgumentTypeError(f'{name} has no extension of an image format: use .png')
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f'the folder {folder} does not exist')
+    if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f'{path.absolute()} cannot be written: choose another file')
+    return path
 
 
 def positive(value: str) -> int:

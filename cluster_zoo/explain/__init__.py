@@ -2,7 +2,7 @@
 
 from .centroids import Anchoring, Explanation, Neighbour, anchor, explain
 from .clusters import cluster_map
-from .figures import draw_centroids, draw_clusters, draw_explanation
+from .figures import draw_centroids, draw_clusters, draw_explanation, draw_stages
 
 __all__ = [
     'Anchoring',
@@ -13,5 +13,6 @@ __all__ = [
     'draw_centroids',
     'draw_clusters',
     'draw_explanation',
+    'draw_stages',
     'explain',
 ]

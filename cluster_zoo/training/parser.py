@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, common: Sequence[str] = (), **kwargs: Any) -> None:
-        super().__init__(add_help=False, formatter_class=HelpFormatter, **kwargs)
+        super().__init__(**dict(add_help=False, formatter_class=HelpFormatter) | kwargs)
         self.common = common
         add_help_options(self)
         self.add_argument('--debug', action='store_true', help='print the traceback of an error')

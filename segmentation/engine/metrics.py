@@ -7,12 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    from torchmetrics.classification import MulticlassConfusionMatrix
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("Metrics need torchmetrics: pip install 'cluster_zoo[segmentation]'") from error
+from cluster_zoo.errors import OptionError
 
-__all__ = ['SegmentationMetrics', 'table']
+__all__ = ['SegmentationMetrics', 'confusion_matrix_class', 'table']
+
+
+def confusion_matrix_class() -> type:
+    """Returns torchmetrics' ``MulticlassConfusionMatrix``, or raises `OptionError` if torchmetrics is not installed."""
+    try:
+        from torchmetrics.classification import MulticlassConfusionMatrix
+    except ModuleNotFoundError as error:
+        raise OptionError("Metrics need torchmetrics: pip install 'cluster_zoo[segmentation]'") from error
+    return MulticlassConfusionMatrix
 
 
 class SegmentationMetrics:
@@ -38,7 +44,7 @@ class SegmentationMetrics:
         if len(set(self.classes)) != num_classes:
             raise ValueError(f'{num_classes} classes need distinct names, got {len(set(self.classes))}')
         # The dataset checks its labels, and the validation of torchmetrics is slower than counting.
-        self.confusion = MulticlassConfusionMatrix(
+        self.confusion = confusion_matrix_class()(
             num_classes, ignore_index=ignore_index, validate_args=False, sync_on_compute=distributed
         ).to(device)
 
