@@ -1,17 +1,21 @@
-"""README.md and docs/: the examples run, the commands parse, and the tables agree with the models and with results/.
+"""README.md, docs/ and examples/: the examples run, the commands parse, and the tables agree with the models and with
+results/.
 
 Each page is one session: its Python blocks share their names, its commands share a folder with a few images. A block
-after ``<!-- not run: reason -->`` is only compiled or parsed.
+after ``<!-- not run: reason -->`` is only compiled or parsed. To save minutes, training runs for one epoch, and exports
+are TorchScript; tests/test_cli_export.py writes all formats.
 """
 
 import argparse
 import configparser
 import csv
 import functools
+import json
 import re
 import runpy
 import shlex
 import sys
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -32,7 +36,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / 'results'
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 DOCS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'docs').rglob('*.md'))
-PAGES = ['README.md', 'CONTRIBUTING.md', 'results/README.md', *DOCS]
+PAGES = ['README.md', 'CONTRIBUTING.md', 'results/README.md', 'examples/getting_started.ipynb', *DOCS]
+TINY_IMAGENET = ROOT.parent / 'shared' / 'data' / 'tiny_imagenet_100' / 'train.tar'
+ANIMALS = dict(bee='n02206856', goldfish='n01443537', ladybug='n02165456', lion='n02129165', retriever='n02099601')
+GARDENS = ['garden;robin', '', 'wren', 'robin', 'garden', 'wren;garden', 'robin', '']
 EXTRAS = configparser.ConfigParser()
 EXTRAS.read(ROOT / 'setup.cfg')
 NEEDED = {'segmentation_models_pytorch': 'segmentation.md'}  # packages that one page needs
@@ -51,7 +58,11 @@ class Block:
 
 
 def blocks(page):
-    """The code blocks of a page."""
+    """The code blocks of a page, or the cells of a notebook."""
+    if page.endswith('.ipynb'):
+        cells = [''.join(cell['source']) for cell in json.loads(read(page))['cells'] if cell['cell_type'] == 'code']
+        kinds = ['bash' if cell.startswith('!') else 'python' for cell in cells]
+        return [Block(kind, cell.lstrip('!'), None, line) for line, (kind, cell) in enumerate(zip(kinds, cells))]
     found, reason = [], None
     for token in MarkdownIt('commonmark').parse(read(page)):
         if token.type == 'fence':
@@ -115,6 +126,7 @@ def check_command(words, run):
             return check_script(name, argv)
         program, rest = 'cluster-zoo', [*SCRIPTS.get(name, []), *argv]
     if program == 'cluster-zoo' and run:
+        rest += dict(train=['--epochs', '1', '--workers', '0'], export=['--to', 'torchscript']).get(rest[0], [])
         assert cli.main(rest) == 0, words
     elif program == 'cluster-zoo':
         parse_only(cli.main, rest)
@@ -135,6 +147,23 @@ def check_script(name, argv):
             parse_only(functools.partial(runpy.run_path, run_name='__main__'), str(script))
 
 
+def _write_photographs():
+    """Five classes of Tiny ImageNet if it is there, else of the bundled sample: 25 images each."""
+    if TINY_IMAGENET.is_file():
+        with tarfile.open(TINY_IMAGENET) as archive:
+            for name, synset in ANIMALS.items():
+                Path('photographs', name).mkdir(parents=True)
+                for index in range(25):
+                    member = archive.extractfile(f'{synset}/{synset}_{index}.JPEG')
+                    Path('photographs', name, f'{index}.JPEG').write_bytes(member.read())
+        return
+    sample = create_dataset('cluster_zoo/cifar10_sample')
+    for label, name in enumerate(ANIMALS):
+        Path('photographs', name).mkdir(parents=True)
+        for index in range(25):
+            sample[100 * label + index][0].resize((64, 64)).save(Path('photographs', name, f'{index}.webp'))
+
+
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A folder with the files that the pages name: photographs, a dataset of birds, one of streets, a model folder."""
@@ -153,6 +182,13 @@ def workplace(tmp_path, monkeypatch):
             for kind, pixels in (('images', image.convert('RGB')), ('masks', image.point(lambda value: value // 86))):
                 Path('streets', split, kind).mkdir(parents=True, exist_ok=True)
                 pixels.save(Path('streets', split, kind, f'{index}.png'))
+    _write_photographs()
+    rows = [f'{split}/{index}.jpg,{labels}' for split in ('train', 'val') for index, labels in enumerate(GARDENS)]
+    Path('gardens.csv').write_text('\n'.join(['file,labels', *rows]))
+    for row in rows:
+        path = Path('gardens', row.partition(',')[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sample[200 + len(row)][0].save(path)
     Path('photos').mkdir()
     next(birds).save('photos/robin.jpg')
     next(birds).resize((96, 64)).save('photo.jpg')
@@ -315,3 +351,10 @@ def test_citation_has_every_paper_of_the_docs():
 def test_every_page_is_in_the_navigation():
     navigation = re.findall(r'^ *- (?:Home: )?(\S+\.md)$', read('mkdocs.yml'), re.MULTILINE)
     assert sorted(f'docs/{page}' for page in navigation) == DOCS
+
+
+def test_the_notebook_has_the_commands_of_the_page():
+    page = [block.code for block in blocks('docs/getting-started.md') if block.language == 'bash']
+    notebook = [block.code for block in blocks('examples/getting_started.ipynb') if block.language == 'bash']
+    assert len(notebook) == 6  # seven with the installation
+    assert [list(commands(code)) for code in notebook] == [list(commands(code)) for code in page[1:7]]
