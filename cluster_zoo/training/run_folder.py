@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import shutil
 from collections.abc import Iterable
 from datetime import datetime
@@ -42,7 +41,7 @@ def check_output_dir(args: argparse.Namespace, parent: str) -> None:
     folder = output_dir(args, parent)
     if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
         raise OptionError(f'--output {folder}: {file} is a file, expected a folder')
-    resumed = args.resume == 'auto' or Path(args.resume or os.devnull).resolve().parent == folder.resolve()
+    resumed = args.resume == 'auto' or (args.resume and Path(args.resume).resolve().parent == folder.resolve())
     if args.resume == 'auto' and args.overwrite:
         raise OptionError('--resume auto and --overwrite exclude each other')
     if args.experiment and not (resumed or args.overwrite) and _files(folder, _RUN_FILES[:2]):
