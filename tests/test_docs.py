@@ -14,6 +14,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import sys
 import tarfile
 from dataclasses import dataclass
@@ -164,11 +165,26 @@ def _write_photographs():
             sample[100 * label + index][0].resize((64, 64)).save(Path('photographs', name, f'{index}.webp'))
 
 
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
+@pytest.fixture(scope='module')
+def files(tmp_path_factory):
     """A folder with the files that the pages name: photographs, a dataset of birds, one of streets, a model folder."""
+    folder = tmp_path_factory.mktemp('files')
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        _write_files()
+    return folder
+
+
+@pytest.fixture
+def workplace(files, tmp_path, monkeypatch):
+    """A copy of the files as the current folder."""
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('CLUSTER_ZOO_DEBUG', '1')
+    return tmp_path
+
+
+def _write_files():
     sample = create_dataset('cluster_zoo/cifar10_sample')
     birds = (sample[index][0].resize((48, 40)) for index in range(200, 232))
     for split, count in (('train', 8), ('val', 2)):
@@ -194,7 +210,6 @@ def workplace(tmp_path, monkeypatch):
     next(birds).resize((96, 64)).save('photo.jpg')
     Path('birds-model').mkdir()
     Path('birds-model/config.json').write_text('{}')
-    return tmp_path
 
 
 # --- Examples ---------------------------------------------------------------------------------------------------------
