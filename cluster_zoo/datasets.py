@@ -353,9 +353,9 @@ def check_dataset(
         like: Dataset whose class indices must be the same, usually the training split.
 
     Raises:
-        DataError: The dataset or a class has no images, images are outside of class folders, the number of classes
-            differs from `num_classes` (with a class map: an index is not below `num_classes`), or class indices differ
-            from those of `like`.
+        DataError: The dataset or a class has no images, images are in hidden folders or outside of class folders, the
+            number of classes differs from `num_classes` (with a class map: an index is not below `num_classes`), or
+            class indices differ from those of `like`.
     """
     if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
         raise DataError(f'The {split} split has no images: check the data directory.')
@@ -370,6 +370,8 @@ def check_dataset(
             f'{reader.root} has {loose} images outside of class folders: expected {reader.root}/CLASS/*.jpg. '
             'For images with several labels: --multi-label FILE.csv'
         )
+    if hidden := [name for name in names.values() if name.startswith('.')]:
+        raise DataError(f'{reader.root} has images in hidden folders ({_shorten(hidden)}): remove these folders.')
     empty = _empty_class_folders(reader)
     if mapped and split.split('[')[0] in _TRAIN and not isinstance(reader, LabelFileReader):
         present = _labels(reader)

@@ -50,6 +50,17 @@ def test_text(images, capsys):
     assert right >= 5  # of ten, where 83.7 % are expected
 
 
+@pytest.mark.parametrize('command', ['predict', 'explain', 'export'])
+def test_checkpoint_in_place_of_a_model_folder(images, tmp_path, capsys, command):
+    (tmp_path / 'last.pth.tar').write_bytes(b'')
+    (tmp_path / 'run').mkdir()
+    for name, message in (('last.pth.tar', f'cluster-zoo import {tmp_path}/last.pth.tar --to'), ('run', 'config.json')):
+        argv = [str(tmp_path / name)] if command == 'export' else [str(images), '--model', str(tmp_path / name)]
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, *argv])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_a_named_model_is_described_without_its_classes(images, capsys):
     assert cli.main(['predict', str(images / 'cat.png'), '--model', 'coc_tiny_plain.cifar10', '--top', '1']) == 0
     assert capsys.readouterr().out.startswith('coc_tiny_plain.cifar10: 10 classes of CIFAR-10\n')

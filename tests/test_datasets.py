@@ -454,6 +454,16 @@ def test_images_outside_of_class_folders(tmp_path):
     assert f'{tmp_path}/CLASS' in _message(error)
 
 
+@pytest.mark.parametrize('folder', ['.cache', 'red/.ipynb_checkpoints'])
+def test_images_in_hidden_folders(tmp_path, folder):
+    _folder(tmp_path)
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / '0.png').write_bytes(_png('white'))
+    with pytest.raises(DataError, match='hidden folders') as error:
+        check_dataset(create_dataset('', tmp_path, 'train'), 4, 'train')
+    assert folder.rpartition('/')[2] in _message(error)
+
+
 def test_postscript_is_not_an_image(tmp_path):
     """Pillow would start Ghostscript for such a file."""
     _folder(tmp_path)

@@ -281,6 +281,12 @@ def test_output_is_a_file(run, tmp_path, capsys):
     assert f'{tmp_path / "a"} is a file' in capsys.readouterr().err
 
 
+def test_expected_time(run, caplog):
+    assert run('a', '--epochs', 3, '-b', 4) == 0
+    [line] = [record.message for record in caplog.records if record.message.startswith('Expected time')]
+    assert 'for the remaining 19 updates' in line  # of 30, after 11
+
+
 def test_dry_run_writes_nothing(run, tmp_path, caplog):
     assert run('a', '--epochs', 3, '--dry-run', '-b', 16) == 0
     assert not (tmp_path / 'a').exists()

@@ -38,6 +38,12 @@ def model_name(name: str) -> str:
     """Type of an argument: a model name of ``timm.create_model``, or the path of a model folder."""
     if (Path(name) / 'config.json').is_file():
         return f'local-dir:{name}'
+    if Path(name).is_file():
+        raise argparse.ArgumentTypeError(
+            f'{name} is a file, expected a model folder. Convert a checkpoint: cluster-zoo import {name} --to FOLDER'
+        )
+    if Path(name).is_dir():
+        raise argparse.ArgumentTypeError(f'{name} is no model folder: it has no config.json')
     try:
         source, _ = parse_model_name(name)
     except ValueError as error:

@@ -68,7 +68,7 @@ def count_update(run: TrainingRun, remaining: int) -> None:
     run.updates += 1
     if run.updates == 1:  # may have compiled the model
         run.started = time.monotonic()
-    elif run.updates == 1 + _TIMED_UPDATES:
+    elif run.updates == 1 + _TIMED_UPDATES and remaining > _TIMED_UPDATES:
         seconds = (time.monotonic() - run.started) / _TIMED_UPDATES * remaining
         left = tqdm.format_interval(seconds)
         _logger.info(f'Expected time: {left} for the remaining {remaining:,} updates, without validation.')

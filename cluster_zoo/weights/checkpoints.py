@@ -86,7 +86,8 @@ def read_checkpoint(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"No checkpoint at '{path}': it is {'a folder' if path.is_dir() else 'not a file'}.")
+        problem = 'is a folder' if path.is_dir() else 'is not a file' if path.exists() else 'does not exist'
+        raise CheckpointError(f"No checkpoint at '{path}': it {problem}.")
     with path.open('rb') as file:
         start = file.read(9)
     try:
