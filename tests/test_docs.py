@@ -372,4 +372,5 @@ def test_the_notebook_has_the_commands_of_the_page():
     page = [block.code for block in blocks('docs/getting-started.md') if block.language == 'bash']
     notebook = [block.code for block in blocks('examples/getting_started.ipynb') if block.language == 'bash']
     assert len(notebook) == 6  # seven with the installation
+    assert 'import cluster_zoo' in read('examples/getting_started.ipynb')  # here it is imported anyway
     assert [list(commands(code)) for code in notebook] == [list(commands(code)) for code in page[1:7]]
