@@ -113,6 +113,21 @@ def test_interrupted_import(program, tmp_path):
     assert err == '' and (process.returncode in (130, -signal.SIGINT) or out.endswith(' 130\n')), (out, err)
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['info', 'coc_smal'], 'did you mean coc_small'),
+        (['train', '--data-dir', 'missing'], 'missing does not exist'),
+        (['segment', 'validate', 'missing'], 'missing|--checkpoint'),
+    ],
+)
+def test_debug_before_the_command(arguments, message, monkeypatch, capsys):
+    monkeypatch.setenv('CLUSTER_ZOO_DEBUG', '0')  # so that it is restored after the test
+    assert cli.main(['--debug', *arguments]) == 2
+    err = capsys.readouterr().err
+    assert re.search(f'^error: .*({message})', err, re.MULTILINE) and err.startswith('Traceback')
+
+
 def test_exit_status_is_documented(capsys):
     _, out, _ = output_of(['--help'], capsys)
     documented = re.findall(r'^  (\d+) ', out.partition('exit status:')[2], re.MULTILINE)

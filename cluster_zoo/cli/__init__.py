@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
+            if argv[:1] == ['--debug']:
+                os.environ['CLUSTER_ZOO_DEBUG'] = '1'
+                del argv[0]
             named = [argv[0]] if argv and argv[0] in COMMANDS else []
             if named and COMMANDS[argv[0]].module != 'training':
                 importlib.import_module('..models', __name__)  # registers the models
