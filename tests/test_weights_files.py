@@ -394,7 +394,7 @@ def test_the_numbers_of_instructions_and_values_are_limited(tmp_path, monkeypatc
 def test_the_index_of_several_files(tmp_path):
     (tmp_path / 'model.safetensors.index.json').write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     assert 'Join these files' in refusal(read_checkpoint, tmp_path / 'model.safetensors.index.json')
-    assert 'it is not a file' in refusal(read_checkpoint, tmp_path / 'missing')
+    assert 'it does not exist' in refusal(read_checkpoint, tmp_path / 'missing')
 
 
 def test_no_function_runs_code_from_a_file(tmp_path):
