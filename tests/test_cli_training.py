@@ -15,6 +15,7 @@ import pytest
 from cluster_zoo.cli import main
 from cluster_zoo.training import train_options as train
 from cluster_zoo.training import validate
+from cluster_zoo.training.parser import Parser
 from segmentation.engine.train_options import train_parser
 from segmentation.validate import validate_parser
 
@@ -58,6 +59,16 @@ def test_help_states_defaults(command, capsys, monkeypatch):
         if action.default and action.default not in (argparse.SUPPRESS, 'None') and action.option_strings:
             [text] = [text for text in shown if text.split()[0] == action.option_strings[0]]
             assert 'default' in text and text.count('default:') <= 1, text
+
+
+def test_help_of_a_parser_without_common_options(capsys):
+    """As in benchmarks/throughput.py."""
+    parser = Parser(prog='few.py', description='What it does.')
+    parser.add_argument('--few', help='an option')
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(['--help'])
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and 'What it does.' in out and '--few' in out and 'Groups' not in out
 
 
 def test_unknown_group_of_the_help(capsys):

@@ -30,6 +30,9 @@ class _Help(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, word: Any, option: str | None = None) -> None:
         groups = {group.title: group for group in parser._action_groups if group._group_actions}
         formatter = parser._get_formatter()
+        if not (word or parser.common):
+            parser.print_help()
+            parser.exit()
         if word is None:
             known = {action.dest: action for action in parser._actions}
             formatter.add_usage(parser.usage, parser._actions, [])
@@ -61,7 +64,10 @@ class _HelpAll(argparse.Action):
 
 
 def add_help_options(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--help [GROUP]`` and ``--help-all``. The parser's ``common`` has the destinations of common options."""
+    """Adds ``--help [GROUP]`` and ``--help-all``.
+
+    The parser's ``common`` has the destinations of common options; if it is empty, ``--help`` prints all.
+    """
     add, hidden = parser.add_argument, dict(dest=argparse.SUPPRESS, default=argparse.SUPPRESS)
     help = 'print the common options, or those of a group'
     add('-h', '--help', nargs='?', metavar='GROUP', action=_Help, help=help, **hidden)

@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
     """Argument parser that merges defaults, a recipe, a config file and the command line.
 
     Args:
-        common: Destinations of the options that ``--help`` prints; ``--help-all`` prints all.
+        common: Destinations of the options that ``--help`` prints, by default all; ``--help-all`` prints all.
         **kwargs: Arguments of ``argparse.ArgumentParser``.
     """
 
