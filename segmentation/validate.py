@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import signal
@@ -46,11 +47,12 @@ from cluster_zoo.training.shared_options import add_device_options
 from cluster_zoo.weights import extract_state_dict, load_weights, read_checkpoint, training_metadata, weights_in_use
 from segmentation import Segmenter, create_segmenter, segmenter_config
 from segmentation.data.datasets import SegmentationDataset, create_dataset
-from segmentation.engine import inference, shared_options
+from segmentation.engine import shared_options
 from segmentation.engine.build import build_eval_transform
 from segmentation.engine.evaluation import evaluate
 from segmentation.engine.metrics import confusion_matrix_class, table
-from segmentation.engine.overlays import OverlayWriter
+from segmentation.engine.overlays import OverlayWriter, check_output_folder
+from segmentation.models.segmenter import check_is_segmenter
 
 __all__ = ['main']
 
@@ -102,17 +104,12 @@ def complete_options(args: argparse.Namespace) -> Any:
     if not args.checkpoint:
         raise OptionError('no --checkpoint given: random weights cannot be evaluated')
     checkpoint = read_checkpoint(args.checkpoint)
-    found = training_metadata(checkpoint)
-    saved = found['args']
-    if found['arch'] and 'head' not in saved:
-        raise OptionError(
-            f'--checkpoint {args.checkpoint} is of the classifier {found["arch"]}, not of a segmenter; training can '
-            'start from it: --pretrained-backbone FILE'
-        )
+    check_is_segmenter(extract_state_dict(checkpoint, args.checkpoint, args.use_ema), args.checkpoint)
+    saved = training_metadata(checkpoint)['args']
     if not (args.segmenter or args.head or saved.get('segmenter') or saved.get('head')):
         raise OptionError(
-            f'--checkpoint {args.checkpoint} does not name its model: give --segmenter NAME, or --head, --backbone and '
-            '--num-classes'
+            f'--checkpoint {args.checkpoint} does not name its model: give --segmenter NAME, or --head and --backbone, '
+            'with --classifier, --channels and so on as in the training; and --dataset, unless it is a folder'
         )
     if not (args.segmenter or args.head):
         shared_options.fill(args, saved, (*shared_options.MODEL_OPTIONS, *shared_options.TEST_OPTIONS))
@@ -153,12 +150,19 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         args.workers = available_workers(args.workers)
     if args.batch_size < 1 or args.workers < 0 or args.num_overlays < 0:
         raise OptionError('--batch-size must be at least 1, --workers and --num-overlays at least 0')
+    if not utils.is_primary(args):
+        logging.getLogger('segmentation').setLevel(logging.ERROR)
+    if min(args.scales) <= 0:
+        raise OptionError('--scales must be above 0')
+    if args.std is not None and min(args.std) <= 0:
+        raise OptionError('--std must be above 0')
     checkpoint = complete_options(args)
+    protocol = shared_options.test_protocol(args, prefix='') | dict(flip=args.flip)
     if args.results_file and utils.is_primary(args):
         check_output_file('--results-file', args.results_file)
-    protocol = shared_options.test_protocol(args) | dict(flip=args.flip)
-    with option_errors('test'):
-        inference.check(protocol['mode'], protocol.get('crop'), protocol.get('stride'))
+    if args.overlays:
+        with option_errors(f'--overlays {args.overlays}'):
+            check_output_folder(args.overlays)
     dataset = create_dataset(
         args.dataset,
         args.data,
@@ -168,10 +172,8 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
         remap=shared_options.label_remap(args),
         workers=max(1, args.workers),
     )
-    model, overlays = build_model(args, dataset, checkpoint), None
-    if args.overlays:
-        with option_errors(f'--overlays {args.overlays}'):
-            overlays = OverlayWriter(dataset, args.overlays, args.num_overlays)
+    model = build_model(args, dataset, checkpoint)
+    overlays = OverlayWriter(dataset, args.overlays, args.num_overlays) if args.overlays else None
     return dict(
         model=model,
         dataset=dataset,

@@ -202,6 +202,24 @@ def test_pretrained_classifier_of_another_model(tmp_path):
         create_backbone('fec_small', pretrained=tmp_path / 'weights.pth')
 
 
+def test_segmenter_for_a_pretrained_classifier(tmp_path):
+    segmenter = create_segmenter('fcn', 'resnet10t', 5)
+    torch.save(segmenter.state_dict(), tmp_path / 'segmenter.pth')
+    with pytest.raises(CheckpointError, match=r'segmenter\.pth.* segmenter.*--checkpoint'):
+        create_backbone('resnet10t', pretrained=tmp_path / 'segmenter.pth')
+
+
+@pytest.mark.parametrize('failure', [OSError('no route to host'), RuntimeError('No weights. Use `pretrained=False`.')])
+def test_pretrained_weights_cannot_be_loaded(monkeypatch, failure):
+    def load(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(timm.models._builder, 'load_pretrained', load)
+    with pytest.raises(CheckpointError, match=r'resnet10t.*--pretrained-backbone') as error:
+        create_backbone('resnet10t', pretrained=True)
+    assert str(failure)[:10] in str(error.value) and 'pretrained=False' not in str(error.value)
+
+
 @pytest.mark.parametrize(
     'head, name, message',
     [
@@ -209,7 +227,7 @@ def test_pretrained_classifier_of_another_model(tmp_path):
         ('region_proxy', 'resnet18', 'vision transformer, and resnet18'),
         ('region_proxy', 'coc_tiny', 'semantic_fpn'),
         ('fcn', 'mixer_s32_224', 'four stages, which mixer_s32_224'),
-        ('fcn', 'coc_tinny', 'did you mean coc_tiny'),
+        ('fcn', 'coc_tinny', 'did you mean coc_tiny.*--backbone'),
         ('fcn', 'resnet18 ', 'There is no model'),
     ],
 )
@@ -219,15 +237,17 @@ def test_backbone_does_not_fit_head(head, name, message):
 
 
 def test_invalid_options():
-    with pytest.raises(ValueError, match='coc_tiny does not take these options, proposal=3: '):
+    with pytest.raises(ValueError, match=r'coc_tiny does not take these options \(--model-kwargs\), proposal=3: '):
         create_backbone('coc_tiny', proposal=3)
-    with pytest.raises(ValueError, match=r'resnet18 does not take these options, output_stride=7$'):
+    with pytest.raises(ValueError, match=r'resnet18 does not take these options \(--model-kwargs\), output_stride=7$'):
         create_backbone('resnet18', output_stride=7)
-    with pytest.raises(ValueError, match='vit_tiny_patch16_224 does not take these options, channels=8: '):
+    with pytest.raises(
+        ValueError, match=r'vit_tiny_patch16_224 does not take these options \(--model-kwargs\), channels=8: '
+    ):
         create_backbone('vit_tiny_patch16_224', tokens=True, channels=8)
-    with pytest.raises(ValueError, match=r'0 to 11.* got 12'):
+    with pytest.raises(ValueError, match=r'--early.* 0 to 11.* got 12'):
         create_backbone('vit_tiny_patch16_224', tokens=True, early=12)
-    with pytest.raises(ValueError, match=r'early.* region_proxy'):
+    with pytest.raises(ValueError, match=r'--early.* region_proxy'):
         create_backbone('coc_tiny', early=1)
 
 

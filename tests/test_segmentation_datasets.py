@@ -1,6 +1,7 @@
 """segmentation.data.datasets: all layouts as small trees, and their errors."""
 
 import io
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -195,10 +196,8 @@ def test_unknown_labels(name, tree):
     unknown = f'{beyond}, 200'
     message = _message(error)
     assert message.startswith(f'{root / masks[0] / f"b{ending}"} has label {unknown};')
-    advice = (
-        ': raise --num-classes, or give the class of each label with --remap LABEL=CLASS' if name == 'folder' else ''
-    )
-    assert message.endswith(f' 0-{beyond - 1}, 255{advice}')
+    assert f' 0-{beyond - 1}, 255: ' in message
+    assert ('--num-classes' if name == 'folder' else '--dataset') in message
 
 
 def test_cityscapes_prefers_train_ids(tree):
@@ -210,10 +209,78 @@ def test_cityscapes_prefers_train_ids(tree):
     assert dataset[1][1].flatten()[:3].tolist() == [0, 18, 255]
 
 
-def test_other_files_are_ignored(folder):
-    for path in ('train/images/.DS_Store', 'train/images/._a.jpg', 'train/images/notes.txt', 'train/masks/z.png'):
+def test_hidden_files_are_ignored(folder, caplog):
+    for path in ('train/images/.DS_Store', 'train/images/._a.jpg', 'train/masks/._a.png'):
         (folder / path).write_bytes(b'?')
     assert len(create_dataset('folder', folder, 'train')) == 2
+    assert not caplog.records
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_files_that_are_left_out_are_counted(folder, tmp_path, caplog, packed):
+    for path in ('images/a.heic', 'images/notes.txt', 'masks/x/y.png', 'masks/z.PNG', 'masks/colors.txt'):
+        (folder / 'train' / path).parent.mkdir(exist_ok=True)
+        (folder / 'train' / path).write_bytes(b'?')
+    root = _tar(tmp_path / 'data.tar', folder) if packed else folder
+    assert len(create_dataset('folder', root, 'train+val')) == 3
+    images, masks = (record.getMessage() for record in caplog.records)
+    assert str(root / 'train/images') in images and '2 files' in images and 'not used: a.heic, notes.txt' in images
+    assert str(root / 'train/masks') in masks and '2 masks' in masks and 'not used: x/y.png, z.PNG' in masks
+    assert '\n' not in images + masks
+
+
+@pytest.mark.parametrize('name', ['cityscapes', 'pascal_context_59'])
+def test_files_of_other_purposes_are_not_mentioned(tree, name, caplog):
+    """Cityscapes has more files per image; VOC has the images and masks of all splits in the same folders."""
+    root = tree(name)
+    if name == 'cityscapes':
+        for ending in ('color.png', 'instanceIds.png', 'labelTrainIds.png', 'polygons.json'):
+            (root / f'gtFine/train/ulm/a_gtFine_{ending}').write_bytes(_mask([0]))
+    assert len(create_dataset(name, root, 'train')) == 2
+    assert not caplog.records
+
+
+def test_every_format_of_images(folder, caplog):
+    pixels = Image.open(io.BytesIO(_image(form='PNG')))
+    for index, suffix in enumerate(('.webp', '.bmp', '.tif', '.TIFF', '.gif', '.JPG', '.Png', '.jp2', '.ppm', '.avif')):
+        if suffix.lower() in Image.registered_extensions():
+            pixels.save(folder / f'train/images/more_{index}{suffix}')
+            (folder / f'train/masks/more_{index}.png').write_bytes(_mask([1]))
+    dataset = create_dataset('folder', folder, 'train')
+    assert len(dataset) >= 2 + 8
+    dataset.check()
+    assert not caplog.records
+
+
+def test_suffix_of_masks_in_capitals(tree):
+    root = tree('folder')
+    (root / 'train/masks/b.png').rename(root / 'train/masks/b.PNG')
+    (root / 'val/masks/c.png').write_bytes(_mask([0, 4]))
+    (root / 'val/masks/c.png').rename(root / 'val/masks/c.PNG')
+    dataset = create_dataset('folder', root, 'train')
+    assert (len(dataset), len(dataset.classes)) == (2, 5)
+    dataset.check()
+
+
+def test_linked_folders(folder, tmp_path):
+    for kind in ('images', 'masks'):
+        (folder / 'val' / kind).rename(tmp_path / kind)
+        (folder / 'train' / kind / 'more').symlink_to(tmp_path / kind)
+    assert create_dataset('folder', folder, 'train').name(2) == 'train/images/more/c.jpg'
+
+
+def test_folder_without_permission(folder, monkeypatch):
+    (folder / 'train/images/more').mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith('more'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    message = _refused('folder', folder, 'train')
+    assert 'train/images/more' in message and 'Permission denied' in message
 
 
 def test_transform_gets_image_and_mask(folder):
@@ -227,7 +294,8 @@ def test_transform_gets_image_and_mask(folder):
 def test_named_classes(folder):
     dataset = create_dataset('folder', folder, 'train', num_classes=3)
     assert dataset.classes == ('road', 'sky', 'tree')
-    assert 'has 3 classes, not 4' in _refused('folder', folder, 'train', num_classes=4)
+    message = _refused('folder', folder, 'train', num_classes=4)
+    assert 'has 3 classes, not 4' in message and 'classes.txt' in message and '--num-classes 4' in message
 
 
 def test_numbered_classes(tree):
@@ -242,16 +310,54 @@ def test_masks_of_0_and_255_need_a_remap(tree):
     root = tree('folder')
     for path in root.glob('*/masks/*.png'):
         path.write_bytes(_mask([0, 255]))
-    assert '--remap 0=0 255=1' in _refused('folder', root, 'train')
+    message = _refused('folder', root, 'train')
+    assert 'labels 0 and 255' in message and '--remap 0=0 255=1' in message
     dataset = create_dataset('folder', root, 'train', remap={0: 0, 255: 1})
     assert (dataset.classes, dataset[0][1].unique().tolist()) == (('0', '1'), [0, 1])
+
+
+@pytest.mark.parametrize('named', [False, True])
+def test_masks_of_0_and_255_with_two_classes(tree, named):
+    """If 255 was ignored, every pixel with a label would be of class 0."""
+    root = tree('folder')
+    for path in root.glob('*/masks/*.png'):
+        path.write_bytes(_mask([0, 255]))
+    options = {} if named else dict(num_classes=2)
+    if named:
+        (root / 'classes.txt').write_text('ground\ntree\n')
+    assert '--remap 0=0 255=1' in _refused('folder', root, 'train', check=True, **options)
+    create_dataset('folder', root, 'train', remap={0: 0, 255: 1}).check()
+    create_dataset('folder', root, 'train', remap={0: 0, 1: 1, 255: 255}).check()  # on purpose
+    (root / 'train/masks/a.png').write_bytes(_mask([0, 1]))
+    create_dataset('folder', root, 'train', **options).check()
+
+
+def test_masks_of_one_label(tree):
+    root = tree('folder')
+    for label in (0, 255):
+        for path in root.glob('*/masks/*.png'):
+            path.write_bytes(_mask([label]))
+        message = _refused('folder', root, 'train')
+        assert f'only the label {label}' in message and '--remap' not in message
+
+
+def test_gaps_between_the_labels(tree, caplog):
+    root = tree('folder')
+    for path in root.glob('*/masks/*.png'):
+        path.write_bytes(_mask([0, 127, 255]))
+    assert len(create_dataset('folder', root, 'train').classes) == 128
+    [record] = caplog.records
+    assert '128 classes' in record.getMessage() and '126' in record.getMessage()
+    assert '--remap 0=0 127=1' in record.getMessage()
+    create_dataset('folder', root, 'train', num_classes=128)
+    assert len(caplog.records) == 1
 
 
 def test_remap(folder):
     dataset = create_dataset('folder', folder, 'train', remap={0: 2, 2: 255, 1: 1})
     assert dataset[0][1].flatten()[:3].tolist() == [2, 255, 255]
     dataset = create_dataset('folder', folder, 'train', remap={0: 1})
-    with pytest.raises(DataError, match=r'label 2; .* 0, 255'):
+    with pytest.raises(DataError, match=r'label 2; .* 0, 255: .*--remap.* 2=255'):
         dataset[0]
 
 
@@ -266,11 +372,12 @@ def test_remap_of_16_bit_labels(tree):
 @pytest.mark.parametrize('remap', [{0: 3}, {0: -1}, {-1: 0}, {65536: 0}, {0: 256}])
 def test_invalid_remap(folder, remap):
     (label, number), *_ = remap.items()
-    assert f'label {label} cannot be mapped to class {number}' in _refused('folder', folder, 'train', remap=remap)
+    message = _refused('folder', folder, 'train', remap=remap)
+    assert f'label {label} cannot be mapped to class {number}' in message and f'--remap {label}={number}' in message
 
 
 def test_remap_is_only_for_folders(tree):
-    assert 'remap is only for' in _refused('ade20k', tree('ade20k'), 'train', remap={0: 0})
+    assert '--remap is only for --dataset folder' in _refused('ade20k', tree('ade20k'), 'train', remap={0: 0})
 
 
 @pytest.mark.parametrize('text', ['road\nsky\nroad\n', '\n \n'])
@@ -287,14 +394,18 @@ def test_class_names_are_not_text(folder):
 def test_too_many_classes(tree):
     root = tree('folder')
     (root / 'val/masks/c.png').write_bytes(_mask([0, 400], dtype=np.uint16))
-    assert '401 classes' in _refused('folder', root, 'train')
-    assert '1 to 255' in _refused('folder', root, 'train', num_classes=256)
+    message = _refused('folder', root, 'train')
+    assert '401 classes' in message and '--remap' in message
+    for count in (256, 0, -1):
+        message = _refused('folder', root, 'train', num_classes=count)
+        assert '1 to 255' in message and f'--num-classes {count}' in message
+    assert '--remap' in _refused('folder', root, 'train', remap={0: 0, 2: 300})
     assert len(create_dataset('folder', root, 'train', num_classes=255).classes) == 255
 
 
 def test_unknown_16_bit_labels(folder):
     (folder / 'train/masks/a.png').write_bytes(_mask([0, 256], dtype=np.uint16))  # 0 in its lower byte
-    with pytest.raises(DataError, match=r'a\.png has label 256; .* 0-2, 255'):
+    with pytest.raises(DataError, match=r'a\.png has label 256; .* 0-2, 255: .*classes\.txt'):
         create_dataset('folder', folder, 'train')[0]
 
 
@@ -303,7 +414,7 @@ def test_unknown_16_bit_labels(folder):
 
 def test_unknown_dataset(folder):
     message = _refused('ade20', folder, 'train')
-    assert "'ade20' (did you mean ade20k?)" in message and 'folder, camvid, ' in message
+    assert "'ade20' (did you mean ade20k?)" in message and 'folder, camvid, ' in message and '--dataset' in message
 
 
 def test_missing_root(tmp_path):
@@ -320,7 +431,74 @@ def test_wrong_root(name, tmp_path):
 
 
 def test_another_dataset(tree):
-    assert 'is not a dataset of type cityscapes' in _refused('cityscapes', tree('ade20k'), 'train')
+    message = _refused('cityscapes', tree('ade20k'), 'train')
+    assert 'is not a dataset of type cityscapes' in message and message.endswith('--dataset ade20k')
+
+
+@pytest.mark.parametrize('name', ['ade20k', 'cityscapes', 'pascal_context_59'])
+def test_a_published_dataset_is_not_a_folder(tree, name):
+    assert _refused('folder', tree(name), 'train').endswith(f'--dataset {name}')
+
+
+def test_a_folder_is_not_a_published_dataset(tree):
+    assert '--dataset folder or camvid' in _refused('ade20k', tree('folder'), 'train')
+
+
+def _moved(root, moves):
+    for source, target in moves.items():
+        (root / target).parent.mkdir(parents=True, exist_ok=True)
+        (root / source).rename(root / target)
+    return _refused('folder', root, 'train')
+
+
+def test_folders_of_other_names(tree):
+    moves = {f'{split}/masks': f'{split}/labels' for split in ('train', 'val')}
+    message = _moved(tree('folder'), moves)
+    assert 'train/images and train/masks' in message and 'val' in message.partition('found')[0]
+    assert message.endswith('found train/images, train/labels, val/images, val/labels')
+
+
+def test_folders_of_kinds_and_then_of_splits(tree):
+    moves = {f'{split}/{kind}': f'{kind}/{split}' for split in ('train', 'val') for kind in ('images', 'masks')}
+    message = _moved(tree('folder'), moves)
+    assert message.endswith('found images/train, images/val, masks/train, masks/val, train, and 1 more')
+
+
+def test_no_splits_beside_other_datasets(tree, tmp_path):
+    for name in ('flowers', 'streets'):
+        for kind in ('images', 'masks'):
+            (tmp_path / name / kind).mkdir(parents=True)
+    assert 'it has no splits' in _refused('folder', tmp_path / 'flowers', 'train')
+
+
+def test_no_splits(tree, tmp_path):
+    root = tree('folder')
+    (root / 'train').rename(tmp_path / 'other')
+    message = _refused('folder', tmp_path / 'other', 'train')
+    assert 'no splits' in message and 'train/images and train/masks' in message
+
+
+@pytest.mark.parametrize('inside', [False, True])
+def test_a_split_for_the_dataset(tree, monkeypatch, inside):
+    root = tree('folder')
+    monkeypatch.chdir(root / 'train')
+    message = _refused('folder', '.' if inside else root / 'train', 'train')
+    assert f'it is one split; give the folder that contains it, {root}' in message
+
+
+def test_split_without_masks(tree):
+    root = tree('folder')
+    (root / 'val/masks').rename(root / 'val/labels')
+    message = _refused('folder', root, 'val')
+    assert "no split 'val'" in message and 'no folder val/masks' in message
+    assert all(flag in message for flag in ('--train-split', '--val-split', '--split'))
+
+
+def test_folder_without_validation_split(tree):
+    root = tree('folder')
+    (root / 'val').rename(root / 'test')
+    message = _refused('folder', root, 'val')
+    assert 'val/images' in message and 'val/masks' in message and message.endswith('test, train')
 
 
 def test_unknown_split(name, tree):
@@ -360,6 +538,14 @@ def test_all_masks_are_missing(tree):
     for path in root.glob('*/masks/*.png'):
         path.unlink()
     assert _refused('folder', root, 'train').startswith('2 of 2 images have no mask (NAME.png in ')
+
+
+@pytest.mark.parametrize('found', ['b.jpg', 'b_mask.png', 'b.npy'])
+def test_masks_of_other_names_and_formats(folder, found):
+    (folder / 'train/masks/b.png').rename(folder / 'train/masks' / found)
+    message = _refused('folder', folder, 'train')
+    assert message.startswith('1 of 2 images have no mask (NAME.png in ')
+    assert f'found {found}' in message and ('JPEG' in message) == found.endswith('jpg')
 
 
 def test_many_missing_masks(folder):
@@ -433,6 +619,14 @@ def test_check_lists_all_errors(folder):
     assert message.index('a.jpg is not') < message.index('b.png has label 9')
 
 
+def test_check_says_once_what_to_do_about_labels(folder):
+    for stem, label in dict(a=9, b=7).items():
+        (folder / f'train/masks/{stem}.png').write_bytes(_mask([label]))
+    message = _refused('folder', folder, 'train', check=True)
+    assert 'label 9' in message and 'label 7' in message
+    assert message.count('--remap') == 1 and message.endswith('--remap')
+
+
 def test_check_lists_the_first_of_many_errors(folder):
     for index in range(9):
         (folder / f'train/images/more_{index}.png').write_bytes(b'')
@@ -497,37 +691,13 @@ def test_images_of_all_formats(folder, suffix):
     dataset.check()
 
 
-def test_files_that_are_not_used_are_counted(folder, caplog):
-    caplog.set_level('INFO')
-    (folder / 'train' / 'images' / 'notes.txt').write_text('')
-    (folder / 'train' / 'masks' / 'more.png').write_bytes(_mask([0]))
-    (folder / 'train' / 'masks' / 'more.txt').write_text('')
-    create_dataset('folder', folder, 'train', num_classes=3)
-    lines = [record.message for record in caplog.records]
-    assert lines == [
-        f'{folder}/train/images: 1 files are not used: train/images/notes.txt',
-        f'{folder}/train/masks: 2 files are not used: train/masks/more.png, train/masks/more.txt',
-    ]
-
-
-def test_masks_of_another_format(folder):
-    for path in folder.glob('train/masks/*.png'):
-        path.rename(path.with_suffix('.jpg'))
-    assert 'Masks must be PNG, there are .jpg files' in _refused('folder', folder, 'train', num_classes=3)
-
-
-def test_a_split_in_place_of_the_dataset(folder):
-    message = _refused('folder', folder / 'train', 'train')
-    assert f'give the folder that contains it, {folder}' in message
-
-
 @pytest.mark.parametrize(('name', 'wrong'), [('ade20k', 'folder'), ('folder', 'ade20k'), ('cityscapes', 'camvid')])
 def test_the_layout_of_another_dataset(name, wrong, tree):
     assert name in _refused(wrong, tree(name), 'train').partition(': choose --dataset ')[2].split(' or ')
 
 
 def test_messages_name_flags(folder):
-    assert '--num-classes 3' in _refused('camvid', folder, 'train', num_classes=3).replace('11', '3')
+    assert '--num-classes 3' in _refused('camvid', folder, 'train', num_classes=3)
     assert '--remap is only for --dataset folder' in _refused('camvid', folder, 'train', remap={0: 0})
 
 

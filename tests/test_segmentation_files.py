@@ -152,7 +152,7 @@ def test_palette_masks(saved, bits):
 @pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA'])
 def test_color_masks(saved, mode):
     files = saved(Image.new(mode, (10, 6)), format='PNG')
-    with pytest.raises(DataError, match=rf'x .*\({mode}\)'):
+    with pytest.raises(DataError, match=rf'x .*\({mode}\).* class'):
         read_labels(files, 'x')
 
 
@@ -171,6 +171,12 @@ def test_images_become_rgb(saved, mode):
 def test_images_with_more_bits(saved, mode, kind):
     files = saved(Image.new(mode, (10, 6)), format=kind)
     with pytest.raises(DataError, match='x has more than 8 bits'):
+        read_image(files, 'x')
+
+
+def test_formats_that_run_programs_are_not_read(saved):
+    files = saved(Image.new('RGB', (10, 6)), format='EPS')
+    with pytest.raises(DataError, match='x is not an image of a known format'):
         read_image(files, 'x')
 
 

@@ -87,7 +87,7 @@ def test_resumed_schedule(name):
     [
         ('poli', {}, 'poli'),
         ('poly', dict(warmup=20), 'Warm-up of 20'),
-        ('cosine_restarts', dict(periods=[5, 10]), '5, 10'),
+        ('cosine_restarts', dict(periods=[5, 10]), '5, 10.*--periods.*--iterations 20'),
         ('cosine_restarts', dict(periods=[5, 15], restart_weights=[1]), 'one weight'),
         ('cosine_restarts', dict(periods=[0, 20]), '0, 20'),
     ],

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 from timm.models._manipulate import group_with_matcher
 from timm.optim import create_optimizer_v2
@@ -166,19 +167,42 @@ def test_checkpoint_with_other_classes(tmp_path):
     'arguments, options, message',
     [
         (('semantic_fnp', 'coc_tiny', 5), {}, r'no head .semantic_fnp. \(did you mean semantic_fpn'),
-        (('fcn', 'coc_tiny'), {}, 'fcn needs a backbone'),
-        (('fcn', 'coc_tiny', 0), {}, 'num_classes .* got 0'),
-        (('fcn', 'coc_tiny', 5), dict(classifier='cnd'), 'no classifier .cnd. .did you mean cond'),
-        (('fcn', 'coc_tiny', 5), dict(channels=0), 'channels .* got 0'),
-        (('fcn', 'coc_tiny', 5), dict(sub_centroids=2), 'sub_centroids.*dnc'),
-        (('fcn', 'coc_tiny', 5), dict(pyramid_channels=2), 'coc_tiny does not take these options, pyramid_channels'),
-        (('region_proxy', 'vit_tiny_patch16_224', 5), dict(classifier='cond'), 'region_proxy .* classifier'),
-        (('region_proxy', 'vit_tiny_patch16_224', 5), dict(auxiliary=True), 'region_proxy .* auxiliary'),
+        (('fcn', 'coc_tiny'), {}, 'fcn needs .*--num-classes'),
+        (('fcn', 'coc_tiny', 0), {}, 'num_classes .--num-classes. .* got 0'),
+        (('fcn', 'coc_tiny', 5), dict(classifier='cnd'), 'no classifier .cnd. .did you mean cond.*--classifier'),
+        (('fcn', 'coc_tiny', 5), dict(channels=0), '--channels.* got 0'),
+        (('fcn', 'coc_tiny', 5), dict(dropout=2), '--dropout.* got 2'),
+        (('fcn', 'coc_tiny', 5), dict(sub_centroids=2), '--sub-centroids.*--classifier dnc'),
+        (('fcn', 'coc_tiny', 5), dict(classifier='dnc', sub_centroids=0), '--sub-centroids.* got 0'),
+        (('fcn', 'coc_tiny', 5), dict(pyramid_channels=2), 'coc_tiny does not take these options.*, pyramid_channels'),
+        (('region_proxy', 'vit_tiny_patch16_224', 5), dict(classifier='cond'), 'region_proxy .* --classifier'),
+        (('region_proxy', 'vit_tiny_patch16_224', 5), dict(auxiliary=True), 'region_proxy .* --auxiliary'),
+        (('region_proxy', 'vit_tiny_patch16_224', 5), dict(channels=8, dropout=0), '--channels, --dropout'),
+        (('semantic_fnp',), dict(pretrained=True), 'no head .semantic_fnp. .did you mean semantic_fpn'),
+        (('fcn', 'coc_tiny', 5), dict(pretrained=True), 'list_segmenters.*pretrained_backbone=True'),
     ],
 )
 def test_invalid_options(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         create_segmenter(*arguments, **options)
+
+
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_checkpoint_of_a_classifier(tmp_path, wrapped):
+    weights = timm.create_model('resnet10t', num_classes=7).state_dict()
+    path = tmp_path / 'classifier.pth'
+    torch.save(dict(state_dict=weights, arch='resnet10t') if wrapped else weights, path)
+    with pytest.raises(CheckpointError, match=r'classifier\.pth.* classifier.*--pretrained-backbone'):
+        create_segmenter('fcn', 'resnet10t', 5, checkpoint_path=path, **TINY)
+
+
+def test_weights_without_a_network(monkeypatch, tmp_path):
+    monkeypatch.setenv('CLUSTER_ZOO_HOME', str(tmp_path))
+    monkeypatch.setenv('CLUSTER_ZOO_AUTHORS', '0')
+    with pytest.raises(CheckpointError, match=r'condnet_r50_ade20k.*drive\.google\.com.*checkpoint_path'):
+        create_segmenter('condnet_r50_ade20k', pretrained=True)
+    with pytest.raises(CheckpointError, match=r'condnet_swin_base_ade20k.*none.*pretrained_backbone=True'):
+        create_segmenter('condnet_swin_base_ade20k', pretrained=True)
 
 
 def test_meta_device_and_copies():

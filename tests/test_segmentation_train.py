@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import yaml
@@ -346,6 +347,8 @@ def test_options_file_is_a_run_again(run, tmp_path):
         (['--head', 'fcm'], 'fcn'),
         (['--classifier', 'condd'], 'cond'),
         (['--segmenter', 'condnet_r50_ade'], 'condnet_r50_ade20k'),
+        (['--dropout', 2], '--dropout'),
+        (['--model-kwargs', 'foo=1'], '--model-kwargs'),
         (['--opt', 'adamv'], 'did you mean adam'),
         (['--schedule', 'cosine_restarts', '--periods', 3, 4], '--schedule cosine_restarts: Periods'),
         (['--periods', 3, 4], '--periods'),
@@ -353,10 +356,17 @@ def test_options_file_is_a_run_again(run, tmp_path):
         (['--iterations', 0], '--iterations must be at least 1'),
         (['--crop', 3, 4, 5], '--crop takes a side'),
         (['--ratio', 2, 0.5], '--ratio takes the lower bound first'),
-        (['--max-category', 2], 'training data'),
-        (['--test-mode', 'slide'], 'needs a crop'),
-        (['--train-split', 'trian'], 'train'),
+        (['--max-category', 2], '--max-category must be above 0, at most 1'),
+        (['--flip', 2], '--flip must be 0 to 1'),
+        (['--test-mode', 'slide'], '--test-mode slide needs --test-crop'),
+        (['--test-crop', 32], '--test-crop needs --test-mode slide'),
+        (['--test-mode', 'slide', '--test-crop', 32, '--test-stride', 40], '--test-stride 40'),
+        (['--test-mode', 'slide', '--test-crop', 1, 2, 3], '--test-crop 1 2 3'),
+        (['--test-mode', 'slide', '--test-crop', 0], '--test-crop 0'),
+        (['--test-scale', 0, 4], '--test-scale must be at least 1'),
+        (['--train-split', 'trian'], '--train-split'),
         (['--num-classes', 5], '3 classes, not 5'),
+        (['--num-classes', 5], '--num-classes 5'),
         (['--dataset', 'camvidd'], 'camvid'),
         (['--resume', 'none.pth.tar'], "No checkpoint at 'none.pth.tar'"),
         (['--resume', 'auto', '--experiment', ''], '--resume auto needs --experiment'),
@@ -393,11 +403,35 @@ def test_errors_are_one_line(run, capsys, flags, message):
     assert error.startswith('error: ') and error.count('\n') == 1 and message in error
 
 
+def test_published_dataset_only_with_its_system():
+    assert train_parser().resolve(['data']).dataset == 'folder'
+    system = ['data', '--segmenter', 'region_proxy_vit_l16_cityscapes']
+    assert train_parser().resolve(system).dataset == 'cityscapes'
+    assert train_parser().resolve([*system, '--dataset', 'folder']).dataset == 'folder'
+    assert '(default: folder' in ' '.join(train_parser().format_help().split())
+
+
+@pytest.mark.parametrize(
+    ('splits', 'count'), [(['train+val', 'val'], 3), (['train', 'train'], 10), (['train', 'val'], 0)]
+)
+def test_images_of_both_splits_are_counted(run, caplog, splits, count):
+    assert run('a', '--dry-run', '--train-split', splits[0], '--val-split', splits[1]) == 0
+    found = [record.message for record in caplog.records if 'validation images are also' in record.message]
+    assert len(found) == bool(count) and all(f'{count} of {count}' in line and '--val-split' in line for line in found)
+
+
 def test_no_data_and_no_model(data, capsys):
     assert train.main([]) == 2
     assert 'no data given' in capsys.readouterr().err
-    assert train.main([str(data), '--dataset', 'folder', '--device', 'cpu']) == 2
+    assert train.main([str(data), '--device', 'cpu']) == 2
     assert '--head and --backbone' in capsys.readouterr().err
+
+
+def test_checkpoint_of_a_classifier(run, tmp_path, capsys):
+    torch.save(dict(state_dict=timm.create_model('test_resnet').state_dict(), arch='test_resnet'), tmp_path / 'c.pth')
+    assert run('a', '--checkpoint', tmp_path / 'c.pth') == 2
+    error = capsys.readouterr().err
+    assert 'c.pth' in error and '--pretrained-backbone' in error and error.count('\n') == 1
 
 
 def test_damaged_data_is_found_before_training(run, data, tmp_path, capsys):

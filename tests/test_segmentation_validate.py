@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn as nn
 from PIL import Image
@@ -222,9 +223,34 @@ def test_weights_alone_need_a_model(run, data, model, tmp_path):
     path = tmp_path / 'weights.pth'
     torch.save(model.state_dict(), path)
     status, error = run(checkpoint=path)
-    assert status == 2 and 'does not name its model' in error and '--head, --backbone and --num-classes' in error
+    assert status == 2 and all(
+        flag in error for flag in (str(path), '--segmenter', '--head', '--backbone', '--dataset')
+    )
     flags = ['--head', 'fcn', '--backbone', 'test_resnet', '--channels', 8, '--model-kwargs', 'output_stride=8']
     check(run(*flags, checkpoint=path)[0], expected(data, model))
+
+
+def test_weights_in_use_are_printed(run, checkpoint, tmp_path):
+    _, out = run()
+    assert str(checkpoint) in out and 'not averaged' in out and '--use-ema' not in out
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save(saved | dict(state_dict_ema=saved['state_dict']), tmp_path / 'both.pth.tar')
+    _, out = run(checkpoint=tmp_path / 'both.pth.tar')
+    assert 'not averaged (the file also has averaged ones: --use-ema)' in out
+    _, out = run('--use-ema', checkpoint=tmp_path / 'both.pth.tar')
+    assert 'without --use-ema' in out
+
+
+@pytest.mark.parametrize('flags', [(), ('--head', 'fcn', '--backbone', 'test_resnet')])
+@pytest.mark.parametrize('kind', ['run', 'state dict'])
+def test_checkpoint_of_a_classifier(run, tmp_path, flags, kind):
+    weights = timm.create_model('test_resnet', num_classes=10).state_dict()
+    options = dict(model='test_resnet', num_classes=10, dataset='')
+    saved = dict(state_dict=weights, arch='test_resnet', args=options) if kind == 'run' else weights
+    torch.save(saved, tmp_path / 'classifier.pth')
+    status, error = run(*flags, checkpoint=tmp_path / 'classifier.pth')
+    assert status == 2 and error.count('\n') == 1
+    assert 'classifier.pth' in error and 'of a classifier' in error and '--pretrained-backbone' in error
 
 
 def test_the_auxiliary_head_is_not_measured(run, data, tmp_path):
@@ -243,6 +269,35 @@ def test_overlays(run, tmp_path):
     drawn = sorted((tmp_path / 'drawn').iterdir())
     assert [path.name for path in drawn] == ['0001-1.png', '0005-5.png']
     assert all(Image.open(path).width > 3 * 36 for path in drawn)
+
+
+@pytest.fixture
+def evaluations(monkeypatch):
+    """Fails the test if the data is read or the model evaluated."""
+
+    def read(*args, **kwargs):
+        raise AssertionError('too late')
+
+    monkeypatch.setattr(validate, 'create_dataset', read)
+    monkeypatch.setattr(validate, 'evaluate', read)
+
+
+@pytest.mark.parametrize('flag', ['--results-file', '--overlays'])
+def test_outputs_are_checked_first(run, evaluations, tmp_path, flag):
+    (tmp_path / 'file').write_text('')
+    wrong = (tmp_path, '/proc/one.json') if flag == '--results-file' else (tmp_path / 'file', '/proc')  # not writable
+    for path in (tmp_path / 'file' / 'more', *wrong):
+        status, error = run(flag, path)
+        assert status == 2 and error.startswith(f'error: {flag} {path}') and error.count('\n') == 1
+
+
+def test_outputs_may_exist(run, tmp_path):
+    (tmp_path / 'drawn').mkdir()
+    (tmp_path / 'old.json').write_text('{}')
+    found, _ = run('--overlays', tmp_path / 'drawn', '--num-overlays', 1)
+    assert [path.name for path in (tmp_path / 'drawn').iterdir()] == ['0003-3.png']
+    run('--results-file', tmp_path / 'old.json')
+    assert json.loads((tmp_path / 'old.json').read_text())['mIoU'] == found['mIoU']
 
 
 def test_mixed_precision(run, data, model):
@@ -284,13 +339,17 @@ def test_two_processes_give_the_metrics_of_one(run, data, checkpoint, tmp_path):
         (('--head', 'fcn', '--backbone', 'test_resnet', '--channels', 9), {}, 'does not fit'),
         (('--segmenter', 'semantic_fpn_coc_smal_25'), {}, 'semantic_fpn_coc_small_25'),
         (('--num-classes', 3), {}, '4 classes, not 3'),
-        (('--mode', 'slide'), {}, 'needs a crop'),
-        (('--crop', 32), {}, 'add mode slide'),
-        (('--pad',), {}, 'add mode slide'),
-        (('--mode', 'slide', '--crop', 1, 2, 3), {}, 'crop [1, 2, 3] of the test: expected one number'),
-        (('--mode', 'slide', '--crop', 16, '--stride', 17), {}, 'stride'),
-        (('--scales', 0), {}, 'above 0'),
-        (('--scale', 0, 4), {}, 'scale'),
+        (('--num-classes', 3), {}, '--num-classes 3'),
+        (('--mode', 'slide'), {}, '--mode slide needs --crop'),
+        (('--crop', 32), {}, '--crop needs --mode slide'),
+        (('--pad',), {}, '--pad needs --mode slide'),
+        (('--mode', 'slide', '--crop', 1, 2, 3), {}, '--crop 1 2 3: expected one number'),
+        (('--mode', 'slide', '--crop', 16, '--stride', 17), {}, '--stride 17'),
+        (('--mode', 'slide', '--crop', 16, '--stride', 0), {}, '--stride 0'),
+        (('--scales', 0), {}, '--scales must be above 0'),
+        (('--scale', 0, 4), {}, '--scale must be at least 1'),
+        (('--multiple', 0), {}, '--multiple must be at least 1'),
+        (('--std', 0, 1, 1), {}, '--std must be above 0'),
         (('-b', 0), {}, '--batch-size must be at least 1'),
         (('--device', 'abacus'), {}, '--device abacus'),
     ],
@@ -429,33 +488,3 @@ def test_an_error_leaves_things_as_they_were(monkeypatch):
     with pytest.raises(RuntimeError, match='broken'):
         evaluate(model, Squares([4]), 'cpu')
     assert model.training and torch.backends.cudnn.benchmark
-
-
-# First mistakes
-
-
-def test_checkpoint_of_a_classifier(run, tmp_path):
-    path = tmp_path / 'classifier.pth.tar'
-    torch.save(dict(arch='coc_tiny', state_dict={'x': torch.zeros(1)}, args=dict(model='coc_tiny')), path)
-    status, error = run(checkpoint=path)
-    assert status == 2 and 'is of the classifier coc_tiny, not of a segmenter' in error
-
-
-def test_results_file_is_checked_first(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(validate, 'evaluate', lambda **_: pytest.fail('the evaluation has started'))
-    (tmp_path / 'file').write_text('')
-    for path in (tmp_path, tmp_path / 'file' / 'results.json'):
-        status, error = run('--results-file', path)
-        assert status == 2 and '--results-file' in error
-
-
-def test_weights_in_use_are_named(data, checkpoint, tmp_path, capsys):
-    saved = torch.load(checkpoint, weights_only=True)
-    torch.save(saved | dict(state_dict_ema=saved['state_dict']), tmp_path / 'both.pth.tar')
-    for flags, text in (
-        ([], 'weights not averaged (the file also'),
-        (['--use-ema'], 'weights averaged (the file also'),
-    ):
-        line = [data, '--checkpoint', tmp_path / 'both.pth.tar', '--device', 'cpu', '-j', 0, *flags]
-        assert validate.main(list(map(str, line))) == 0
-        assert text in capsys.readouterr().out

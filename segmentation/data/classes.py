@@ -60,8 +60,8 @@ def label_table(labels: Mapping[int, int], count: int) -> np.ndarray:
     for label, number in labels.items():
         if not 0 <= label < _LABELS or not (0 <= number < count or number == IGNORE_INDEX):
             raise DataError(
-                f'label {label} cannot be mapped to class {number}: labels are 0 to {_LABELS - 1}, classes 0 to '
-                f'{count - 1}, or {IGNORE_INDEX} to ignore the label'
+                f'label {label} cannot be mapped to class {number} (--remap {label}={number}): labels are 0 to '
+                f'{_LABELS - 1}, classes 0 to {count - 1}, or {IGNORE_INDEX} to ignore the label'
             )
     table = np.full(_LABELS, -1, np.int16)
     table[IGNORE_INDEX] = IGNORE_INDEX

@@ -30,6 +30,8 @@ DATASETS = tuple(LAYOUTS)
 _logger = logging.getLogger(__name__)
 
 _LISTED = 5  # number of files that a message lists
+_MAPPED = 10  # number of labels in a proposed --remap
+_SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'test')  # usual names
 
 
 class _Sample(NamedTuple):
@@ -57,13 +59,16 @@ class SegmentationDataset(Dataset):
         tables: dict[str, np.ndarray],
         classes: Classes,
         transform: Callable | None = None,
+        advice: str = '',
+        numbered: bool = False,
     ) -> None:
         self.files = files
         self.samples = samples
         self.tables = tables  # from labels to classes, by the suffix of the mask
         self.classes, self.colours = classes
         self.transform = transform
-        self.advice = ''  # for labels that are unknown
+        self.advice = advice  # what to do about unknown labels
+        self.numbered = numbered  # whether the labels are the classes, and nobody has said what 255 means
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -92,22 +97,27 @@ class SegmentationDataset(Dataset):
             workers: Number of threads.
 
         Raises:
-            DataError: Any sample is invalid, see `__getitem__`; the message lists the first ones.
+            DataError: Any sample is invalid, see `__getitem__`; the message lists the first ones. Or all labels of a
+                `folder` are 0 and 255, which is ignored.
         """
 
-        def fault(index: int) -> str | None:
+        def read(index: int) -> str | set[int]:
             try:
-                self._read(index)
+                return set(self._read(index)[1].flatten().bincount().nonzero().flatten().tolist())
             except DataError as error:
                 return str(error)
-            return None
 
-        results = thread_map(fault, range(len(self)), max_workers=workers, desc='Checking the data', disable=None)
-        if faults := [message for message in results if message]:
+        results = thread_map(read, range(len(self)), max_workers=workers, desc='Checking the data', disable=None)
+        if faults := [result for result in results if isinstance(result, str)]:
+            advice = f': {self.advice}'
+            unknown = any(fault.endswith(advice) for fault in faults)
+            faults = [fault.removesuffix(advice) for fault in faults]
             raise DataError(
                 f'{len(faults)} of {len(self)} images or their masks cannot be used: {_listed(faults, "; ")}. '
-                'Repair or remove them'
+                + (f'For the labels, {self.advice}' if unknown else 'Repair or remove them')
             )
+        if self.numbered and len(self.classes) > 1 and set().union(*results) == {0, IGNORE_INDEX}:
+            raise DataError(_only_0_and_255(self.files))
 
     def _read(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         sample = self.samples[index]
@@ -124,7 +134,7 @@ class SegmentationDataset(Dataset):
         if mask.min() < 0:
             unknown, known = _spans(np.unique(labels[mask < 0])), _spans(np.flatnonzero(table >= 0))
             raise DataError(
-                f'{self.files.root / sample.mask} has label {unknown}; known labels are {known}{self.advice}'
+                f'{self.files.root / sample.mask} has label {unknown}; known labels are {known}: {self.advice}'
             )
         return image, tv_tensors.Mask(torch.from_numpy(mask.astype(np.int64)))
 
@@ -154,7 +164,8 @@ def create_dataset(
                               `ImageSets/SegmentationContext/train.txt`; 59 classes, 0 is ignored
     ========================= ==========================================================================================
 
-    Masks are PNGs with one channel: gray values of any depth, or palette indices. Label 255 is always ignored.
+    Masks are PNGs with one channel: gray values of any depth, or palette indices. Label 255 is ignored, unless `remap`
+    makes it a class. Files in the folders of images and masks that are not used are counted in a warning.
 
     Args:
         name: Name of the layout.
@@ -179,7 +190,7 @@ def create_dataset(
     for part in split.split('+'):
         folder = splits.get(part, part if part in splits.values() else None)
         if folder is None:
-            raise DataError(f'{root} has no split {part!r}{nearest(part, splits)}: choose from {", ".join(splits)}')
+            raise DataError(_no_split(files, top, layout, part, splits))
         samples += _find_samples(files, top, layout, folder)
     labels, classes = layout.labels, layout.classes
     if name == 'folder':
@@ -188,31 +199,61 @@ def create_dataset(
         labels = {'.png': {i: i for i in range(len(classes.names))} if remap is None else remap}
     count = len(classes.names)
     if num_classes not in (None, count):
-        raise DataError(f'{name} in {root} has {count} classes, not {num_classes}: --num-classes {count}')
+        source = f'its classes.txt lists {count}; ' if name == 'folder' else ''
+        raise DataError(
+            f'{name} in {root} has {count} classes, not {num_classes}: {source}leave out --num-classes {num_classes}, '
+            'or give the data that the checkpoint was trained on'
+        )
     tables = {suffix: label_table(mapping, count) for suffix, mapping in labels.items()}
-    dataset = SegmentationDataset(files, samples, tables, classes, transform)
-    if name == 'folder':
-        dataset.advice = ': raise --num-classes, or give the class of each label with --remap LABEL=CLASS'
-    return dataset
+    numbered = name == 'folder' and remap is None
+    if numbered:
+        more = 'complete classes.txt' if _class_names(files, join(top, 'classes.txt')) else 'raise --num-classes'
+        advice = f'{more}, or give the class of every label with --remap'
+    else:
+        advice = (
+            f'these are not masks of --dataset {name}'
+            if remap is None
+            else 'add every label to --remap, for example 2=255 to ignore label 2'
+        )
+    return SegmentationDataset(files, samples, tables, classes, transform, advice, numbered)
 
 
 def _find_splits(files: Folder | Archive, name: str, layout: Layout) -> tuple[str, dict[str, str]]:
     """Returns the folder that contains the dataset, and the dataset's own names of the available splits."""
     if found := _search(files, layout):
         return found
-    inside = files.folders('')
-    split = next(iter((layout.splits or dict(train='train')).values()))
     hint = ' or '.join(other for other in LAYOUTS if _search(files, LAYOUTS[other]))
     hint = f': choose --dataset {hint}' if hint else ''
-    if {'images', 'masks'} <= {*inside}:
-        hint = f': if it is a split, give the folder that contains it, {files.root.resolve().parent}'
+    split, val = list((layout.splits or dict(train='train', val='val')).values())[:2]
+    if layout.images == '{split}/images' and files.exists('images') and files.exists('masks'):
+        folder = files.root.resolve()
+        _, siblings = (isinstance(files, Folder) and _search(Folder(folder.parent), layout)) or ('', {})
+        if {folder.name, *siblings} & {*_SPLITS}:
+            hint = f': it is one split; give the folder that contains it, {folder.parent}'
+        elif not files.folders('images'):
+            hint = ': it has no splits; move images and masks into a folder for each split'
+    inside = [join(one, two) for one in files.folders('') for two in files.folders(one) or ['']]
     raise DataError(
         f'{files.root} is not a dataset of type {name}: expected the folders {layout.images.format(split=split)} and '
-        f'{layout.masks.format(split=split)}, found {_listed(inside) or "no folders"}{hint}'
+        f'{layout.masks.format(split=split)} (and those of {val}), found '
+        f'{_listed([path.rstrip("/") for path in inside]) or "no folders"}{hint}'
+    )
+
+
+def _no_split(files: Folder | Archive, top: str, layout: Layout, split: str, splits: Mapping[str, str]) -> str:
+    """Returns the message for a split that does not exist."""
+    own = (layout.splits or {}).get(split, split)
+    folders = [join(top, folder.format(split=own)) for folder in (layout.images, layout.masks)]
+    missing = ' and '.join(folder for folder in folders if not files.exists(folder))
+    missing = f', because there is no folder {missing}' if missing else ''
+    return (
+        f'{files.root} has no split {split!r}{nearest(split, splits)}{missing}: for --train-split, --val-split (or '
+        f'--split in validate) choose from {", ".join(splits)}'
     )
 
 
 def _search(files: Folder | Archive, layout: Layout) -> tuple[str, dict[str, str]] | None:
+    """Returns the folder that contains a dataset, and its own names of the available splits; None without any."""
     inside = files.folders('')
     for top in ('', *layout.tops, *(inside if len(inside) == 1 else ())):
         if not files.exists(top):
@@ -231,38 +272,59 @@ def _search(files: Folder | Archive, layout: Layout) -> tuple[str, dict[str, str
 def _find_samples(files: Folder | Archive, top: str, layout: Layout, split: str) -> list[_Sample]:
     images, masks = (join(top, folder.format(split=split)) for folder in (layout.images, layout.masks))
     stems: dict[str, str] = {}  # images by their paths in the folder, without suffix
+    others = []
     for path in files.below(images):
-        suffix = next((suffix for suffix in layout.image_suffixes if path.lower().endswith(suffix.lower())), None)
-        if suffix is not None:
-            stem = path[len(images) + 1 : -len(suffix)]
-            if stem in stems:
-                raise DataError(f'{stems[stem]} and {path} would have the same mask: remove one of them')
+        stem, suffix = _split_suffix(path[len(images) + 1 :], layout.image_suffixes)
+        if suffix is None:
+            others.append(path[len(images) + 1 :])
+        elif stem in stems:
+            raise DataError(f'{stems[stem]} and {path} would have the same mask: remove one of them')
+        else:
             stems[stem] = path
     if layout.listing is not None:
         stems = _listed_stems(files, join(top, layout.listing.format(split=split)), stems)
     if not stems:
-        raise DataError(f'{files.root / images} has no images of split {split}')
-    available = set(files.below(masks))
+        formats = '*.jpg, *.png or another format' if len(layout.image_suffixes) > 1 else f'*{layout.image_suffixes[0]}'
+        found = f', found {_listed(others)}' if others else ''
+        raise DataError(f'{files.root / images} has no images of split {split} ({formats}){found}')
+    available, unused = {}, []
+    for path in files.below(masks):
+        stem, suffix = _split_suffix(path[len(masks) + 1 :], layout.labels)
+        if stem in stems and suffix is not None:
+            available[stem, suffix] = path
+        else:
+            unused.append(path[len(masks) + 1 :])
     samples, missing = [], []
     for stem, image in stems.items():
-        suffix = next((suffix for suffix in layout.labels if f'{masks}/{stem}{suffix}' in available), None)
+        suffix = next((suffix for suffix in layout.labels if (stem, suffix) in available), None)
         if suffix is None:
             missing.append(image)
         else:
-            samples.append(_Sample(image, f'{masks}/{stem}{suffix}', suffix))
+            samples.append(_Sample(image, available[stem, suffix], suffix))
     if missing:
         names = ' or '.join(f'NAME{suffix}' for suffix in layout.labels)
-        other = sorted({'.' + mask.rpartition('.')[2] for mask in available} - {'.png'})
+        found = f'; found {_listed(unused)}' if unused else ''
+        if any(path.lower().endswith(('.jpg', '.jpeg')) for path in unused):
+            found += '; JPEG changes labels, so masks must be PNGs'
         raise DataError(
-            f'{len(missing)} of {len(stems)} images have no mask ({names} in {files.root / masks}): {_listed(missing)}'
-            + (f'. Masks must be PNG, there are {", ".join(other)} files' if other else '')
+            f'{len(missing)} of {len(stems)} images have no mask ({names} in {files.root / masks}{found}): '
+            f'{_listed(missing)}'
         )
-    if layout.listing is None and [*layout.labels] == ['.png']:
-        used = {path for sample in samples for path in sample[:2]}
-        for folder, paths in ((images, files.below(images)), (masks, available)):
-            if unused := sorted({*paths} - used):
-                _logger.info(f'{files.root / folder}: {len(unused)} files are not used: {_listed(unused)}')
+    if layout.listing is None:
+        unused = [path for path in unused if _split_suffix(path, layout.labels)[1]]
+        for folder, what, paths in (
+            (images, 'files of no image format', others),
+            (masks, 'masks without image', unused),
+        ):
+            if paths:
+                _logger.warning(f'{files.root / folder}: {len(paths)} {what} not used: {_listed(paths)}')
     return samples
+
+
+def _split_suffix(path: str, suffixes: Iterable[str]) -> tuple[str, str | None]:
+    """Splits a path before the suffix, in capitals or not, that it ends with; None if it has none of them."""
+    suffix = next((suffix for suffix in suffixes if path.lower().endswith(suffix.lower())), None)
+    return (path, None) if suffix is None else (path[: -len(suffix)], suffix)
 
 
 def _listed_stems(files: Folder | Archive, listing: str, stems: dict[str, str]) -> dict[str, str]:
@@ -289,16 +351,17 @@ def _folder_classes(
 ) -> Classes:
     """Returns the classes of a `folder`, from names, `num_classes`, `remap` or the highest label of all masks."""
     if names := _class_names(files, join(top, 'classes.txt')):
-        count = len(names)
-    elif num_classes:
-        count = num_classes
+        count, source = len(names), 'classes.txt'
+    elif num_classes is not None:
+        count, source = num_classes, f'--num-classes {num_classes}'
     elif remap is not None:
         count = max((number for number in remap.values() if number != IGNORE_INDEX), default=-1) + 1
+        source = 'the highest class of --remap'
     else:
-        masks = [path for folder in mask_folders for path in files.below(folder) if path.endswith('.png')]
-        count = _count_classes(files, masks, workers)
+        masks = [path for folder in mask_folders for path in files.below(folder) if path.lower().endswith('.png')]
+        count, source = _count_classes(files, masks, workers), 'the highest label of the masks; --remap maps labels'
     if not 0 < count <= IGNORE_INDEX:
-        raise DataError(f'{files.root} has {count} classes: it must have 1 to {IGNORE_INDEX}')
+        raise DataError(f'{files.root} has {count} classes ({source}): it must have 1 to {IGNORE_INDEX}')
     classes = numbered_classes(count)
     return classes._replace(names=names) if names else classes
 
@@ -318,17 +381,35 @@ def _class_names(files: Folder | Archive, path: str) -> tuple[str, ...]:
 
 
 def _count_classes(files: Folder | Archive, masks: list[str], workers: int) -> int:
-    def highest(path: str) -> int:
-        labels = read_labels(files, path)
-        return int(labels[labels != IGNORE_INDEX].max(initial=0))
+    """Returns the highest label of the masks plus 1."""
 
-    count = max(thread_map(highest, masks, max_workers=workers, desc='Counting classes', disable=None)) + 1
-    if count < 2:
+    def read(path: str) -> set[int]:
+        return set(np.flatnonzero(np.bincount(read_labels(files, path).ravel())).tolist())
+
+    found = set().union(*thread_map(read, masks, max_workers=workers, desc='Counting classes', disable=None))
+    labels = sorted(found - {IGNORE_INDEX})
+    if found == {0, IGNORE_INDEX}:
+        raise DataError(_only_0_and_255(files))
+    if labels in ([], [0]):
+        [label] = found or {0}
         raise DataError(
-            f'the masks in {files.root} contain only the labels 0 and {IGNORE_INDEX}, which is ignored: if '
-            f'{IGNORE_INDEX} is a class, give the class of each label: --remap 0=0 {IGNORE_INDEX}=1'
+            f'the masks in {files.root} contain only the label {label}: expected the labels of several classes'
+        )
+    count = labels[-1] + 1
+    if len(labels) < count <= IGNORE_INDEX:
+        remap = ' '.join(f'{label}={number}' for number, label in enumerate(labels[:_MAPPED]))
+        _logger.warning(
+            f'{files.root}: {count} classes, because the highest label is {labels[-1]}, but {count - len(labels)} of '
+            f'them have no pixel. To number the classes without gaps: --remap {remap}{" ..." * (len(labels) > _MAPPED)}'
         )
     return count
+
+
+def _only_0_and_255(files: Folder | Archive) -> str:
+    return (
+        f'the masks in {files.root} contain only the labels 0 and {IGNORE_INDEX}, which is ignored. If {IGNORE_INDEX} '
+        f'is a class: --remap 0=0 {IGNORE_INDEX}=1'
+    )
 
 
 def _spans(numbers: Iterable[int]) -> str:

@@ -4,6 +4,7 @@ import io
 import os
 import tarfile
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -28,8 +29,17 @@ class Folder:
         return sorted(path.name for path in (self.root / folder).iterdir() if path.is_dir() and path.name[0] != '.')
 
     def below(self, folder: str) -> list[str]:
-        """Returns the sorted paths of all files in a folder and its subfolders."""
-        paths = (Path(parent, name) for parent, _, names in os.walk(self.root / folder) for name in names)
+        """Returns the sorted paths of all files in a folder and its subfolders, which may be links.
+
+        Raises:
+            DataError: A folder cannot be listed.
+        """
+
+        def fail(error: OSError) -> NoReturn:
+            raise DataError(f'{error.filename} cannot be listed: {error.strerror}') from error
+
+        walk = os.walk(self.root / folder, onerror=fail, followlinks=True)
+        paths = (Path(parent, name) for parent, _, names in walk for name in names)
         return sorted(path.relative_to(self.root).as_posix() for path in paths if path.name[0] != '.')
 
     def read(self, path: str) -> bytes:
@@ -123,7 +133,10 @@ def read_labels(files: Folder | Archive, path: str) -> np.ndarray:
     """
     image, stored_mode = _decode(files, path)
     if image.mode not in ('1', 'L', 'P', 'I', 'I;16'):
-        raise DataError(f'{files.root / path} is a color image ({image.mode}): masks must be grayscale or palette PNGs')
+        raise DataError(
+            f'{files.root / path} is a color image ({image.mode}): masks must be grayscale or palette PNGs, with the '
+            'number of a class in each pixel'
+        )
     # Pillow scales gray values of 2 and 4 bits to 0..255, which would change the labels.
     return np.asarray(image).astype(np.uint16) // {'L;2': 85, 'L;4': 17}.get(stored_mode, 1)
 

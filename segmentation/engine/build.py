@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -25,6 +26,8 @@ from .optim import create_schedule, parameter_groups
 from .shared_options import label_remap, model_options
 
 __all__ = ['build_datasets', 'build_eval_transform', 'build_model', 'build_optimizer', 'check_data', 'syncs_batch_norm']
+
+_logger = logging.getLogger(__name__)
 
 
 def _normalization(args: argparse.Namespace) -> dict[str, list[float]]:
@@ -53,6 +56,11 @@ def build_datasets(args: argparse.Namespace) -> tuple[SegmentationDataset, Segme
     train = create_dataset(args.dataset, args.data, args.train_split, transform, **common)
     val = create_dataset(args.dataset, args.data, args.val_split, build_eval_transform(args), **common)
     args.num_classes = len(train.classes)
+    if both := len({sample.image for sample in train.samples} & {sample.image for sample in val.samples}):
+        _logger.warning(
+            f'{both} of {len(val)} validation images are also training images: --train-split {args.train_split} '
+            f'--val-split {args.val_split}'
+        )
     if not args.no_check_data:
         check_data(args, train, val)
     return train, val

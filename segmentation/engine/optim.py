@@ -128,7 +128,7 @@ def create_schedule(
     weights = list(restart_weights or [1.0] * len(periods))
     if len(weights) != len(periods) or sum(periods) != iterations or min(periods) < 1:
         raise ValueError(
-            f'Periods of {periods} iterations with weights {weights} do not fit a run of {iterations}: the periods '
-            'must add up to it, with one weight each.'
+            f'Periods of {periods} iterations with weights {weights} do not fit: the periods (--periods) must be above '
+            f'0 and add up to the run (--iterations {iterations}), with one weight each (--restart-weights).'
         )
     return CosineRestartScheduler(optimizer, periods, weights, **options)

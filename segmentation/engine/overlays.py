@@ -1,6 +1,7 @@
 """Images of predictions: image, labels and prediction side by side, with a legend."""
 
 import copy
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..data.datasets import SegmentationDataset
 
-__all__ = ['OverlayWriter', 'draw_overlay']
+__all__ = ['OverlayWriter', 'check_output_folder', 'draw_overlay']
 
 _OPACITY = 0.55
 _MARGIN = 10  # pixels
@@ -78,6 +79,12 @@ def _arrange(panels: dict[str, Image.Image], legend: list[tuple[str, tuple[int, 
     return canvas
 
 
+def check_output_folder(folder: str | Path) -> None:
+    """Creates a folder if necessary. Raises OSError unless files can be written to it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
 class OverlayWriter:
     """Writes overlays of some images, evenly spaced in a dataset.
 
@@ -85,13 +92,16 @@ class OverlayWriter:
         dataset: Images with labels. They are drawn without its transform.
         folder: Folder of the PNG files, which have the index and the name of the image. It is created if necessary.
         count: Number of images.
+
+    Raises:
+        OSError: The folder cannot be created or written to.
     """
 
     def __init__(self, dataset: SegmentationDataset, folder: str | Path, count: int = 4) -> None:
         self.dataset = copy.copy(dataset)
         self.dataset.transform = None
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        check_output_folder(folder)
         count = min(count, len(dataset))
         self.chosen = {len(dataset) * (2 * i + 1) // (2 * count) for i in range(count)}
 

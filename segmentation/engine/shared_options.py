@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from operator import gt
 from typing import Any
+
+from timm.layers import to_2tuple
 
 from cluster_zoo.errors import OptionError
 from cluster_zoo.training.parser import ParseKwargs
@@ -61,8 +64,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         '-d',
         '--dataset',
         metavar='NAME',
-        help='folder, camvid, ade20k, cityscapes or pascal_context_59 (default: that of --segmenter or of a '
-        'checkpoint, else folder)',
+        help='folder, camvid, ade20k, cityscapes or pascal_context_59 (default: folder, or that of '
+        '--segmenter or, in validate, of the checkpoint)',
     )
     add(
         '--remap',
@@ -146,18 +149,37 @@ def label_remap(args: argparse.Namespace) -> dict[int, int] | None:
         raise OptionError(f'--remap {args.remap}: expected LABEL=CLASS, both numbers') from None
 
 
-def test_protocol(args: argparse.Namespace) -> dict[str, Any]:
+def test_protocol(args: argparse.Namespace, prefix: str = 'test-') -> dict[str, Any]:
     """Returns the arguments of `predict`, apart from ``flip``, from the shared test options.
 
+    Args:
+        args: The options.
+        prefix: See `add_test_options`.
+
     Raises:
-        OptionError: A size has more than two numbers, or options of windows are given without mode slide.
+        OptionError: A value is invalid, or options of windows are given without mode slide.
     """
     protocol = dict(mode=args.test_mode or 'whole', pad=bool(args.test_pad))
-    if protocol['mode'] == 'whole' and {'test_crop', 'test_stride', 'test_pad'} & set(args.given):
-        raise OptionError('crop, stride and pad of the test are options of sliding windows: add mode slide')
+    given = {name: getattr(args, f'test_{name}') for name in ('crop', 'stride', 'scale', 'multiple')}
+    if protocol['mode'] == 'whole':
+        for name in ('crop', 'stride', 'pad'):
+            if f'test_{name}' in args.given:
+                raise OptionError(f'--{prefix}{name} needs --{prefix}mode slide: it is an option of sliding windows')
+    elif given['crop'] is None:
+        raise OptionError(f'--{prefix}mode slide needs --{prefix}crop, the size of the windows')
     for name in ('crop', 'stride'):
-        if (sides := getattr(args, f'test_{name}')) is not None:
-            if len(sides) > 2:
-                raise OptionError(f'{name} {sides} of the test: expected one number, or height and width')
+        sides = given[name] or [1]
+        if len(sides) > 2 or min(sides) < 1:
+            shown = ' '.join(map(str, sides))
+            raise OptionError(f'--{prefix}{name} {shown}: expected one number, or height and width, of at least 1')
+        if given[name] is not None:
             protocol[name] = sides[0] if len(sides) == 1 else tuple(sides)
+    crop = protocol.get('crop', 0)
+    if protocol['mode'] == 'slide' and any(map(gt, to_2tuple(protocol.get('stride', 0)), to_2tuple(crop))):
+        stride, crop = (' '.join(map(str, given[name])) for name in ('stride', 'crop'))
+        raise OptionError(f'--{prefix}stride {stride} is above --{prefix}crop {crop}: windows must cover all pixels')
+    if min(given['scale'] or [1]) < 1:
+        raise OptionError(f'--{prefix}scale must be at least 1')
+    if given['multiple'] is not None and given['multiple'] < 1:
+        raise OptionError(f'--{prefix}multiple must be at least 1')
     return protocol

@@ -110,6 +110,8 @@ def _check(args: argparse.Namespace) -> None:
         (args.warmup >= args.iterations, f'--warmup {args.warmup} must be less than --iterations {args.iterations}'),
         (len(args.crop) > 2 or min(args.crop) < 1, '--crop takes a side, or height and width, in pixels'),
         (min(map(min, ranges)) <= 0, '--scale and --ratio must be above 0'),
+        (not 0 < args.max_category <= 1, '--max-category must be above 0, at most 1'),
+        (not 0 <= args.flip <= 1, '--flip must be 0 to 1'),
         (args.ratio[0] > args.ratio[1], '--ratio takes the lower bound first'),
         (args.resume == 'auto' and not args.experiment, '--resume auto needs --experiment, the name of the run folder'),
         (

@@ -18,7 +18,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from cluster_zoo.errors import nearest
+from cluster_zoo.errors import CheckpointError, nearest, one_line
 from cluster_zoo.models.context_cluster import ContextCluster
 from cluster_zoo.weights import check_fit, load_state_dict
 
@@ -70,7 +70,9 @@ class TokenGrids(nn.Module):
     def __init__(self, model: VisionTransformer, early: int):
         super().__init__()
         if not -1 <= early < len(model.blocks):
-            raise ValueError(f'early must be a block, 0 to {len(model.blocks) - 1}, or -1 for the stem; got {early}.')
+            raise ValueError(
+                f'early (--early) must be a block, 0 to {len(model.blocks) - 1}, or -1 for the stem; got {early}.'
+            )
         self.model = model
         self.early = early
         self.divisor = model.feature_info[-1]['reduction']
@@ -107,12 +109,12 @@ def create_backbone(
         **options: Arguments of ``timm.create_model``.
 
     Raises:
-        RuntimeError: timm has no pretrained weights of this name, or cannot download them (OSError).
         ValueError: The model is unknown, does not take an option, or does not fit the head.
-        CheckpointError: The checkpoint file cannot be read or does not fit.
+        CheckpointError: There are no pretrained weights of this name, they cannot be downloaded, or the checkpoint file
+            cannot be read or does not fit.
     """
     if ':' not in name and not is_model(name):  # timm resolves 'hf-hub:...' and 'local-dir:...' itself
-        raise ValueError(f'There is no model {name!r}{nearest(name.split(".")[0], list_models())}.')
+        raise ValueError(f'There is no model {name!r}{nearest(name.split(".")[0], list_models())} (--backbone).')
     dd = {'device': device, 'dtype': dtype}
     defaults = {}
     if is_model_in_modules(name, ['swin_transformer']):
@@ -124,7 +126,17 @@ def create_backbone(
         model = timm.create_model(name, pretrained=pretrained is True, num_classes=0, **defaults | options, **dd)
     except (AssertionError, TypeError) as error:  # how timm rejects an unknown option or a value
         given = ', '.join(f'{key}={value}' for key, value in options.items()) or 'none'
-        raise ValueError(f'{name} does not take these options, {given}: {error}'.removesuffix(': ')) from error
+        reason = f': {error}' if str(error) else ''
+        raise ValueError(f'{name} does not take these options (--model-kwargs), {given}{reason}') from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # of timm, or of a library for downloads
+        if pretrained is not True:
+            raise
+        raise CheckpointError(
+            f'The pretrained weights of {name} cannot be loaded: {one_line(error).partition(". ")[0]}. Use '
+            'pretrained_backbone (--pretrained-backbone) with a file, or omit it.'
+        ) from error
     strides = [stage['reduction'] for stage in getattr(model, 'feature_info', [])[-LEVELS:]]
     has_stages = hasattr(model, 'prune_intermediate_layers') and len(strides) == LEVELS and strides[0] < strides[-1]
     if tokens and not isinstance(model, VisionTransformer):
@@ -138,7 +150,7 @@ def create_backbone(
             'swin_*, convnext_* or another timm model with stages, or the head region_proxy for a vision transformer.'
         )
     if early is not None and not tokens:
-        raise ValueError('early is an option of the head region_proxy only.')
+        raise ValueError('early (--early) is an option of the head region_proxy only.')
     if not isinstance(pretrained, bool):
         _load_classifier(model, pretrained)
     if tokens:
@@ -158,6 +170,11 @@ def create_backbone(
 def _load_classifier(model: nn.Module, path: str | Path) -> None:
     """Loads the checkpoint of a classifier into the same model without classifier."""
     state_dict = load_state_dict(path)
+    if any(name.startswith(('backbone.model.', 'decode_head.')) for name in state_dict):
+        raise CheckpointError(
+            f"'{path}' is of a segmenter: pretrained_backbone (--pretrained-backbone) needs a classifier, and the "
+            'weights of a whole segmenter are checkpoint_path (--checkpoint).'
+        )
     filter_fn = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
     if filter_fn:
         state_dict = filter_fn(state_dict, model)

@@ -217,5 +217,8 @@ def segmenter_config(name: str) -> SegmenterConfig:
         OptionError: The name is unknown.
     """
     if name not in CONFIGS:
-        raise OptionError(f'There is no published system {name!r}{nearest(name, CONFIGS)}: see list_segmenters().')
+        raise OptionError(
+            f'There is no published system {name!r}{nearest(name, CONFIGS)} (--segmenter): list_segmenters() or '
+            'python -m segmentation lists them.'
+        )
     return CONFIGS[name]

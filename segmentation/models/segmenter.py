@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cluster_zoo.errors import CheckpointError, nearest
 from cluster_zoo.layers.grids import pad_to_multiple
-from cluster_zoo.weights import load_checkpoint
+from cluster_zoo.weights import load_state_dict, load_weights
 from cluster_zoo.weights.cache import WEIGHTS, sha256, verified_weights
 from cluster_zoo.weights.configs import CONFIG
 from cluster_zoo.weights.download import fetch
@@ -29,7 +29,7 @@ from .decoders import FCN, DeepLabV3Plus, SemanticFPN, UPerNet, resize
 from .published_systems import CONFIGS
 from .region_proxy import RegionProxy
 
-__all__ = ['HEADS', 'DenseHead', 'Segmenter', 'create_segmenter', 'fetch_segmenter']
+__all__ = ['HEADS', 'DenseHead', 'Segmenter', 'check_is_segmenter', 'create_segmenter', 'fetch_segmenter']
 
 DECODERS = {'semantic_fpn': SemanticFPN, 'upernet': UPerNet, 'deeplabv3plus': DeepLabV3Plus, 'fcn': FCN}
 HEADS = (*DECODERS, 'region_proxy')
@@ -176,6 +176,11 @@ def create_segmenter(
         >>> model(torch.randn(1, 3, 512, 683)).shape
         torch.Size([1, 150, 512, 683])
     """
+    if head not in (*HEADS, *CONFIGS):
+        raise ValueError(
+            f'There is no head {head!r}{nearest(head, [*HEADS, *CONFIGS])}: choose (--head) from {", ".join(HEADS)}, '
+            'or a published system of list_segmenters() (--segmenter).'
+        )
     if pretrained:
         if head not in CONFIGS:
             raise ValueError(
@@ -188,20 +193,26 @@ def create_segmenter(
         head, backbone = config.head, backbone or config.backbone
         num_classes = config.num_classes if num_classes is None else num_classes
         options = {**config.options, **options}
-    if head not in HEADS:
-        raise ValueError(
-            f'There is no head {head!r}{nearest(head, [*HEADS, *CONFIGS])}: choose from {", ".join(HEADS)}, or a '
-            'published system of list_segmenters().'
-        )
     if backbone is None or num_classes is None:
         raise ValueError(f'The head {head} needs a backbone (--backbone) and num_classes (--num-classes).')
     if num_classes < 1:
-        raise ValueError(f'num_classes must be at least 1, got {num_classes}.')
+        raise ValueError(f'num_classes (--num-classes) must be at least 1, got {num_classes}.')
     create = _create_region_proxy if head == 'region_proxy' else partial(_create_decoder_segmenter, head)
     model = create(backbone, num_classes, pretrained=pretrained_backbone, **options)
     if checkpoint_path:
-        load_checkpoint(model, checkpoint_path)
+        state_dict = load_state_dict(checkpoint_path)
+        check_is_segmenter(state_dict, checkpoint_path)
+        load_weights(model, state_dict)
     return model
+
+
+def check_is_segmenter(state_dict: dict[str, Tensor], path: str | Path) -> None:
+    """Raises `CheckpointError` if weights, of the file ``path``, are not those of a segmenter."""
+    if not any(name.startswith('backbone.') for name in state_dict):  # in the authors' names, too
+        raise CheckpointError(
+            f"'{path}' has the weights of a classifier, not of a segmenter. A training can start from them: "
+            'pretrained_backbone (--pretrained-backbone FILE).'
+        )
 
 
 def _create_region_proxy(
@@ -214,8 +225,11 @@ def _create_region_proxy(
     dtype=None,
     **options: Any,
 ) -> Segmenter:
-    if classifier != 'plain' or auxiliary:
-        raise ValueError('region_proxy has its own classifier and no auxiliary head: omit classifier and auxiliary.')
+    unused = ['classifier'] * (classifier != 'plain') + ['auxiliary'] * auxiliary
+    unused += _pop_given(options, ['channels', 'dropout', 'sub_centroids', 'common_start'])
+    if unused:
+        flags = ', '.join(f'--{name.replace("_", "-")}' for name in unused)
+        raise ValueError(f'region_proxy has no decoder and no auxiliary head, but its own classifier: omit {flags}.')
     dd = {'device': device, 'dtype': dtype}
     tokens = create_backbone(backbone, tokens=True, early=early, **options, **dd)
     return Segmenter(tokens, RegionProxy(tokens.channels, num_classes, **dd), num_classes)
@@ -235,17 +249,24 @@ def _create_decoder_segmenter(
     dd = {'device': device, 'dtype': dtype}
     if classifier not in CLASSIFIERS:
         raise ValueError(
-            f'There is no classifier {classifier!r}{nearest(classifier, CLASSIFIERS)}: choose from '
+            f'There is no classifier {classifier!r}{nearest(classifier, CLASSIFIERS)}: choose (--classifier) from '
             f'{", ".join(CLASSIFIERS)}.'
         )
     centroid_options = _pop_given(options, ['sub_centroids', 'common_start'])
     if centroid_options and classifier != 'dnc':
-        raise ValueError(f"{', '.join(centroid_options)}: only the classifier 'dnc' has centroids.")
+        flags = ', '.join(f'--{name.replace("_", "-")}' for name in centroid_options)
+        raise ValueError(f'{flags}: only the classifier dnc has centroids (--classifier dnc).')
+    if centroid_options.get('sub_centroids', 1) < 1:
+        raise ValueError(
+            f'sub_centroids (--sub-centroids) must be at least 1, got {centroid_options["sub_centroids"]}.'
+        )
+    if not 0 <= dropout <= 1:
+        raise ValueError(f'dropout (--dropout) must be 0 to 1, got {dropout}.')
     decoder_cls = DECODERS[head]
     _, *parameters = inspect.signature(decoder_cls).parameters  # the first is in_channels
     decoder_options = _pop_given(options, parameters)
     if decoder_options.get('channels', 1) < 1:
-        raise ValueError(f'channels must be at least 1, got {decoder_options["channels"]}.')
+        raise ValueError(f'channels (--channels) must be at least 1, got {decoder_options["channels"]}.')
     if head in ('deeplabv3plus', 'fcn') and is_model_in_modules(backbone, ['resnet']):
         options.setdefault('output_stride', 8)  # of the published systems; other decoders need all strides
 
@@ -286,8 +307,14 @@ def fetch_segmenter(name: str, member: str | None = None, force: bool = False, r
     """
     url = CONFIGS[name].source
     if url is None:
-        raise CheckpointError(f'No pretrained weights for {name}: the authors have released none.')
-    return fetch(name, url, partial(_install, name), member, force, root)
+        raise CheckpointError(
+            f'No pretrained weights for {name}: the authors have released none. Use pretrained_backbone=True for those '
+            'of the backbone.'
+        )
+    try:
+        return fetch(name, url, partial(_install, name), member, force, root)
+    except CheckpointError as error:
+        raise CheckpointError(f'{error} A file that you have is checkpoint_path=FILE.') from error
 
 
 def _install(name: str, path: Path, folder: Path, source: dict[str, str]) -> None:
