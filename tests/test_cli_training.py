@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,20 @@ def test_stopped_run_prints_the_command_of_the_package(tmp_path):
     done = subprocess.run([*words, '--epochs', '1'], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'a' / 'last.pth.tar').is_file()
+
+
+@pytest.mark.parametrize('command', ['train', 'validate'])
+def test_model_of_the_hub_offline(command, monkeypatch, capsys, tmp_path):
+    def refuse(*args, **kwargs):
+        raise AssertionError('the network was asked')
+
+    monkeypatch.setattr(socket.socket, 'connect', refuse)
+    monkeypatch.setattr(socket, 'getaddrinfo', refuse)
+    monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+    options = ['--output', str(tmp_path), '--val-fraction', '0.1'] if command == 'train' else []
+    assert main([command, *SAMPLE, '--model', 'hf-hub:my-lab/nothing', *options]) == 2
+    err = capsys.readouterr().err
+    assert re.search(r'^error: my-lab/nothing .*HF_HUB_OFFLINE', err, re.MULTILINE) and 'local_files_only' not in err
 
 
 @pytest.mark.parametrize('command', ['train', 'validate', 'segment train', 'segment validate', 'info'])

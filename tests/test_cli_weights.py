@@ -338,3 +338,38 @@ def test_refused_uploads(hub, refused, place, checkpoint, monkeypatch):
     (place / 'birds' / 'model.safetensors').write_bytes(b'damaged')
     assert 'is damaged or was changed' in refused('push', 'birds', '--to', 'my-lab/x')
     assert not hub.repositories
+
+
+def test_push_to_a_folder(zoo, refused, place, checkpoint, no_network):
+    import_checkpoint(checkpoint, place / 'birds', model_args=dict(TINY, num_classes=3))
+    (place / 'birds' / 'notes.txt').write_text('private')
+    (place / 'birds' / 'README.md').unlink()  # as in a folder of timm's `save_for_hf`
+    (place / 'here').mkdir()
+    for target in ('./new/birds', place / 'absolute', 'here'):
+        assert zoo('push', 'birds', '--to', target, '--json') == dict(folder=str(Path(target)))
+        assert {path.name for path in Path(target).iterdir()} == {'model.safetensors', 'config.json'}
+        assert timm.create_model(f'local-dir:{target}', pretrained=True).num_classes == 3
+    assert 'exists already' in refused('push', 'birds', '--to', './new/birds')
+    zoo('push', BUNDLED, '--to', './new/birds', '--force')
+    assert timm.create_model('local-dir:new/birds', pretrained=True).num_classes == 10
+    assert (place / 'new/birds/README.md').is_file()
+    for force in ([], ['--force']):
+        assert 'exists already' in refused('push', BUNDLED, '--to', './new', *force)  # not a model folder
+    assert 'cannot be replaced' in refused('push', 'birds', '--to', '.')
+    (place / 'file').touch()
+    assert 'cannot be replaced' in refused('push', 'birds', '--to', './file')
+    assert 'cannot be written' in refused('push', 'birds', '--to', './file/birds')
+
+
+@pytest.mark.parametrize(('umask', 'mode'), [(0o022, 0o644), (0o027, 0o640)])
+def test_permissions_of_model_folders(umask, mode, zoo, place, checkpoint):
+    before = os.umask(umask)
+    try:
+        zoo('import', checkpoint, '--to', 'birds', *ARGUMENTS)
+        zoo('push', 'birds', '--to', './copy')
+        zoo('push', BUNDLED, '--to', './bundled')
+    finally:
+        os.umask(before)
+    for folder in (place / 'birds', place / 'copy', place / 'bundled'):
+        assert folder.stat().st_mode & 0o777 == mode | 0o111 & ~umask
+        assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {mode}

@@ -271,8 +271,9 @@ def _push(args: argparse.Namespace) -> None:
             target = Path(args.to).expanduser()
             _check_target(target, args.force)
             with cache.new_folder(target.resolve()) as new:
-                for name in (cache.WEIGHTS, CONFIG, 'README.md'):
-                    shutil.copyfile(folder / name, new / name)
+                for file in (cache.WEIGHTS, CONFIG, 'README.md'):
+                    if (folder / file).is_file():
+                        shutil.copyfile(folder / file, new / file)
             return _show(args, f'{args.name}: copied', dict(folder=str(target)), _usage(f'local-dir:{target}'))
         try:
             huggingface_hub.create_repo(args.to, private=args.private, exist_ok=True)

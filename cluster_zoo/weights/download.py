@@ -229,6 +229,8 @@ def hub_folder(hub_id: str, cache_dir: str | Path | None = None) -> Path:
             get('pytorch_model.bin', folder.name)
     except Exception as error:  # of the client, or of its HTTP library
         reason = one_line(problem or error.__cause__ or error)
+        if isinstance(error, LocalEntryNotFoundError) and _offline():
+            reason = 'it is not in the cache, and HF_HUB_OFFLINE is set.'
         raise CheckpointError(f'{repo_id} on the Hugging Face Hub is not available: {reason}') from error
     return folder
 
