@@ -8,35 +8,26 @@ Images may come from untrusted sources: only pixel formats are opened, and sizes
 unreadable image gives a result with an error, and the other images are still classified.
 """
 
-import contextlib
-import io
 import os
 import re
-import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from textwrap import shorten
-from typing import BinaryIO
 
 import torch
 import torch.nn as nn
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
-from .datasets import IMAGE_FORMATS, image_extensions
+from .datasets import image_extensions
 from .errors import ImageError, OptionError
+from .images import STANDARD_INPUT, check_sides, read_image, reason
 from .weights.loading import load_model
 from .weights.metadata import label_names
 
 __all__ = ['Classified', 'Ranked', 'classify', 'find_images', 'load_classifier', 'read_image']
-
-STANDARD_INPUT = '-'
-MAX_BYTES = 64 * 2**20  # of standard input or a pipe
-MAX_RATIO = 100  # of the sides: the transform resizes the short side, so a narrow image would need much memory
 
 
 @dataclass(frozen=True)
@@ -119,79 +110,7 @@ def _images_in_folder(folder: str) -> list[str | Classified]:
             Path(root, name) for name in files if Path(name).suffix.lower() in extensions and not name.startswith('.')
         ]
     images = [str(path) for path in sorted(paths, key=lambda path: path.parts)]
-    return images + [Classified(str(error.filename), error=_reason(error)) for error in errors]
-
-
-def read_image(name: str) -> Image.Image:
-    """Reads an image as RGB.
-
-    Applies the orientation of the EXIF metadata, blends transparent pixels with white, scales 16-bit channels to 8 bits
-    and returns the first of several frames. Color profiles are ignored, as in training.
-
-    Args:
-        name: A file, or ``-`` for standard input.
-
-    Raises:
-        ImageError: The file is missing, not an image, damaged or too large.
-    """
-    try:
-        if name == STANDARD_INPUT:
-            return _decode(io.BytesIO(_read_stream(sys.stdin.buffer, 'standard input')))
-        with open(name, 'rb') as file:
-            # A pipe, such as the shell's <(...), can be read only once.
-            return _decode(file if file.seekable() else io.BytesIO(_read_stream(file, 'the pipe')))
-    except ImageError:
-        raise
-    except Exception as error:  # decoders raise many types of errors for damaged files
-        raise ImageError(_reason(error)) from error
-
-
-def _read_stream(stream: BinaryIO, name: str) -> bytes:
-    if stream.isatty():
-        raise ImageError('standard input is a terminal: pipe an image into the command')
-    content = stream.read(MAX_BYTES + 1)
-    if not content:
-        raise ImageError(f'{name} is empty')
-    if len(content) > MAX_BYTES:
-        raise ImageError(f'more than {MAX_BYTES // 2**20} MB')
-    return content
-
-
-def _decode(file: BinaryIO) -> Image.Image:
-    Image.init()
-    with warnings.catch_warnings():
-        # Pillow warns about odd metadata and large images. It raises an error above 179 million pixels.
-        warnings.simplefilter('ignore')
-        try:
-            image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
-        except Image.UnidentifiedImageError as error:
-            raise ImageError('not an image, or an unsupported format') from error
-        image.load()
-        with contextlib.suppress(Exception):  # an image with damaged metadata is still readable
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith('I') or image.mode == 'F':
-            image = _to_8_bits(image)
-        if image.has_transparency_data:
-            image = image.convert('RGBA')
-            image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
-        return image.convert('RGB')
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Scales 16-bit integers and floats in 0 .. 1 to 8 bits, where Pillow would clip both at 255."""
-    pixels = torch.frombuffer(bytearray(image.convert('F').tobytes()), dtype=torch.float32)
-    low, high = pixels.aminmax()
-    scale = 1 if image.mode == 'F' else 65535
-    if not 0 <= low <= high <= scale:  # false for NaN
-        raise ImageError(f'gray values from {low:g} to {high:g}, expected 0 to {scale}')
-    return Image.frombytes('L', image.size, (pixels * (255 / scale)).round().to(torch.uint8).numpy().tobytes())
-
-
-def _reason(error: Exception) -> str:
-    """Returns the message of an error in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return shorten(str(error), 400, placeholder=' ...') or type(error).__name__
+    return images + [Classified(str(error.filename), error=reason(error)) for error in errors]
 
 
 @torch.inference_mode()
@@ -228,8 +147,7 @@ def classify(
             return image
         try:
             pixels = (image if isinstance(image, Image.Image) else read_image(image)).convert(mode)
-            if max(pixels.size) > MAX_RATIO * min(pixels.size):
-                raise ImageError(f'too narrow: {pixels.width} x {pixels.height} pixels')
+            check_sides(pixels)
             return transform(pixels)
         except ImageError as error:
             return Classified(image, error=str(error))

@@ -14,7 +14,7 @@ import timm
 import torch
 from PIL import Image
 
-from cluster_zoo import predict
+from cluster_zoo import images, predict
 from cluster_zoo.datasets import create_dataset
 from cluster_zoo.errors import CheckpointError, ImageError, OptionError
 from cluster_zoo.predict import Classified, classify, find_images, load_classifier, read_image
@@ -232,7 +232,7 @@ def test_standard_input(photo, monkeypatch):
         read_from(io.BytesIO())
     with pytest.raises(ImageError, match='is a terminal'):
         read_from(Terminal(b'x'))
-    monkeypatch.setattr(predict, 'MAX_BYTES', 100)
+    monkeypatch.setattr(images, 'MAX_BYTES', 100)
     with pytest.raises(ImageError, match='more than'):
         read_from(io.BytesIO(bytes(101)))
 

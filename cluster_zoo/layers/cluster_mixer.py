@@ -97,12 +97,12 @@ class ClusterMixer(nn.Module):
     @torch.jit.unused
     def _call_convolutions(self, x: Tensor) -> Tensor:
         """`forward` by calls of ``f``, ``v`` and ``proj``."""
-        f, v = self._head_sets(self.f(x)), self._head_sets(self.v(x))
+        f, v = self.head_sets(self.f(x)), self.head_sets(self.v(x))
         out = cluster_features(f, v, self.sim_alpha, self.sim_beta, self.weighted_mean)
         return self.proj(merge(out, self.regions, x.shape[-2:]).reshape(x.shape[0], -1, *x.shape[-2:]))
 
     @torch.jit.unused
-    def _head_sets(self, features: Tensor) -> PointSets:
+    def head_sets(self, features: Tensor) -> PointSets:
         """[B, E * D, H, W] -> sets of D channels, one for each region of each head of each image."""
         features = features.contiguous(memory_format=torch.channels_last)  # torch.compile mispredicts its strides
         B, _, H, W = features.shape
@@ -114,9 +114,9 @@ class ClusterMixer(nn.Module):
         """Index of the center that each point joins: [B, C, H, W] -> int64 [B * r * r, E, N], values 0 .. M - 1."""
         r = self.regions
         if is_modified(self.f):
-            index, _ = assign_features(self._head_sets(self.f(x)), self.sim_alpha)
+            index, _ = assign_features(self.head_sets(self.f(x)), self.sim_alpha)
             return index.view(x.shape[0], self.num_heads, r * r, -1).transpose(1, 2).flatten(0, 1)
-        points = partition(x, r)
+        points = partition(autocast(x), r)
         centers, _, center_mask = mean_centers(points, (x.shape[-2], x.shape[-1]), r, self.proposals)
         return assign(points, *self.project_queries(centers), center_mask)[0]
 

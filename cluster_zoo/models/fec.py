@@ -17,7 +17,7 @@ from timm.models import generate_default_cfgs, register_model, register_notrace_
 from torch import Tensor
 
 from ..layers.cluster_mixer import is_modified
-from ..layers.clustering import group_mean, normalize, project_query
+from ..layers.clustering import PointSets, group_mean, normalize, project_query
 from ..layers.grids import divides, merge, partition
 from ..layers.grids import point_mask as grid_mask
 from ..layers.kernels import nearest_center
@@ -54,39 +54,54 @@ class ClusterPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C', ceil(H / 2), ceil(W / 2)]"""
-        size, r = (x.shape[-2], x.shape[-1]), self.regions
-        half = ((size[0] + 1) // 2, (size[1] + 1) // 2)
-        point_mask: Tensor | None = None
-        center_mask: Tensor | None = None
-        if not divides(size, 2 * r):
-            point_mask = grid_mask(size, r, 2, x).repeat(x.shape[0], 1)
-            center_mask = grid_mask(half, r, 1, x).repeat(x.shape[0], 1)
+        half = ((x.shape[-2] + 1) // 2, (x.shape[-1] + 1) // 2)
         modified = False
         if not torch.jit.is_scripting():
             modified = is_modified(self.f) or is_modified(self.v)
         if modified:
-            f, v = self.f(x), self.v(x)
-            query = normalize(partition(_mean_2x2(f.detach()), r))
-            index = nearest_center(partition(f.detach(), r, 2), query, torch.zeros_like(query[..., :1]), center_mask)
-            out = merge(group_mean(partition(v, r, 2), partition(_mean_2x2(v), r), index, point_mask), r, half)
+            f, sets = self.f(x), self.head_sets(self.v(x))
+            index = self._nearest_features(self.head_sets(f.detach()))
         else:
-            center_x, f_bias = _mean_2x2(x), self.f.bias
-            assert f_bias is not None  # for TorchScript
-            points, centers = partition(x, r, 2), partition(center_x, r)
-            with torch.no_grad():
-                center_f = normalize(partition(self.f(center_x), r)).unsqueeze(2)  # one head
-                query, offset = project_query(center_f, self.f.weight.flatten(1).unsqueeze(0), f_bias.unsqueeze(0))
-                index = nearest_center(points, query.squeeze(1), offset.transpose(1, 2), center_mask)
-            out = self.v(merge(group_mean(points, centers, index, point_mask), r, half))
-            f = self.f(x[:1, :, :1, :1])
-        out = self.skip(x) + self.norm(out)
+            f, sets = self.f(x[:1, :, :1, :1]), self.head_sets(x)
+            index = self._nearest(sets)
+        out = merge(group_mean(sets.points, sets.centers, index, sets.point_mask), self.regions, half)
+        out = self.skip(x) + self.norm(out if modified else self.v(out))
         # The assignment is hard, so the gradient of f is zero. This term makes it zero instead of None, which
         # DistributedDataParallel requires.
         return out + 0 * f[:1, :, :1, :1].sum() if torch.is_grad_enabled() else out
 
+    @torch.no_grad()
+    def assign(self, x: Tensor) -> Tensor:
+        """Index of the new point that each point joins: [B, C, H, W] -> int64 [B * r * r, N], see `head_sets`."""
+        if is_modified(self.f) or is_modified(self.v):
+            return self._nearest_features(self.head_sets(self.f(x)))
+        return self._nearest(self.head_sets(x))
 
-def _mean_2x2(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+    def head_sets(self, x: Tensor) -> PointSets:
+        """[B, C, H, W] -> one set for each region: all points [B * r * r, N, C], and the means of 2 x 2 of them."""
+        size, r = (x.shape[-2], x.shape[-1]), self.regions
+        point_mask: Tensor | None = None
+        center_mask: Tensor | None = None
+        if not divides(size, 2 * r):
+            half = ((size[0] + 1) // 2, (size[1] + 1) // 2)
+            point_mask = grid_mask(size, r, 2, x).repeat(x.shape[0], 1)
+            center_mask = grid_mask(half, r, 1, x).repeat(x.shape[0], 1)
+        means = F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+        return PointSets(partition(x, r, 2), partition(means, r), point_mask, center_mask)
+
+    def _nearest(self, sets: PointSets) -> Tensor:
+        bias = self.f.bias
+        assert bias is not None  # for TorchScript
+        with torch.no_grad():
+            weight = self.f.weight.flatten(1)
+            center_f = normalize(F.linear(sets.centers, weight, bias)).unsqueeze(2)  # one head
+            query, offset = project_query(center_f, weight.unsqueeze(0), bias.unsqueeze(0))
+            return nearest_center(sets.points, query.squeeze(1), offset.transpose(1, 2), sets.center_mask)
+
+    @torch.jit.unused
+    def _nearest_features(self, sets: PointSets) -> Tensor:
+        query = normalize(sets.centers)
+        return nearest_center(sets.points, query, torch.zeros_like(query[..., :1]), sets.center_mask)
 
 
 class FEC(ContextCluster):
