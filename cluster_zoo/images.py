@@ -23,7 +23,7 @@ MAX_BYTES = 64 * 2**20  # of standard input or a pipe
 MAX_RATIO = 100  # of the sides
 
 
-def read_image(name: str) -> Image.Image:
+def read_image(name: str, max_pixels: int | None = None) -> Image.Image:
     """Reads an image as RGB.
 
     Applies the orientation of the EXIF metadata, blends transparent pixels with white, scales 16-bit channels to 8 bits
@@ -31,16 +31,17 @@ def read_image(name: str) -> Image.Image:
 
     Args:
         name: A file, or ``-`` for standard input.
+        max_pixels: Largest product of width and height.
 
     Raises:
         ImageError: The file is missing, not an image, damaged or too large.
     """
     try:
         if name == STANDARD_INPUT:
-            return _decode(io.BytesIO(_read_stream(sys.stdin.buffer, 'standard input')))
+            return _decode(io.BytesIO(_read_stream(sys.stdin.buffer, 'standard input')), max_pixels)
         with open(name, 'rb') as file:
             # A pipe, such as the shell's <(...), can be read only once.
-            return _decode(file if file.seekable() else io.BytesIO(_read_stream(file, 'the pipe')))
+            return _decode(file if file.seekable() else io.BytesIO(_read_stream(file, 'the pipe')), max_pixels)
     except ImageError:
         raise
     except Exception as error:  # decoders raise many types of errors for damaged files
@@ -58,7 +59,7 @@ def _read_stream(stream: BinaryIO, name: str) -> bytes:
     return content
 
 
-def _decode(file: BinaryIO) -> Image.Image:
+def _decode(file: BinaryIO, max_pixels: int | None) -> Image.Image:
     Image.init()
     with warnings.catch_warnings():
         # Pillow warns about odd metadata and large images. It raises an error above 179 million pixels.
@@ -67,6 +68,8 @@ def _decode(file: BinaryIO) -> Image.Image:
             image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
         except Image.UnidentifiedImageError as error:
             raise ImageError('not an image, or an unsupported format') from error
+        if max_pixels and image.width * image.height > max_pixels:
+            raise ImageError(f'{image.width} x {image.height} pixels, more than {max_pixels / 1e6:g} million')
         image.load()
         return to_rgb(image)
 

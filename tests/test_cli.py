@@ -21,7 +21,7 @@ from cluster_zoo.datasets import create_dataset
 from cluster_zoo.errors import CheckpointError
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ['demo', 'list', 'info', 'fetch', 'import', 'push', 'predict', 'explain', 'export']
+COMMANDS = ['demo', 'list', 'info', 'fetch', 'import', 'push', 'predict', 'explain', 'app', 'export']
 
 
 def output_of(arguments, capsys):

@@ -1,14 +1,16 @@
-"""cluster-zoo explain: the figure, the classes, images and models that it refuses."""
+"""cluster-zoo explain: its outputs, the choice of layers and classes, and what it refuses."""
 
+import json
+import shutil
+
+import numpy as np
 import pytest
 import timm
-import torch
 from PIL import Image
 
 from cluster_zoo.cli import main
 from cluster_zoo.datasets import create_dataset
-from cluster_zoo.explain import anchor, draw_clusters
-from cluster_zoo.explain.clusters import cluster_map
+from cluster_zoo.explain import anchor, cluster_maps, draw_page, explain_image
 from cluster_zoo.weights.importing import write_folder
 
 
@@ -22,25 +24,51 @@ def photos(tmp_path, monkeypatch):
     return tmp_path / 'photos'
 
 
-def test_clusters(photos, capsys):
-    """Each column has the image and its clusters, as `cluster_map` computes them."""
-    assert main(['explain', 'photos', '--output', 'figure.png', '--device', 'cpu']) == 0
+def run(*argv):
+    try:
+        return main(['explain', *map(str, argv), '--device', 'cpu'])
+    except SystemExit as error:
+        return error.code
+
+
+def test_default_page(photos, capsys):
+    """One page of the bundled photograph, as the functions of Python draw it."""
+    assert run() == 0
+    out = capsys.readouterr().out.splitlines()
+    assert 'cat.jpg: cat ' in out[0] and out[0].endswith('at 96 x 64 pixels') and out[1:] == ['explain.png']
+    model = timm.create_model('coc_tiny_plain.cifar10', pretrained=True).eval()
+    with Image.open(out[0].partition(':')[0]) as image, Image.open('explain.png') as figure:
+        assert figure.tobytes() == draw_page([explain_image(model, image)]).tobytes()
+
+
+def test_several_images(photos, capsys):
+    assert run('photos', '-o', 'figure.png') == 0
     out = capsys.readouterr().out.splitlines()
     assert [line.partition(':')[0] for line in out] == [f'photos/{index}.png' for index in range(3)] + ['figure.png']
     assert 'airplane' in out[0]
     with Image.open('figure.png') as figure:
-        assert figure.size == (8 + 3 * 136, 32 + 4 * 136)
-        panel = figure.crop((8 + 136, 32 + 136, 8 + 136 + 128, 32 + 136 + 128))
-    model = timm.create_model('coc_tiny_plain.cifar10', pretrained=True).eval()
-    config = timm.data.resolve_model_data_config(model)
-    with Image.open(photos / '1.png') as image:
-        inputs = timm.data.create_transform(**config)(image.convert('RGB'))
-        pixels = timm.data.create_transform(**config | dict(mean=(0,) * 3, std=(1,) * 3))(image.convert('RGB'))
-    pixels = Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
-    expected = draw_clusters(pixels, cluster_map(model, inputs.unsqueeze(0), stage=0)[0])
-    expected = expected.resize((128, 128), Image.Resampling.NEAREST)
-    difference = torch.tensor(list(panel.getdata())).sub(torch.tensor(list(expected.getdata()))).abs()
-    assert difference.max() <= 1  # the normalization is undone in float32
+        assert figure.width == 16 + 6 * 316
+
+
+def test_all_outputs(photos, capsys):
+    options = ('--segments', 3, '--class', 'ship', '--stage', 1, '--head', 2)
+    assert run('photos/0.png', '-o', 'a.jpg', '--html', 'a.html', '--gif', 'a.gif', '--json', *options) == 0
+    captured = capsys.readouterr()
+    assert captured.err.split() == ['a.jpg', 'a.gif', 'a.html']
+    data = json.loads(captured.out)
+    (image,) = data['images']
+    assert data['model'] == 'coc_tiny_plain.cifar10' and image['name'] == 'photos/0.png'
+    assert image['contributions'][0]['label'] == 'ship' and list(image['segments']) == ['3']
+    model = timm.create_model('coc_tiny_plain.cifar10', pretrained=True)
+    with Image.open('photos/0.png') as photo:
+        maps = cluster_maps(model, photo)
+    for layer, found in zip(image['layers'], maps.maps, strict=True):
+        assert np.array_equal(layer['center'], found.center[0].reshape(found.heads, -1))
+    with Image.open('a.gif') as film:
+        assert film.n_frames == 1 + 14
+    page = (photos.parent / 'a.html').read_text(encoding='utf-8')
+    assert '"ship"' in page and 'data:image/jpeg;base64,' in page
+    assert not (photos.parent / 'explain.png').exists()
 
 
 def test_centroids(photos, capsys):
@@ -49,17 +77,33 @@ def test_centroids(photos, capsys):
     folder = photos.parent / 'folder'
     folder.mkdir()
     write_folder(model, folder, 'folder', {})
-    assert main(['explain', 'photos', '--model', 'folder', '--device', 'cpu']) == 0
-    assert 'explain.png: centroids of the first image' in capsys.readouterr().out
+    assert run('photos/0.png', '--model', 'folder', '--html', 'a.html', '-o', 'explain.png') == 0
     with Image.open('explain.png') as figure:
         assert figure.width > 400
+    assert 'Nearest training images' in (photos.parent / 'a.html').read_text(encoding='utf-8')
+    assert run('photos/0.png', '--model', 'folder', '--gif', 'a.gif') == 2
+    assert 'the model has none' in capsys.readouterr().err
+
+
+def test_unreadable_images_do_not_stop_the_others(photos, capsys):
+    (photos / '1.png').write_text('text')
+    assert run('photos', 'nothing.png', '--json') == 1
+    captured = capsys.readouterr()
+    errors = [
+        'error: photos/1.png: not an image, or an unsupported format',
+        'error: nothing.png: no such file or folder',
+    ]
+    assert captured.err.splitlines() == errors
+    images = json.loads(captured.out)['images']
+    assert [one['name'] for one in images] == ['photos/0.png', 'photos/2.png', 'photos/1.png', 'nothing.png']
+    assert 'error' in images[2] and 'layers' in images[0]
 
 
 def test_many_images(photos, capsys):
     for index in range(3, 20):
-        (photos / f'{index}.png').write_bytes((photos / '0.png').read_bytes())
-    assert main(['explain', 'photos', '--device', 'cpu']) == 0
-    assert 'without 4 further images' in capsys.readouterr().out
+        shutil.copy(photos / '0.png', photos / f'{index}.png')
+    assert run('photos') == 0
+    assert '4 further images are left out' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -67,18 +111,26 @@ def test_many_images(photos, capsys):
     [
         (['nothing.png'], 'nothing.png: no such file or folder'),
         (['text.png'], 'text.png: not an image'),
+        (['narrow.png'], 'narrow.png: too narrow: 1000 x 2 pixels'),
         (['photos', '--model', 'resnet'], 'has no clusters and no centroids'),
         (['photos', '--output', 'missing/figure.png'], 'the folder'),
+        (['photos', '--html', 'missing/figure.html'], 'the folder'),
+        (['photos', '--class', 'shop'], 'no such class (did you mean ship?)'),
+        (['photos', '--class', '10'], 'no such class. Give a name or 0 to 9'),
+        (['photos', '--stage', '4'], 'no stage 4: expected -4 to 3'),
+        (['photos', '--stage', '3', '--block', '2'], 'no block 2: expected -2 to 1'),
+        (['photos', '--head', '4'], 'no head 4: expected -4 to 3'),
+        (['photos', '--size', '20'], '--size 20: expected at least 32 pixels'),
+        (['photos', '--gif', 'a.gif'], '--gif is for one image'),
+        (['photos', '--segments', '3'], '--segments is for one image'),
+        (['photos', '--segments', '0'], '0 is not a whole number'),
     ],
 )
 def test_errors(photos, capsys, argv, message):
     (photos.parent / 'text.png').write_text('text')
+    Image.new('RGB', (1000, 2)).save(photos.parent / 'narrow.png')
     (photos.parent / 'resnet').mkdir()
     write_folder(timm.create_model('test_resnet', num_classes=2), photos.parent / 'resnet', 'resnet', {})
-    try:
-        status = main(['explain', *argv, '--device', 'cpu'])
-    except SystemExit as error:
-        status = error.code
-    error = capsys.readouterr().err
+    status, error = run(*argv), capsys.readouterr().err
     assert status == 2 and error.startswith('error: ') and message in error and 'Traceback' not in error
     assert not (photos.parent / 'explain.png').exists()

@@ -16,6 +16,7 @@ LEVELS = (
     {'cluster_zoo.weights'},
     {'cluster_zoo.models'},
     {'cluster_zoo.datasets'},
+    {'cluster_zoo.images'},
     {'cluster_zoo.features'},
     {
         'cluster_zoo.explain',
@@ -24,7 +25,7 @@ LEVELS = (
         'cluster_zoo.training',
         'cluster_zoo.transfer',
     },
-    {'segmentation.data', 'segmentation.models'},
+    {'cluster_zoo.app', 'segmentation.data', 'segmentation.models'},
     {'segmentation.engine'},
     {'segmentation'},
     {'segmentation.train', 'segmentation.validate'},

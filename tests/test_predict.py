@@ -14,7 +14,7 @@ import timm
 import torch
 from PIL import Image
 
-from cluster_zoo import images, predict
+from cluster_zoo import images
 from cluster_zoo.datasets import create_dataset
 from cluster_zoo.errors import CheckpointError, ImageError, OptionError
 from cluster_zoo.predict import Classified, classify, find_images, load_classifier, read_image

@@ -10,8 +10,11 @@ from PIL import Image
 from timm.models import parse_model_name
 
 from ..errors import nearest
+from ..models.builder import ASSETS
 
 DEMO_MODEL = 'coc_tiny_plain.cifar10'  # its weights are part of the package
+BUNDLED_MODELS = (DEMO_MODEL,)
+PHOTO = ASSETS / 'cat.jpg'  # scikit-image's chelsea.png, by Stefan van der Walt, CC0
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -63,10 +66,15 @@ def model_name(name: str) -> str:
 
 def image_path(name: str) -> Path:
     """Type of an argument: an image file to write."""
+    if Path(name).suffix.lower() not in Image.registered_extensions():
+        raise argparse.ArgumentTypeError(f'{name} has no extension of an image format: use .png')
+    return output_path(name)
+
+
+def output_path(name: str) -> Path:
+    """Type of an argument: a file to write."""
     path = Path(name)
     folder = path.absolute().parent
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise argparse.ArgumentTypeError(f'{name} has no extension of an image format: use .png')
     if not folder.is_dir():
         raise argparse.ArgumentTypeError(f'the folder {folder} does not exist')
     if path.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):

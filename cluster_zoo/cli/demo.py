@@ -3,13 +3,11 @@
 import argparse
 import time
 
-import timm
-import torch
-
 from ..datasets import check_dataset, class_names, create_dataset
-from ..explain import draw_stages
+from ..explain import draw_page, explain_image
+from ..images import read_image
 from ..predict import classify, load_classifier
-from .arguments import DEMO_MODEL, add_device, image_path
+from .arguments import DEMO_MODEL, PHOTO, add_device, image_path
 from .parser import COMMANDS, Commands
 
 DEMO_DATASET = 'cluster_zoo/cifar10_sample'
@@ -21,7 +19,7 @@ def add_parser(commands: Commands) -> None:
         'demo',
         help=COMMANDS['demo'].help,
         description=f'Classify 1,000 test images of CIFAR-10 with {DEMO_MODEL}, both part of the package, and draw '
-        'the clusters of ten images.',
+        'what the model groups in a bundled photograph.',
         epilog='examples:\n  cluster-zoo demo\n  cluster-zoo demo --output clusters.png --device cpu\n',
     )
     demo.add_argument(
@@ -46,14 +44,12 @@ def _demo(args: argparse.Namespace) -> None:
     top1 = 100 * sum(best.index == target for best, target in zip(predictions, targets)) / len(targets)
     print(f"top-1 {top1:.1f} % of {len(dataset)} of CIFAR-10's test images, {len(dataset) / seconds:.0f} images/s\n")
 
-    shown = [targets.index(label) for label in names]  # the first image of each class
-    captions = [names[predictions[index].index] for index in shown]
     print(f'{"image":22} {"label":12} {"prediction":12} probability')
-    for index, predicted in zip(shown, captions):
-        percent = 100 * predictions[index].probability
-        print(f'{dataset.filename(index):22} {names[targets[index]]:12} {predicted:12} {percent:9.1f} %')
+    for index in [targets.index(label) for label in names]:  # the first image of each class
+        best = predictions[index]
+        percent = 100 * best.probability
+        print(f'{dataset.filename(index):22} {names[targets[index]]:12} {names[best.index]:12} {percent:9.1f} %')
 
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model, use_test_size=True))
-    inputs = torch.stack([transform(images[index]) for index in shown]).to(args.device)
-    draw_stages(model, inputs, captions).save(args.output)
-    print(f'\nclusters of these images: {args.output}')
+    photo = explain_image(model, read_image(str(PHOTO)), size=96)
+    draw_page([photo]).save(args.output)
+    print(f'\n{PHOTO.name}: {photo.caption}; its clusters and what they add to the class: {args.output}')

@@ -1,20 +1,36 @@
-"""``cluster-zoo explain``: draws the clusters or the centroids that a prediction is based on."""
+"""``cluster-zoo explain``: shows the clusters, the contributions or the centroids that a prediction is based on."""
 
 import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-import timm
-import torch
+import torch.nn as nn
+from PIL import Image
 
-from ..errors import ImageError, OptionError, printable
-from ..explain import draw_explanation, draw_stages, explain
-from ..layers.cluster_mixer import ClusterMixer
-from ..layers.nearest_centroid import centroid_heads
-from ..predict import Classified, classify, find_images, load_classifier, read_image
+from ..errors import ImageError, OptionError, nearest, print_error, printable
+from ..explain import (
+    Explained,
+    can_explain,
+    draw_explanation,
+    draw_film,
+    draw_page,
+    explain_image,
+    has_scikit_learn,
+    html_page,
+    report,
+    segments,
+)
+from ..images import read_image
+from ..predict import Classified, find_images, load_classifier
 from ..weights.metadata import label_names
-from .arguments import DEMO_MODEL, add_device, image_path, model_name
+from .arguments import DEMO_MODEL, PHOTO, add_device, image_path, model_name, output_path, positive
 from .parser import COMMANDS, Commands
 
 _MOST = 16  # images in one figure
+SEGMENTS = range(2, 13)  # in a web page
 
 
 def add_parser(commands: Commands) -> None:
@@ -22,47 +38,140 @@ def add_parser(commands: Commands) -> None:
     parser = commands.add_parser(
         'explain',
         help=COMMANDS['explain'].help,
-        description='Classify images and draw what the prediction is based on. Context Cluster and FEC: the clusters '
-        'in the last block of the first three stages, one color per center. Nearest-centroid models of other '
-        'backbones: the training images that are the nearest centroids of the first image.',
+        description='Classify images and show what the predictions are based on. Context Cluster and FEC: the clusters '
+        'of every stage, and what the clusters of the last stage add to the logit of the class. Nearest-centroid '
+        'models: the training images that are the nearest centroids, and the one of the next class.',
         epilog='examples:\n'
-        '  cluster-zoo explain cat.jpg dog.jpg\n'
-        '  cluster-zoo explain photos/ --model coc_small.in1k --output clusters.png\n',
+        '  cluster-zoo explain cat.jpg\n'
+        '  cluster-zoo explain cat.jpg --model fec_small.cifar10 --segments 5 -o cat.png\n'
+        '  cluster-zoo explain photos/ --stage 2 --head 1 --html photos.html\n\n'
+        'exit status: 0 all images were explained, 1 some were not readable, 2 an error\n',
     )
     add = parser.add_argument
-    add('images', nargs='+', metavar='IMAGE', help=f'files and folders; the first {_MOST} images are drawn')
+    add(
+        'images',
+        nargs='*',
+        default=[str(PHOTO)],
+        metavar='IMAGE',
+        help=f'files and folders, of which {_MOST} images are explained (default: a bundled photograph)',
+    )
     add('--model', type=model_name, default=DEMO_MODEL, metavar='NAME', help='as for predict (default: %(default)s)')
-    add('--output', type=image_path, default='explain.png', metavar='FILE', help='figure (default: %(default)s)')
+    add(
+        '--size',
+        type=positive,
+        metavar='N',
+        help='shorter side of the input in pixels, from 32; the aspect ratio is kept (default: the test size of the '
+        'model). FEC takes long for sizes above 500',
+    )
+    which = parser.add_argument_group('clusters')
+    which.add_argument('--stage', type=int, metavar='S', help='only this stage, from 0')
+    which.add_argument('--block', type=int, metavar='B', help='only this block of each stage (default: the last one)')
+    which.add_argument('--head', type=int, default=0, metavar='H', help='head of the blocks (default: %(default)s)')
+    which.add_argument('--all', action='store_true', help='all blocks and poolings')
+    which.add_argument('--segments', type=positive, metavar='K', help='also K segments, by k-means (extra: explain)')
+    which.add_argument(
+        '--class', dest='label', metavar='NAME', help='name or index of the class to explain (default: the predicted)'
+    )
+    output = parser.add_argument_group('output')
+    output.add_argument('-o', '--output', type=image_path, metavar='FILE', help='figure (default: explain.png)')
+    output.add_argument('--html', type=output_path, metavar='FILE', help='web page to explore, without other files')
+    output.add_argument('--gif', type=output_path, metavar='FILE', help='all layers of one image as an animation')
+    output.add_argument('--json', action='store_true', help='print the numbers as JSON')
     add_device(parser)
     parser.set_defaults(run=_explain)
 
 
-@torch.inference_mode()
-def _explain(args: argparse.Namespace) -> None:
-    found = find_images(args.images)
-    if wrong := next((image for image in found if isinstance(image, Classified)), None):
-        raise ImageError(f'{printable(wrong.image)}: {wrong.error}')
+def _draw(model: nn.Module, explained: Sequence[Explained], args: argparse.Namespace) -> Image.Image:
+    """Draws the clusters and contributions, and below them the centroids."""
+    sheets = []
+    if explained[0].maps:
+        groups = segments(model, explained[0].maps, args.segments) if args.segments else None
+        sheets.append(draw_page(explained, args.stage, args.block, args.head, args.all, groups))
+    sheets += [draw_explanation(one.decision, one.image) for one in explained if one.decision]
+    figure = Image.new('RGB', (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), 'white')
+    top = 0
+    for sheet in sheets:
+        figure.paste(sheet, (0, top))
+        top += sheet.height
+    return figure
+
+
+def _class_index(model: nn.Module, name: str | None) -> int | None:
+    """Index of ``--class``, a name or an index."""
+    if name is None:
+        return None
+    labels = label_names({**model.pretrained_cfg, 'num_classes': model.num_classes}) or []
+    if name in labels:
+        return labels.index(name)
+    if name.isdecimal() and int(name) < model.num_classes:
+        return int(name)
+    hint = nearest(name, labels)
+    raise OptionError(f'--class {name}: the model has no such class{hint}. Give a name or 0 to {model.num_classes - 1}')
+
+
+def _explain(args: argparse.Namespace) -> int:
     model = load_classifier(args.model, args.device)
-    clusters = any(isinstance(module, ClusterMixer) for module in model.modules())
-    if not (clusters or centroid_heads(model)):
+    if not can_explain(model):
         raise OptionError(
             f'--model {args.model} has no clusters and no centroids: choose a coc_*, fec_* or dnc_* model'
         )
-    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model, use_test_size=True))
-    images, inputs, captions = [], [], []
-    for name, result in zip(found[:_MOST], classify(model, found[:_MOST], top=1)):
-        if result.error:
-            raise ImageError(f'{printable(name)}: {result.error}')
-        best = result.classes[0]
-        captions.append(f'{best.label or f"class {best.index}"} {100 * best.probability:.0f} %')
-        images.append(read_image(name))
-        inputs.append(transform(images[-1]))
-        print(f'{printable(name)}: {printable(captions[-1])}')
-    if clusters:
-        figure = draw_stages(model, torch.stack(inputs).to(args.device), captions)
-    else:
-        labels = label_names({**model.pretrained_cfg, 'num_classes': model.num_classes})
-        figure = draw_explanation(explain(model, images[0], labels), images[0])
-    figure.save(args.output)
-    left_out = f', without {len(found) - _MOST} further images' if len(found) > _MOST else ''
-    print(f'{args.output}: {"clusters in three stages" if clusters else "centroids of the first image"}{left_out}')
+    class_index = _class_index(model, args.label)
+    if args.size and args.size < 32:
+        raise OptionError(f'--size {args.size}: expected at least 32 pixels')
+    found = find_images(args.images)
+    if len(found) > 1 and (args.gif or args.segments):
+        raise OptionError(f'{"--gif" if args.gif else "--segments"} is for one image: name one file')
+    explained, records, failed = [], [], False
+    try:
+        for source in found[:_MOST]:
+            try:
+                if isinstance(source, Classified):
+                    raise ImageError(source.error)
+                one = explain_image(model, read_image(source), source, args.size, class_index)
+            except ImageError as error:
+                failed = True
+                name = source.image if isinstance(source, Classified) else source
+                print_error(error, printable(name))
+                records.append(dict(name=name, error=str(error)))
+                continue
+            explained.append(one)
+            if not args.json:
+                at = f', at {one.maps.inputs.shape[-1]} x {one.maps.inputs.shape[-2]} pixels' if one.maps else ''
+                print(f'{printable(one.name)}: {printable(one.caption)}{at}', flush=True)
+        if not explained:
+            raise OptionError('There is no image to explain: name files or folders of images.')
+        _write(model, explained, args, records)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    if len(found) > _MOST:
+        print(f'{len(found) - _MOST} further images are left out: {_MOST} are explained at a time', file=sys.stderr)
+    return int(failed)
+
+
+def _write(
+    model: nn.Module,
+    explained: Sequence[Explained],
+    args: argparse.Namespace,
+    records: list[dict[str, Any]],
+) -> None:
+    """Writes the outputs that are asked for."""
+    written = []
+    if args.output or not (args.html or args.gif or args.json):
+        written.append(args.output or Path('explain.png'))
+        _draw(model, explained, args).save(written[-1])
+    if args.gif:
+        frames = draw_film(explained[0].maps, args.head) if explained[0].maps else []
+        if not frames:
+            raise OptionError('--gif shows clusters, and the model has none')
+        written.append(args.gif)
+        frames[0].save(args.gif, 'GIF', save_all=True, append_images=frames[1:], duration=900, loop=0)
+    if args.html:
+        written.append(args.html)
+        page = html_page(model, args.model, explained, SEGMENTS if has_scikit_learn() else ())
+        args.html.write_text(page, encoding='utf-8')
+    if args.json:
+        ks = [args.segments] if args.segments else []
+        reports = [report(model, one, ks) for one in explained]
+        print(json.dumps(dict(model=args.model, images=reports + records)))
+    for path in written:
+        print(path, file=sys.stderr if args.json else sys.stdout)

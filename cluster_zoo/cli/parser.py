@@ -24,6 +24,7 @@ COMMANDS = {
     'push': Command('weights', 'upload weights to the Hugging Face Hub, or copy them to a folder'),
     'predict': Command('predict', 'classify images: files, folders, standard input'),
     'explain': Command('explain', 'draw what a model grouped, or the training images that it compares with'),
+    'app': Command('app', 'explore in the browser what models grouped'),
     'export': Command('export', 'write a model as ONNX, TorchScript or pt2'),
     'train': Command('training', 'train an image classifier'),
     'validate': Command('training', 'measure accuracy and speed of image classifiers'),

@@ -1,27 +1,21 @@
-"""Figures: clusters over an image, one prediction of a nearest-centroid model, the centroids of all classes."""
+"""Figures of nearest-centroid models: one prediction, and the centroids of all classes."""
 
-import colorsys
 import functools
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
 import torch.nn as nn
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
 
 from ..layers.anchors import AnchoredImage
 from ..layers.nearest_centroid import centroid_head
 from .centroids import Explanation, Neighbour, resolve_class_names
-from .clusters import cluster_map
 
-__all__ = ['draw_centroids', 'draw_clusters', 'draw_explanation', 'draw_stages']
+__all__ = ['draw_centroids', 'draw_explanation']
 
 # Pixels
 _IMAGE = 228  # side of the explained image
 _TILE = 104  # side of a training image
-_PANEL = 128  # longer side of an image in `draw_stages`
 _SMALL_TILE = 72  # side of a training image in `draw_centroids`
 _GAP = 10
 _MARGIN = 24
@@ -31,63 +25,6 @@ _TEXT, _FAINT, _EMPTY = '#1c1e21', '#70767d', '#eceef0'
 _PREDICTED, _COMPETITOR = '#1f7a5a', '#b4532a'
 
 _font = functools.cache(ImageFont.load_default)
-
-
-def draw_clusters(image: Image.Image, clusters: Tensor, opacity: float = 0.5) -> Image.Image:
-    """Draws clusters over their image, one color per center.
-
-    Args:
-        image: The image, at the size of the model's input.
-        clusters: Indices of the centers, [H', W'] from `cluster_map`.
-        opacity: Weight of the colors, 0 .. 1.
-
-    Returns:
-        An RGB image of the size of `image`.
-    """
-    present, inverse = clusters.unique(return_inverse=True)
-    palette = torch.tensor([_color(center) for center in present.tolist()], dtype=torch.uint8)
-    colors = Image.fromarray(palette[inverse].numpy())
-    # The side of a patch is the stride of the stage, a power of two. The last row and column may exceed the image.
-    patch = max(-(-side // count) for side, count in zip(image.size, colors.size))
-    patch = 1 << (patch - 1).bit_length()
-    colors = colors.resize([patch * count for count in colors.size], Image.Resampling.NEAREST)
-    return Image.blend(image.convert('RGB'), colors.crop((0, 0, *image.size)), opacity)
-
-
-def _color(center: int) -> tuple[int, ...]:
-    """Returns red, green and blue. Hues are a golden angle apart, so that neighboring centers differ."""
-    hue, value = center * 0.381966 % 1, 1.0 - 0.3 * (center // 3 % 2)
-    return tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.9, value))
-
-
-def draw_stages(model: nn.Module, images: Tensor, captions: Sequence[str]) -> Image.Image:
-    """Draws images and their clusters in the last block of the first three stages, one column for each image.
-
-    Args:
-        model: A Context Cluster or FEC model.
-        images: Normalized images [B, C, H, W], as the model's evaluation transform returns them.
-        captions: Text above each image.
-
-    Returns:
-        An RGB image.
-    """
-    mean, std = (
-        torch.tensor(model.pretrained_cfg[key], device=images.device).view(-1, 1, 1) for key in ('mean', 'std')
-    )
-    inputs = [to_pil_image(pixels) for pixels in (images * std + mean).clamp(0, 1).cpu()]
-    rows = [inputs]
-    for stage in range(3):
-        rows.append([draw_clusters(*pair) for pair in zip(inputs, cluster_map(model, images, stage))])
-    width, height = (round(_PANEL * side / max(inputs[0].size)) for side in inputs[0].size)
-    font, gap = _font(16), 8
-    sheet = Image.new('RGB', (gap + (width + gap) * len(inputs), 32 + (height + gap) * len(rows)), 'white')
-    for column, caption in enumerate(captions):
-        left = gap + (width + gap) * column
-        ImageDraw.Draw(sheet).text((left, 6), _truncate(caption, width, 16), 'black', font)
-        for row, panels in enumerate(rows):
-            panel = panels[column].resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(panel, (left, 32 + (height + gap) * row))
-    return sheet
 
 
 def draw_explanation(explanation: Explanation, image: Image.Image) -> Image.Image:

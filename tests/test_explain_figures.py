@@ -1,0 +1,182 @@
+"""Figures of clusters: mean colors, outlines, signs of contributions, panels; and the report of one image."""
+
+import base64
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import cluster_zoo  # noqa: F401
+from cluster_zoo.explain import (
+    anchor,
+    cluster_maps,
+    contributions,
+    draw_clusters,
+    draw_contributions,
+    draw_film,
+    draw_page,
+    explain_image,
+    html_page,
+    report,
+    segments,
+)
+
+SMALL = dict(depths=(1, 1, 1, 2), dims=(16, 16, 24, 24), mlp_ratios=(2,) * 4, num_heads=(2,) * 4, head_dim=8)
+
+
+@pytest.fixture(scope='module')
+def model():
+    torch.manual_seed(0)
+    return timm.create_model('fec_small', num_classes=5, **SMALL).eval()
+
+
+@pytest.fixture(scope='module')
+def photo():
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 140, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope='module')
+def explained(model, photo):
+    return explain_image(model, photo, 'photo.png', size=100)
+
+
+def test_groups_have_their_mean_color(photo):
+    labels = np.random.default_rng(1).integers(0, 3, (100, 140))
+    figure = np.array(draw_clusters(photo, labels, opacity=1, line=0))
+    for label in range(3):
+        mean = np.array(photo, float)[labels == label].mean(0)
+        assert (np.abs(figure[labels == label] - mean) <= 0.5).all()
+    assert draw_clusters(photo, labels, opacity=0, line=0).tobytes() == photo.tobytes()
+    half = np.array(draw_clusters(photo, labels, opacity=0.5, line=0), float)
+    assert np.abs(half - (np.array(photo, float) + figure) / 2).max() <= 1
+
+
+def test_outlines_are_where_labels_change(photo):
+    labels = np.zeros((100, 140), int)
+    labels[40:, 70:] = 5
+    figure = np.array(draw_clusters(photo, labels, opacity=1, line=2))
+    white = (figure == 255).all(-1)
+    rows, columns = np.nonzero(white)
+    assert white[50:99, 69:71].all() and white[39:41, 80:].all()
+    assert rows.min() >= 39 and columns.min() >= 69 and white.sum() < 2 * (60 + 70) + 4
+    assert not (np.array(draw_clusters(photo, np.zeros((100, 140), int))) == 255).all(-1).any()
+
+
+def test_labels_of_another_size(photo):
+    with pytest.raises(ValueError, match=r'Expected labels \[100, 140\]'):
+        draw_clusters(photo, np.zeros((10, 14), int))
+
+
+def test_contributions_are_green_or_orange(model, photo):
+    maps = cluster_maps(model, photo, size=100)
+    parts = contributions(model, maps)
+    figure = np.array(draw_contributions(photo.convert('L'), maps, parts, line=0), float)
+    labels = maps.at_pixels(parts.center, 32, photo.size)
+    largest = np.abs(parts.clusters).argmax()
+    redness = np.median((figure[..., 0] - figure[..., 1])[labels == largest])
+    assert redness > 0 if parts.clusters[largest] < 0 else redness < 0
+
+
+def test_page_has_a_panel_for_each_stage(model, explained):
+    """The panels of the page are the drawings of the single maps."""
+    page = draw_page([explained], groups=segments(model, explained.maps, 3))
+    assert page.width == 1600 - (1600 - 16) % 3
+    width = (1600 - 16) // 3 - 16
+    height = round(width * 100 / 140)
+    photo = explained.image.resize((width, height), Image.Resampling.LANCZOS)
+    for panel, stage in ((1, 0), (2, 1), (3, 2), (4, 3)):
+        left, top = 16 + panel % 3 * (width + 16), 16 + panel // 3 * (height + 32 + 16) + 32
+        found = explained.maps.at(stage)
+        labels = explained.maps.at_pixels(found.center[0, 0], found.stride, photo.size)
+        shown = np.array(page.crop((left, top, left + width, top + height)))
+        drawings = [draw_clusters(photo, labels, opacity=0.6, line=line) for line in (1, 2)]
+        assert any(np.array_equal(shown, np.array(drawing)) for drawing in drawings)
+
+
+def test_choice_of_panels(explained):
+    def rows(**options):
+        width = (1600 - 16) // 3 - 16
+        height = round(width * 100 / 140) + 32 + 16
+        return (draw_page([explained], **options).height - 60) // height
+
+    assert rows() == 2  # image, 4 stages, contributions
+    assert rows(stage=3) == 2  # image, pooling, 2 blocks, contributions
+    assert rows(stage=0, block=0) == 1
+    assert rows(every=True) == 4  # image, 3 poolings, 5 blocks, contributions
+    for options in (dict(stage=4), dict(block=1, stage=0), dict(head=2)):
+        with pytest.raises(ValueError, match='has no'):
+            draw_page([explained], **options)
+    assert draw_page([explained] * 3).width == 16 + 6 * 316
+
+
+def test_film(explained):
+    frames = draw_film(explained.maps, head=1)
+    assert len(frames) == 1 + 3 + 5 and {frame.size for frame in frames} == {frames[0].size}
+
+
+def test_report_is_json_with_the_same_numbers(model, explained):
+    data = json.loads(json.dumps(report(model, explained, ks=[2, 3], top=3)))
+    assert (data['name'], data['width'], data['height'], data['input']) == ('photo.png', 140, 100, [100, 140])
+    probability = explained.maps.logits[0].softmax(0)
+    assert [one['index'] for one in data['classes']] == probability.topk(3).indices.tolist()
+    assert [one['probability'] for one in data['classes']] == pytest.approx(probability.topk(3).values.tolist())
+    for layer, found in zip(data['layers'], explained.maps.maps, strict=True):
+        assert (layer['stage'], layer['block'], tuple(layer['grid'])) == (found.stage, found.block, found.grid)
+        assert np.array_equal(layer['center'], found.center[0].reshape(found.heads, -1))
+        np.testing.assert_allclose(layer['similarity'], found.similarity[0].reshape(found.heads, -1), atol=6e-4)
+        assert layer['region'] == found.region.tolist()
+    three = segments(model, explained.maps, 3)
+    assert data['segments']['3'] == three.point_labels.flatten().tolist()
+    assert data['ends']['points'] == three.points.flatten().tolist()
+    for one in data['contributions']:
+        assert sum(one['points']) + one['bias'] == pytest.approx(one['logit'], abs=1e-4)
+        assert one['logit'] == pytest.approx(explained.maps.logits[0, one['index']].item(), abs=1e-6)
+    assert data['neighbours'] == []
+
+
+def test_class_that_is_asked_for_comes_first(model, photo):
+    last = int(cluster_maps(model, photo, size=64).logits[0].argmin())
+    data = report(model, explain_image(model, photo, size=64, class_index=last), top=2)
+    assert data['contributions'][0]['index'] == last and len(data['contributions']) == 3
+
+
+@pytest.mark.parametrize('name', ['dnc_coc_tiny', 'dnc_resnet18_cifar'])
+def test_report_of_centroids(name, photo):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, pretrained_cfg_overlay=dict(input_size=(3, 32, 32)))
+
+    class Images(torch.utils.data.Dataset):
+        def __len__(self):
+            return 9
+
+        def __getitem__(self, index):
+            return photo.rotate(40 * index), index % 3
+
+    anchor(model, Images(), thumbnail=8)
+    explained = explain_image(model, photo, size=32)
+    data = report(model, explained)
+    decision = explained.decision
+    predicted = [one for one in data['neighbours'] if one['predicted']]
+    assert [one['similarity'] for one in predicted] == [one.similarity for one in decision.neighbours]
+    (other,) = (one for one in data['neighbours'] if not one['predicted'])
+    assert other['label'] == decision.competitor.class_name and other['label'] != predicted[0]['label']
+    assert [one['index'] for one in data['classes']][:2] == [decision.class_index, decision.competitor.class_index]
+    assert bool(data['layers']) == (name == 'dnc_coc_tiny') and data['contributions'] == []
+    assert html_page(model, name, [explained]).count('data:image/png;base64,') == len(data['neighbours'])
+
+
+def test_web_page_is_one_file(model, photo):
+    hostile = '</script><script>alert(1)</script><!--'
+    page = html_page(model, 'fec_small', [explain_image(model, photo, hostile, size=64)], ks=[2])
+    assert hostile not in page and page.count('</script') == page.count('<script') == 1
+    assert not re.findall(r'(?:src|href)\s*=\s*["\']?(?:https?:)?//|@import|url\(', page)
+    records = json.loads(page.split('const RECORDS = ', 1)[1].split(';\n', 1)[0])
+    assert records[0]['name'] == hostile and list(records[0]['segments']) == ['2']
+    shown = Image.open(io.BytesIO(base64.b64decode(records[0]['photo'].partition(',')[2])))
+    assert shown.size == photo.size
