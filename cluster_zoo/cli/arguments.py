@@ -13,7 +13,7 @@ from ..errors import nearest
 from ..models.builder import ASSETS
 
 DEMO_MODEL = 'coc_tiny_plain.cifar10'  # its weights are part of the package
-BUNDLED_MODELS = (DEMO_MODEL,)
+BUNDLED_MODELS = (DEMO_MODEL, 'fec_small.cifar10')
 PHOTO = ASSETS / 'cat.jpg'  # scikit-image's chelsea.png, by Stefan van der Walt, CC0
 
 

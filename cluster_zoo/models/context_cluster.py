@@ -387,6 +387,17 @@ def cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
+# What is different for the weights that this project trained on CIFAR-10
+CIFAR10: dict[str, Any] = dict(
+    num_classes=10,
+    input_size=(3, 64, 64),
+    pool_size=(2, 2),
+    crop_pct=1.0,
+    license='apache-2.0',
+    label_names=('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
+)
+
+
 def _released(drive_folder: str) -> dict[str, Any]:
     """The authors' ImageNet-1k weights at Google Drive, released in June 2023."""
     return cfg(
@@ -404,12 +415,7 @@ default_cfgs = generate_default_cfgs(
         # name without a tag means the classes and sizes of ImageNet.
         'coc_tiny_plain.cifar10': cfg(
             file=str(ASSETS / 'coc_tiny_plain.cifar10.safetensors'),
-            num_classes=10,
-            input_size=(3, 64, 64),
-            pool_size=(2, 2),
-            crop_pct=1.0,
-            license='apache-2.0',
-            label_names=('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck'),
+            **CIFAR10,
         ),
         'coc_tiny_plain.in1k*': _released('1HSZlO_XMkw6mM90Cqo3tVFxEUX8PvWCg'),
         'coc_small.in1k': _released('19zbCOS33We7HOjL575Di5wyuLbnDebdE'),

@@ -21,8 +21,9 @@ from ..layers.clustering import PointSets, group_mean, normalize, project_query
 from ..layers.grids import divides, merge, partition
 from ..layers.grids import point_mask as grid_mask
 from ..layers.kernels import nearest_center
+from .builder import ASSETS
+from .context_cluster import CIFAR10, ContextCluster, cfg, checkpoint_filter_fn, create, one_each
 from .context_cluster import VARIANTS as CONTEXT_CLUSTER_VARIANTS
-from .context_cluster import ContextCluster, cfg, checkpoint_filter_fn, create, one_each
 
 __all__ = ['FEC', 'ClusterPool', 'checkpoint_filter_fn']  # register_model adds the entry points
 
@@ -156,7 +157,15 @@ _RELEASED = cfg(
     **_PAPER,
 )
 
-default_cfgs = generate_default_cfgs({f'{name}.in1k': _RELEASED for name in VARIANTS})
+default_cfgs = generate_default_cfgs(
+    {
+        # Trained by this project, see `coc_tiny_plain.cifar10`
+        'fec_small.cifar10': cfg(file=str(ASSETS / 'fec_small.cifar10.safetensors'), **CIFAR10, **_PAPER),
+        'fec_small.in1k*': _RELEASED,
+        'fec_base.in1k': _RELEASED,
+        'fec_large.in1k': _RELEASED,
+    }
+)
 
 
 @register_model
