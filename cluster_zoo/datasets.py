@@ -11,7 +11,7 @@ import logging
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ __all__ = [
     'find_split',
     'hold_out',
     'image_extensions',
+    'image_names',
     'unreadable_images',
 ]
 
@@ -285,33 +286,68 @@ def find_split(root: str | os.PathLike | None, split: str, search_split: bool = 
     return root
 
 
-def hold_out(dataset: Dataset, fraction: float, seed: int) -> tuple[ImageDataset, ImageDataset]:
+def image_names(dataset: ImageDataset) -> list[str]:
+    """Returns a unique name for each image of a folder or an archive, relative to it."""
+    names = dataset.filenames()
+    if isinstance(dataset.reader, ReaderImageInTar):  # the same name may be in several inner archives
+        outer = [(parent, inner.name if inner else None) for _, parent, inner in dataset.reader.samples]
+        names = ['/'.join(filter(None, (*parts, name))) for parts, name in zip(outer, names)]
+    return [os.path.normpath(name) for name in names]
+
+
+def hold_out(
+    dataset: Dataset, fraction: float, seed: int, names: Collection[str] = ()
+) -> tuple[ImageDataset, ImageDataset]:
     """Splits a dataset at random, separately for each class or combination of labels.
 
     Args:
         dataset: A folder or an archive of images, see `create_dataset`.
         fraction: Fraction of the images of each class to hold out: at least one, and never all of them.
         seed: Seed of the random choice.
+        names: Images to hold out instead of a random choice, see `image_names`. Missing ones are logged.
 
     Returns:
         The remaining images and the held-out ones, whose unreadable images are not replaced.
 
     Raises:
-        DataError: The dataset is of another kind, or no class has two images.
+        DataError: The dataset is of another kind, no class has two images, or none of ``names`` is in the dataset.
     """
     reader = getattr(dataset, 'reader', None)
     if not isinstance(reader, ReaderImageFolder | ReaderImageInTar | LabelFileReader):
         raise DataError('Images can be held out of a folder or a .tar only: name a validation split of this dataset.')
-    generator, held = np.random.default_rng(seed), []
+    held = _indices(dataset, set(names)) if names else _choose(dataset, fraction, seed)
+    rest = np.setdiff1d(np.arange(len(dataset)), held).tolist()
+    return dataset.subset(rest), dataset.subset(sorted(held), replace_unreadable=False)
+
+
+def _choose(dataset: ImageDataset, fraction: float, seed: int) -> list[int]:
+    """Returns indices of images for `hold_out`, chosen at random."""
+    generator, held, single = np.random.default_rng(seed), [], 0
     _, classes = np.unique(_targets(dataset), axis=0, return_inverse=True)
     for label in np.unique(classes):
         members = np.flatnonzero(classes == label)
         count = min(max(1, round(fraction * len(members))), len(members) - 1)
         held += generator.permutation(members)[:count].tolist()
+        single += not count
     if not held:
-        raise DataError(f'No class of {reader.root} has two images, so none can be held out for validation.')
-    rest = np.setdiff1d(np.arange(len(classes)), held).tolist()
-    return dataset.subset(rest), dataset.subset(sorted(held), replace_unreadable=False)
+        raise DataError(f'No class of {dataset.reader.root} has two images, so none can be held out for validation.')
+    if single:
+        kind = 'combinations of labels' if isinstance(dataset.reader, LabelFileReader) else 'classes'
+        _logger.warning(f'Not validated, because they have a single image, which is trained on: {single} {kind}.')
+    return held
+
+
+def _indices(dataset: ImageDataset, names: set[str]) -> list[int]:
+    """Returns the indices of the images with these names."""
+    found = [index for index, name in enumerate(image_names(dataset)) if name in names]
+    if not found:
+        raise DataError(
+            f'{dataset.reader.root} has none of the {len(names)} held-out images of the checkpoint: name the folder of '
+            'its training, or a split with other images (validate: --split, train: --val-split).'
+        )
+    if missing := len(names) - len(found):
+        _logger.warning(f'{dataset.reader.root} lacks {missing} of the {len(names)} held-out images of the checkpoint.')
+    return found
 
 
 def _targets(dataset: Dataset) -> np.ndarray:
@@ -339,7 +375,7 @@ def class_counts(dataset: Dataset, num_classes: int) -> tuple[np.ndarray, int]:
 def check_dataset(
     dataset: Dataset,
     num_classes: int,
-    split: str,
+    split: str = '',
     like: Dataset | None = None,
 ) -> None:
     """Checks that the labels of a dataset match a model, without reading images, and logs how many files are no images.
@@ -349,7 +385,8 @@ def check_dataset(
     Args:
         dataset: Result of `create_dataset`.
         num_classes: Number of classes of the model.
-        split: Name of the split. In a training split every class of a class map needs images.
+        split: Name of the split of a training; '' for other data. In a training split every class of a class map needs
+            images.
         like: Dataset whose class indices must be the same, usually the training split.
 
     Raises:
@@ -357,8 +394,9 @@ def check_dataset(
             number of classes differs from `num_classes` (with a class map: an index is not below `num_classes`), or
             class indices differ from those of `like`.
     """
+    where = f'The {split} split' if split else 'The dataset'
     if not isinstance(dataset, IterableDataset) and len(dataset) == 0:
-        raise DataError(f'The {split} split has no images: check the data directory.')
+        raise DataError(f'{where} has no images: check the data directory.')
     names = class_names(dataset)
     if not names:
         return
@@ -372,25 +410,30 @@ def check_dataset(
         )
     if hidden := [name for name in names.values() if name.startswith('.')]:
         raise DataError(f'{reader.root} has images in hidden folders ({_shorten(hidden)}): remove these folders.')
-    empty = _empty_class_folders(reader)
+    empty = _empty_class_folders(reader) if split or not mapped else []
     if mapped and split.split('[')[0] in _TRAIN and not isinstance(reader, LabelFileReader):
         present = _labels(reader)
         empty += [name for index, name in names.items() if index not in present]
     if empty:
+        fix = 'add images' if split else 'number the classes with --class-map FILE'
+        raise DataError(f'{where} has no images of {_shorten(empty)}: {fix}, or remove what is not a class.')
+    expected = class_names(like) if like is not None else {}
+    if expected and not mapped and (differ := set(names.values()) ^ set(expected.values())):
         raise DataError(
-            f'The {split} split has no images of {_shorten(empty)}: add images, or remove what is not a class.'
+            f'{where} and the training split have different classes, only one of them has {_shorten(sorted(differ))}: '
+            'use the same class folders in both, or number the classes with --class-map FILE.'
         )
     if max(names) >= num_classes or (not mapped and len(names) != num_classes):
         count = max(names) + 1 if mapped else len(names)
+        fix = f'set --num-classes {count}' if split else 'number them as in the model with --class-map FILE'
         raise DataError(
-            f'The {split} split has {count} classes ({_shorten(names.values())}) but the model has {num_classes}: '
-            f'set --num-classes {count}, or use the dataset of the model.'
+            f'{where} has {count} classes ({_shorten(names.values())}) but the model has {num_classes}: {fix}, or use '
+            'the dataset of the model.'
         )
-    expected = class_names(like) if like is not None else {}
     wrong = [name for index, name in names.items() if expected and expected.get(index) != name]
     if wrong:
         raise DataError(
-            f'The {split} split numbers its classes differently from the training split: {_shorten(wrong)}. '
+            f'{where} numbers its classes differently from the training split: {_shorten(wrong)}. '
             'Use the same class folders in both.'
         )
     if unused := _unused_files(dataset):

@@ -42,8 +42,10 @@ def read_label_files(files: Sequence[str | Path]) -> dict[str, list[str]]:
                 if rows.fieldnames is None or not {'file', 'labels'} <= set(rows.fieldnames):
                     raise DataError(f"{path} must start with the line 'file,labels', not {quoted(rows.fieldnames)}.")
                 for row in rows:
-                    if not row['file'] or row['labels'] is None:
-                        raise DataError(f'{path}, line {rows.line_num}: expected a file and its labels.')
+                    if not row['file'] or row['labels'] is None or any(row.get(None, ())):
+                        raise DataError(
+                            f'{path}, line {rows.line_num}: expected a file and its labels, with ; between labels.'
+                        )
                     name = os.path.normpath(row['file'])
                     if name in labels:
                         raise DataError(f'{path}, line {rows.line_num}: {name} has labels already.')

@@ -323,7 +323,7 @@ def start(args: argparse.Namespace) -> Run:
         train_data=train_data,
         val_data=val_data,
     )
-    checkpoint = run_folder.checkpoint_to_resume(run)
+    checkpoint = run_folder.checkpoint_to_resume(run.args, run.output_dir)
     if checkpoint:
         resume(run, checkpoint)
         _logger.info(f'Resumed from {checkpoint}')

@@ -130,7 +130,7 @@ def build_model(args: argparse.Namespace, dataset: SegmentationDataset, checkpoi
         model = create_segmenter(**arguments)
         load_weights(model, extract_state_dict(checkpoint, args.checkpoint, args.use_ema))
     if utils.is_primary(args):
-        print(f'{args.checkpoint}: weights {weights_in_use(checkpoint, args.use_ema)}')
+        print(f'{args.checkpoint}: weights: {weights_in_use(checkpoint, args.use_ema)}')
     if model.num_classes != len(dataset.classes):
         raise OptionError(
             f'the model has {model.num_classes} classes, {args.dataset} has {len(dataset.classes)}: give the --dataset '

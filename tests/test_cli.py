@@ -68,7 +68,8 @@ def console_script(argv, setup=''):
     [
         (['--help'], 'False 0'),
         (['--version'], 'False 0'),
-        ([], 'False 2'),
+        ([], 'False 0'),
+        (['help'], 'False 0'),
         (['trian'], 'False 2'),
         (['segment', 'trian'], 'False 2'),
         (['segment', '--help'], 'False 0'),
@@ -128,6 +129,11 @@ def test_debug_before_the_command(arguments, message, monkeypatch, capsys):
     assert re.search(f'^error: .*({message})', err, re.MULTILINE) and err.startswith('Traceback')
 
 
+@pytest.mark.parametrize('line', ['', 'help', 'help demo'])
+def test_help_without_a_flag(line, capsys):
+    assert output_of(line.split(), capsys) == output_of([*line.split()[1:], '--help'], capsys)
+
+
 def test_exit_status_is_documented(capsys):
     _, out, _ = output_of(['--help'], capsys)
     documented = re.findall(r'^  (\d+) ', out.partition('exit status:')[2], re.MULTILINE)
@@ -137,7 +143,7 @@ def test_exit_status_is_documented(capsys):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ([], 'COMMAND'),
+        (['--'], 'COMMAND'),
         (['dmeo'], r'dmeo.* \(did you mean demo\?\)'),
         (['list', '--jsn'], r'--jsn \(did you mean --json\?\)'),
         (['predict', 'cat.jpg', '--modle=x'], r'--modle=x \(did you mean --model\?\)'),

@@ -213,8 +213,9 @@ def test_import_info_predict_and_export_of_a_checkpoint(options, key, checkpoint
 
     info = zoo('info', 'birds', '--json')
     assert info['label_names'] == ['robin', 'wren', 'great tit'] and info['weights'] == 'in this folder'
-    taken, other = ('averaged', 'plain') if 'ema' in key else ('not averaged', 'averaged')
-    assert info['made_from']['weights'].startswith(f'{taken} (the file also has {other} ones')
+    taken, other = ('averaged', 'of the last update') if 'ema' in key else ('of the last update', 'averaged')
+    weights = info['made_from']['weights']
+    assert weights.startswith(taken) and f'(the file also has weights {other}' in weights
     assert info['made_from']['sha256'] == cache.sha256(checkpoint) and info['sha256'] == found['sha256']
     assert info['published_top1'] is None and info['parameters'] == sum(x.numel() for x in model.parameters())
     assert 'birds' not in zoo('list') and 'classes         3: robin, wren, great tit' in zoo('info', 'local-dir:birds/')

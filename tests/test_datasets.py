@@ -17,6 +17,7 @@ from cluster_zoo.datasets import (
     class_names,
     create_dataset,
     hold_out,
+    image_names,
     unreadable_images,
 )
 from cluster_zoo.errors import DataError
@@ -316,8 +317,12 @@ def test_check_classes_of_both_splits_agree(tmp_path):
     _folder(tmp_path / 'val', classes=['blue', 'red'])
     train, val = (create_dataset('', tmp_path, split) for split in ('train', 'val'))
     check_dataset(val, 2, 'val')
-    with pytest.raises(DataError, match='red'):
+    with pytest.raises(DataError, match='different classes, only one of them has green, red'):
         check_dataset(val, 2, 'val', like=train)
+    three = create_dataset('', _folder(tmp_path / 'more' / 'train'), 'train')
+    with pytest.raises(DataError, match='only one of them has red') as error:  # another --num-classes would not help
+        check_dataset(train, 3, 'val', like=three)
+    assert '--num-classes' not in _message(error)
     check_dataset(train, 2, 'train', like=train)
 
 
@@ -517,8 +522,33 @@ def test_hold_out(tmp_path, archive):
     assert len(dataset) == 29 and not held.replace_unreadable and train.replace_unreadable
 
 
-def test_hold_out_of_single_images_and_of_other_datasets(tmp_path):
+@pytest.mark.parametrize('archive', [False, True])
+def test_hold_out_by_name(tmp_path, archive, caplog):
+    """Images of inner archives have the same names in all classes."""
+    root = _folder(tmp_path / 'data', 4)
+    if archive:
+        inner = {name: [(f'{index}.png', _png(color)) for index in range(4)] for name, color in COLORS.items()}
+        files = [(f'{name}.tar', _tar(tmp_path / 'inner.tar', members).read_bytes()) for name, members in inner.items()]
+        root = _tar(tmp_path / 'data.tar', files)
+    dataset = create_dataset('', root, 'train')
+    names = image_names(dataset)
+    assert len(set(names)) == 12 and len(set(dataset.filenames())) == (4 if archive else 12)
+    held = hold_out(dataset, 0.25, seed=3)[1]
+    rest, again = hold_out(dataset, 0.9, seed=4, names=image_names(held))
+    assert image_names(again) == image_names(held) and {*image_names(rest), *image_names(again)} == set(names)
+    assert not again.replace_unreadable and not caplog.text
+    hold_out(dataset, 0.9, seed=4, names=['none.png', 'neither.png', names[0]])
+    assert 'lacks 2 of the 3 held-out images' in caplog.text
+    with pytest.raises(DataError, match=r'none of the 1 held-out images .* --split'):
+        hold_out(dataset, 0.9, seed=4, names=['none.png'])
+
+
+def test_hold_out_of_single_images_and_of_other_datasets(tmp_path, caplog):
     with pytest.raises(DataError, match=r'No class .* has two images'):
         hold_out(create_dataset('', _folder(tmp_path, count=1), 'train'), 0.5, 0)
     with pytest.raises(DataError, match=r'a folder or a \.tar only'):
         hold_out(torch.utils.data.TensorDataset(torch.zeros(4)), 0.5, 0)
+    _folder(tmp_path / 'more', 2, ['red'])
+    _folder(tmp_path / 'more', 1, ['blue', 'green'])
+    hold_out(create_dataset('', tmp_path / 'more', 'train'), 0.5, 0)
+    assert caplog.text.count('single image') == 1 and '2 classes' in caplog.text

@@ -232,11 +232,11 @@ def test_weights_alone_need_a_model(run, data, model, tmp_path):
 
 def test_weights_in_use_are_printed(run, checkpoint, tmp_path):
     _, out = run()
-    assert str(checkpoint) in out and 'not averaged' in out and '--use-ema' not in out
+    assert str(checkpoint) in out and 'the only ones in the file' in out and '--use-ema' not in out
     saved = torch.load(checkpoint, weights_only=True)
     torch.save(saved | dict(state_dict_ema=saved['state_dict']), tmp_path / 'both.pth.tar')
     _, out = run(checkpoint=tmp_path / 'both.pth.tar')
-    assert 'not averaged (the file also has averaged ones: --use-ema)' in out
+    assert 'of the last update (the file also has weights averaged over the updates: --use-ema)' in out
     _, out = run('--use-ema', checkpoint=tmp_path / 'both.pth.tar')
     assert 'without --use-ema' in out
 

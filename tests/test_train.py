@@ -157,6 +157,12 @@ def test_a_warm_up_that_the_user_sets_is_kept(caplog):
     assert args.warmup_epochs == 5 and '--warmup-epochs 5 is not shorter' in caplog.text
 
 
+def test_a_short_warm_up_is_logged(caplog):
+    caplog.set_level('INFO')
+    shorten_warmup(train_parser().resolve(['--model', 'coc_tiny', '--epochs', '20']))
+    assert '20 epochs are too few for 5 epochs of warm-up and 10 of cool-down: the run has 2 and 2' in caplog.text
+
+
 def test_average_of_few_updates(run, tmp_path, caplog):
     """Without warm-up of its decay, an average of 9 updates is the initial model."""
     flags = ['--epochs', 3, '--lr', 0.01, '-b', 14, '--model-ema', '--warmup-epochs', 0]
@@ -194,6 +200,7 @@ def test_run_folder(run, tmp_path, caplog):
     assert (options['model'], options['lr'], options['recipe']) == ('test_resnet', 0.05, 'timm')
     best = max(rows, key=lambda row: float(row['eval_top1']))
     assert _load(folder / 'model_best.pth.tar')['metric'] == float(best['eval_top1'])
+    assert 'the eval columns of summary.csv and the best checkpoint are those of the averaged weights' in caplog.text
     assert '--lr 0.05' in _options(caplog)['flag'] and '--hflip 0.5' in _options(caplog)['timm default']
     lines = [record.message for record in caplog.records if record.message.startswith('Train:')]
     assert len(lines) == 3 * 3  # after 2, 4 and 5 updates
@@ -291,7 +298,7 @@ def test_dry_run_writes_nothing(run, tmp_path, caplog):
     assert run('a', '--epochs', 3, '--dry-run', '-b', 16) == 0
     assert not (tmp_path / 'a').exists()
     assert '42 training and 15 validation images' in caplog.text
-    assert '10 training images, others in each epoch, are left out' in caplog.text
+    assert 'Each epoch skips 10 training images, chosen at random' in caplog.text
     assert '3 epochs of 2 updates with 16 images' in caplog.text
 
 
@@ -490,6 +497,21 @@ def test_resume_says_what_it_does(run, tmp_path, caplog, capsys):
     assert 'which is not test_vit' in capsys.readouterr().err
 
 
+def test_resume_holds_out_the_same_images(train, image_folder, tmp_path, caplog):
+    shutil.copytree(image_folder / 'train', tmp_path / 'data')
+    line = [tmp_path / 'data', *BASE, '--output', tmp_path, '--experiment', 'a', '--resume', 'auto']
+    line = [*map(str, line), '--val-fraction', '0.3', '--epochs']
+    assert train.main([*line, '1']) == 0
+    held = _load(tmp_path / 'a' / 'last.pth.tar')['held_out']
+    assert '30 training and 12 validation images' in caplog.text and len(held.split('\0')) == 12
+    shutil.copy(tmp_path / 'data' / 'red' / '1.png', tmp_path / 'data' / 'red' / '0-new.png')
+    (tmp_path / 'data' / held.split('\0')[0]).unlink()
+    assert train.main([*line, '2', '--val-fraction', '0.5', '--seed', '7']) == 0
+    assert '31 training and 11 validation images' in caplog.text and 'lacks 1 of the 12' in caplog.text
+    assert '--val-fraction 0.3 -> 0.5' in caplog.text and '--seed 42 -> 7' in caplog.text
+    assert 'new images are trained on' in caplog.text and _load(tmp_path / 'a' / 'last.pth.tar')['held_out'] == held
+
+
 def test_resume_without_the_optimizer(run, tmp_path):
     assert run('a', '--epochs', 1, '--lr', 0.01) == 0
     flags = ['--epochs', 2, '--lr', 0.01, '--opt', 'adamw', '--resume', tmp_path / 'a' / 'last.pth.tar']
@@ -598,7 +620,6 @@ def test_published_command_in_two_processes(imagenet_folder, tmp_path, launcher,
 @pytest.mark.parametrize(
     ('flags', 'message'),
     [
-        (['--data-dir', '/no/such/folder'], '/no/such/folder does not exist'),
         (['--num-classes', 5], '3 classes'),
         (['--model', 'coc_tny'], 'coc_tiny'),
         (['--opt', 'adamv'], 'did you mean adam'),
@@ -609,6 +630,9 @@ def test_published_command_in_two_processes(imagenet_folder, tmp_path, launcher,
         (['--config', 'none.yaml'], 'none.yaml'),
         (['--kd-model-name', 'coc_tny'], '--kd-model-name'),
         (['-b', 64], 'lower --batch-size'),
+        (['--epochs', 0], '--epochs must be at least 1'),
+        (['--data-dir', '/tmp'], 'DIR /'),
+        (['--model', '/tmp'], 'use --model local-dir:/tmp'),
         (['-b', 3, '--mixup', 1], 'must be even'),
         (['--train-split', 'test'], 'test'),
         (['--dataset', 'torch/none'], 'torch/none'),
@@ -619,6 +643,48 @@ def test_errors_are_one_line(run, capsys, tmp_path, flags, message):
     error = capsys.readouterr().err
     assert error.startswith('error: ') and error.count('\n') == 1 and message in error
     assert not (tmp_path / 'a' / 'summary.csv').exists()
+
+
+def test_data_directory(train, run, image_folder, tmp_path, capsys, caplog):
+    line = [*BASE, '--output', str(tmp_path), '--experiment', 'a', '--epochs', '1']
+    assert train.main(['--data-dir', '/no/such/folder', *line]) == 2
+    assert '/no/such/folder does not exist' in capsys.readouterr().err
+    assert run('a', '--epochs', 1, '--data-dir', f'{image_folder}/') == 0  # the same twice
+    shutil.copytree(image_folder, tmp_path / 'other')
+    assert train.main(['--config', str(tmp_path / 'a' / 'args.yaml'), str(tmp_path / 'other'), '--resume', 'auto']) == 0
+    assert f'data directory {image_folder} -> {tmp_path / "other"}' in caplog.text
+    caplog.clear()
+    assert train.main(['--data-dir', str(image_folder), *line, '--resume', 'auto']) == 0  # another form of the same
+    assert 'Options that differ' not in caplog.text
+
+
+def test_val_fraction_beside_a_validation_split(run, train, image_folder, caplog):
+    assert run('a', '--dry-run', '--val-fraction', 0.2) == 0
+    assert f'{image_folder / "validation"} is not used' in caplog.text
+    caplog.clear()
+    assert train.main([f'{image_folder}/train', *BASE, '--dry-run', '--val-fraction', '0.2']) == 0
+    assert 'is not used' not in caplog.text
+
+
+def test_loss_becomes_nan(run, tmp_path, train, monkeypatch, capsys):
+    """An epoch whose loss is NaN is never the best, and the earlier best is named."""
+    original = train.train_epoch
+
+    def train_epoch(run):
+        if run.progress.epoch == 1:
+            next(run.task.parameters()).data.fill_(float('nan'))
+        return original(run)
+
+    monkeypatch.setattr(train, 'train_epoch', train_epoch)
+    assert run('a', '--epochs', 3, '--lr', 0.01) == 2
+    assert capsys.readouterr().err.endswith('(--clip-grad 1); the best epoch before is 0\n')
+    assert _load(tmp_path / 'a' / 'model_best.pth.tar')['epoch'] == 0
+    monkeypatch.undo()
+    assert run('b', '--epochs', 1, '--lr', 'nan') == 2
+    assert capsys.readouterr().err == (
+        'error: the loss of the last epoch is NaN: lower --lr, or clip the gradients (--clip-grad 1)\n'
+    )
+    assert not (tmp_path / 'b' / 'model_best.pth.tar').exists()
 
 
 def test_checkpoint_of_another_run_is_refused(run, tmp_path, capsys):

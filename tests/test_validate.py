@@ -75,7 +75,7 @@ def test_top1_is_the_one_computed_by_hand(run, outputs):
     assert result['top5'] == 100  # there are three classes
     model = timm.create_model('test_resnet', num_classes=3)
     assert result['param_count'] == round(sum(p.numel() for p in model.parameters()) / 1e6, 2)
-    assert result['img_per_sec'] > 0 and result['unreadable'] == 0
+    assert result['img_per_sec'] > 0 and (result['images'], result['unreadable']) == (15, 0)
     assert (result['model'], result['img_size'], result['interpolation']) == ('test_resnet', 32, 'bilinear')
 
 
@@ -247,6 +247,7 @@ def test_smaller_batches_when_memory_runs_out(validate, monkeypatch):
     [
         (dict(model='test_resnett'), 'did you mean test_resnet'),
         (dict(model='no_such_*'), 'no_such_*'),
+        (dict(model=str(ROOT / 'docs')), f'use --model local-dir:{ROOT / "docs"}'),
         (dict(model='cspresnet50d', weights=None), 'No pretrained weights'),
         (dict(data='/no/such/folder'), '/no/such/folder does not exist'),
         (dict(weights='none.pth'), 'none.pth'),
@@ -258,6 +259,14 @@ def test_smaller_batches_when_memory_runs_out(validate, monkeypatch):
 def test_errors_are_one_line(run, flags, message):
     status, error = run(**flags)
     assert status == 2 and error.startswith('error: ') and error.count('\n') == 1 and message in error
+
+
+def test_data_with_other_classes_than_the_model(run, image_folder, tmp_path):
+    shutil.copytree(image_folder / 'train', tmp_path / 'train')
+    shutil.rmtree(tmp_path / 'train' / 'blue')
+    status, error = run('--split', 'train', data=tmp_path)
+    assert status == 2 and 'The dataset has 2 classes' in error and '--class-map' in error
+    assert '--num-classes' not in error
 
 
 def test_weights_that_are_nowhere(run):
@@ -292,7 +301,7 @@ def test_unreadable_image(run, image_folder, tmp_path, outputs, batch):
     logits, labels = outputs
     kept = [index for index in range(15) if index != 11]  # blue, green, red with five images each
     expected = 100 * (logits.argmax(1) == labels)[kept].float().mean().item()
-    assert result['unreadable'] == 1 and result['top1'] == pytest.approx(expected, abs=1e-3)
+    assert (result['images'], result['unreadable']) == (14, 1) and result['top1'] == pytest.approx(expected, abs=1e-3)
     means = run('--use-train-size', '-b', batch, '--metrics-avg', 'micro', data=tmp_path / 'data')[1]
     assert means['micro_recall'] == pytest.approx(expected, abs=1e-3)
     status, error = run('--strict', data=tmp_path / 'data')
@@ -314,7 +323,9 @@ def test_published_command(tmp_path, image_folder):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert re.match(r'coc_tiny: top-1 \S+ %  top-5 100.00 %  5.25 M parameters  \S+ images/s\n--result\n', done.stdout)
+    assert re.match(
+        r'coc_tiny: top-1 \S+ %  top-5 100.00 %  15 images  5.25 M parameters  \S+ images/s\n--result\n', done.stdout
+    )
 
 
 # Checkpoints of train.py
@@ -355,7 +366,7 @@ def trained(train, image_folder, tmp_path_factory):
 def _validate(validate, capsys, *flags):
     status = validate.main(list(map(str, [*flags, '--device', 'cpu', '-j', 0])))
     out, error = capsys.readouterr()
-    return json.loads(out.partition('--result\n')[2]) if status == 0 else error
+    return dict(json.loads(out.partition('--result\n')[2]), line=out.partition('\n')[0]) if status == 0 else error
 
 
 @pytest.mark.parametrize(
@@ -389,6 +400,34 @@ def test_held_out_images_of_a_checkpoint(trained, validate, image_folder, capsys
     folder, logged = trained('--val-fraction', 0.3, '--seed', 5, '--img-size', 32, data=image_folder / 'train')
     result = _validate(validate, capsys, image_folder / 'train', '--checkpoint', folder / 'last.pth.tar')
     assert result['top1'] == pytest.approx(logged['eval_top1'], abs=1e-3)
+
+
+def test_held_out_images_of_a_folder_that_has_changed(trained, validate, image_folder, tmp_path, capsys, caplog):
+    """The checkpoint names them, so new images and removed ones change nothing else."""
+    data = tmp_path / 'data'
+    shutil.copytree(image_folder / 'train', data / 'train')
+    folder, logged = trained('--val-fraction', 0.3, '--seed', 5, '--img-size', 32, data=data)
+    checkpoint = folder / 'last.pth.tar'
+    for name in ('red', 'green', 'blue'):
+        for path in (data / 'train' / name).glob('1*.png'):
+            shutil.copy(path, path.with_name(f'new-{path.name}'))
+    for flags in ([], ['--val-fraction', 0.3]):
+        result = _validate(validate, capsys, data, '--checkpoint', checkpoint, *flags)
+        assert result['top1'] == pytest.approx(logged['eval_top1'], abs=1e-3) and result['images'] == 12
+        assert '12 held-out images' in result['line']
+    held = torch.load(checkpoint, weights_only=True)['held_out'].split('\0')
+    assert len(held) == 12 and 'lacks' not in caplog.text
+    for name in held[:2]:
+        (data / 'train' / name).unlink()
+    assert _validate(validate, capsys, data, '--checkpoint', checkpoint)['images'] == 10
+    assert 'lacks 2 of the 12 held-out images' in caplog.text
+    shutil.rmtree(data / 'train' / 'blue')
+    for name in held[2:]:
+        (data / 'train' / name).unlink(missing_ok=True)
+    error = _validate(validate, capsys, data, '--checkpoint', checkpoint)
+    assert 'none of the 12 held-out images' in error and error.count('\n') == 1
+    result = _validate(validate, capsys, data, '--checkpoint', checkpoint, '--split', 'train')  # has two of the classes
+    assert result['images'] > 12 and 'held-out' not in result['line']
 
 
 def test_multi_label_checkpoint(trained, validate, image_folder, tmp_path, capsys):
@@ -446,6 +485,7 @@ def test_checkpoints_that_need_flags(trained, validate, image_folder, tmp_path, 
         (dict(args=dict(bn_eps='1')), 'bn_eps'),
         (dict(args=dict(multi_label=[1])), 'multi_label'),
         (dict(args=dict(val_fraction=[0.5])), 'val_fraction'),
+        (dict(held_out=['red/1.png']), 'held_out'),
         (dict(data_config=dict(input_size=[3, 10**9, 10**9])), 'input_size'),
         (dict(data_config=dict(std=[0, 0, 0])), 'std'),
     ],
@@ -455,7 +495,7 @@ def test_options_of_a_hostile_checkpoint_are_refused(
 ):
     folder, _ = trained('--img-size', 32)
     saved = torch.load(folder / 'last.pth.tar', weights_only=True)
-    change = {key: saved[key] | value for key, value in change.items()}
+    change = {key: saved[key] | value if isinstance(value, dict) else value for key, value in change.items()}
     torch.save(saved | change, tmp_path / 'hostile.pth')
     error = _validate(validate, capsys, image_folder, '--checkpoint', tmp_path / 'hostile.pth')
     assert 'was refused' in error and message in error and error.count('\n') == 1

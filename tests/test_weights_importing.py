@@ -70,7 +70,9 @@ def test_an_authors_file(case, tmp_path):
     config = _config(folder)
     assert config['architecture'] == case and config['num_classes'] == 1000
     assert config['sha256'] == cache.sha256(folder / 'model.safetensors')
-    assert config['source'] == dict(file='model_best.pth.tar', sha256=cache.sha256(path), weights='not averaged')
+    assert config['source'] == dict(
+        file='model_best.pth.tar', sha256=cache.sha256(path), weights='the only ones in the file'
+    )
     assert 'num_classes' not in config['model_args']  # transformers' wrapper would pass it twice
     assert not {'url', 'tag', 'license', 'label_names'} & config['pretrained_cfg'].keys()
     head = load_file(folder / 'model.safetensors')['head.fc.weight']
@@ -114,10 +116,10 @@ def test_the_options_of_a_training_script_build_the_model(tmp_path):
         import_checkpoint(tmp_path / 'last.pth.tar', folder := tmp_path / 'folder', use_ema=use_ema)
         loaded = _loaded(folder)
         assert _same(loaded, expected) and not _same(loaded, averaged if expected is model else model)
-        taken = 'not averaged' if expected is model else 'averaged'
-        if state is both:
-            kind, flag = ('averaged', '') if expected is model else ('plain', 'without ')
-            taken += f' (the file also has {kind} ones: {flag}--use-ema)'
+        taken, other = ('of the last update', 'averaged over the updates')[:: 1 if expected is model else -1]
+        flag = '--use-ema' if expected is model else 'without --use-ema'
+        both_of = f'{taken} (the file also has weights {other}: {flag})'
+        taken = both_of if state is both else f'{taken}, the only ones in the file'
         assert _config(folder)['source']['weights'] == taken
         assert f'- weights: {taken}\n' in (folder / 'README.md').read_text(encoding='utf-8')
         data = timm.data.resolve_model_data_config(loaded)
@@ -166,7 +168,7 @@ def test_an_archive_from_a_browser(kind, suffix, tmp_path):
     shutil.make_archive(tmp_path / 'coc_tiny-001', kind, tmp_path / 'a')
     import_checkpoint(packed, tmp_path / 'x', 'coc_tiny', model_args=ARGUMENTS)
     assert _same(_loaded(tmp_path / 'x'), _tiny())
-    source = dict(file=packed.name, sha256=cache.sha256(packed), weights='not averaged')
+    source = dict(file=packed.name, sha256=cache.sha256(packed), weights='the only ones in the file')
     assert _config(tmp_path / 'x')['source'] == source
 
 
@@ -277,7 +279,7 @@ def test_installed_weights_are_found_by_name(published_file, home, monkeypatch):
     assert built.count('cpu') <= 2
     config = _config(home / 'coc_tiny.in1k')
     assert config['pretrained_cfg']['tag'] == 'in1k' and config['label_names'][0] == 'tench, Tinca tinca'
-    assert config['source'] == dict(file='by hand', weights='not averaged')
+    assert config['source'] == dict(file='by hand', weights='the only ones in the file')
     for name in ('coc_tiny', 'coc_tiny.in1k'):
         loaded = timm.create_model(name, pretrained=True).eval()
         assert _same(loaded, timm.create_model('coc_tiny', checkpoint_path=published_file).eval())

@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if argv[:1] == ['--debug']:
                 os.environ['CLUSTER_ZOO_DEBUG'] = '1'
                 del argv[0]
+            if not argv or argv[0] == 'help':
+                argv = [*argv[1:], '--help']
             named = [argv[0]] if argv and argv[0] in COMMANDS else []
             if named and COMMANDS[argv[0]].module != 'training':
                 importlib.import_module('..models', __name__)  # registers the models

@@ -35,6 +35,7 @@ __all__ = [
     'backward',
     'launch',
     'load_checkpoint_state',
+    'read_resumed',
     'run_options',
     'run_training',
     'set_up_ema',
@@ -42,7 +43,7 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-# Options that a resumed run may change without a remark
+# Options that a resumed run may change without a remark; of the data directory, only its form on the command line
 _MAY_DIFFER = (
     *('resume', 'output', 'experiment', 'config', 'data', 'data_dir', 'device', 'workers', 'pin_mem', 'log_interval'),
     *('pretrained', 'pretrained_path', 'initial_checkpoint', 'recovery_interval', 'checkpoint_hist'),
@@ -98,6 +99,14 @@ def run_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in (*process, *once)}
 
 
+def read_resumed(path: str) -> Any:
+    """Returns the content of the checkpoint of ``--resume``; raises CheckpointError if the file cannot be read."""
+    try:
+        return read_checkpoint(path)
+    except CheckpointError as error:
+        raise CheckpointError(f'--resume: {error}') from error
+
+
 def load_checkpoint_state(run: TrainingRun, path: str, optimizer: bool = True) -> dict[str, Any]:
     """Loads the weights, the average, the optimizer and the learning of centroids from a training checkpoint.
 
@@ -109,10 +118,7 @@ def load_checkpoint_state(run: TrainingRun, path: str, optimizer: bool = True) -
         OptionError: It is not a checkpoint of such a run.
     """
     args, task = run.args, run.task
-    try:
-        checkpoint = read_checkpoint(path)
-    except CheckpointError as error:
-        raise CheckpointError(f'--resume: {error}') from error
+    checkpoint = read_resumed(path)
     log_differences(args, training_metadata(checkpoint)['args'])
     wanted = {'state_dict', 'optimizer'} if optimizer else {'state_dict'}
     if not isinstance(checkpoint, dict) or not wanted <= checkpoint.keys():
@@ -162,9 +168,12 @@ def log_differences(args: argparse.Namespace, saved: dict[str, Any]) -> None:
     """Logs the options of a resumed run that are not those of the saved one."""
     now = run_options(args)
     differ = [name for name in now if name in saved and saved[name] != now[name] and name not in _MAY_DIFFER]
-    if differ:
-        changes = ', '.join(f'--{name.replace("_", "-")} {saved[name]} -> {now[name]}' for name in differ)
-        _logger.warning(f'Options that differ from those of the saved run: {one_line(changes)}')
+    changes = [f'--{name.replace("_", "-")} {saved[name]} -> {now[name]}' for name in differ]
+    before, after = (os.path.normpath(str(x.get('data_dir') or x.get('data') or '')) for x in (saved, now))
+    if 'data' in saved and before != after:
+        changes.insert(0, f'data directory {before} -> {after}')
+    if changes:
+        _logger.warning(f'Options that differ from those of the saved run: {one_line(", ".join(changes))}')
 
 
 def launch(run: TrainingRun, mode: str | None = None, **ddp_options: Any) -> None:

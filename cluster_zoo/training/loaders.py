@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -10,7 +14,7 @@ from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
 from torchvision import transforms
 
 from ..datasets import check_dataset, create_dataset, find_split, hold_out, unreadable_images
-from ..errors import DataError
+from ..errors import DataError, OptionError
 from .posterize import allow_zero_bits
 from .runtime import model_dtype, option_errors
 from .train_options import is_mixing
@@ -20,12 +24,14 @@ __all__ = [
     'build_loaders',
     'build_mixup',
     'check_data_dir',
+    'data_root',
     'dataset_options',
     'drop_invalid',
     'loader_options',
     'uses_prefetcher',
 ]
 
+_logger = logging.getLogger(__name__)
 
 _WITHOUT_VALIDATION = (
     "Hold out some of the training images (--val-fraction 0.1), or train without validation (--val-split '')."
@@ -39,11 +45,21 @@ def uses_prefetcher(args: argparse.Namespace) -> bool:
     return not args.no_prefetcher and torch.device(args.device).type != 'cpu'
 
 
+def data_root(args: argparse.Namespace) -> str | None:
+    """Returns the directory of ``DIR`` or ``--data-dir``; raises `OptionError` if the command line has two."""
+    given = [getattr(args, name) for name in ('data_dir', 'data') if name in args.given]
+    if len({os.path.normpath(path) for path in given}) == 2:
+        raise OptionError(f'--data-dir {args.data_dir} and DIR {args.data} are two data directories: give one of them')
+    if given and 'data_dir' not in args.given:
+        args.data_dir = None  # of --config
+    return args.data_dir or args.data
+
+
 def dataset_options(args: argparse.Namespace, in_chans: int) -> dict[str, Any]:
     """Returns the arguments of ``create_dataset`` that all splits share."""
     return dict(
         name=args.dataset,
-        root=args.data_dir or args.data,
+        root=data_root(args),
         class_map=args.class_map,
         download=args.dataset_download,
         batch_size=args.batch_size,
@@ -65,7 +81,7 @@ def check_data_dir(args: argparse.Namespace) -> None:
     """
     if args.dataset and not args.dataset.startswith('cluster_zoo/'):
         return
-    root = args.data_dir or args.data
+    root = data_root(args)
     train = args.dataset or find_split(root, args.train_split)
     if not args.val_split or args.val_fraction:
         return
@@ -87,8 +103,15 @@ def check_data_dir(args: argparse.Namespace) -> None:
     )
 
 
-def build_datasets(args: argparse.Namespace, data_config: dict[str, Any]) -> tuple[Any, Any]:
+def build_datasets(
+    args: argparse.Namespace, data_config: dict[str, Any], held_out: Collection[str] = ()
+) -> tuple[Any, Any]:
     """Opens the training and validation splits and checks them against ``args.num_classes``.
+
+    Args:
+        args: Options of the run.
+        data_config: The preparation of images.
+        held_out: Images that ``--val-fraction`` holds out instead of a random choice, see `hold_out`.
 
     Returns:
         Both datasets. That of validation is None for ``--val-split ''``.
@@ -104,7 +127,11 @@ def build_datasets(args: argparse.Namespace, data_config: dict[str, Any]) -> tup
     val = None
     check_dataset(train, args.num_classes, args.train_split)
     if args.val_fraction:
-        train, val = hold_out(train, args.val_fraction, args.seed)
+        with suppress(DataError):  # there is none
+            root, unused = options['root'], None if args.dataset else find_split(options['root'], args.val_split)
+            if unused and unused != find_split(root, args.train_split):
+                _logger.info(f'{unused} is not used: --val-fraction holds out some of the training images instead.')
+        train, val = hold_out(train, args.val_fraction, args.seed, held_out)
     elif args.val_split:
         if args.multi_label:  # the same classes, even if there is no validation image of some
             options['class_map'] = train.reader.class_to_idx

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ __all__ = ['build_model', 'check_model_name', 'create_from_options', 'set_centro
 def check_model_name(name: str, option: str = '--model') -> None:
     """Raises `OptionError`, with the nearest names, for a model that is not registered."""
     if ':' not in name and not is_model(name):  # timm resolves 'hf-hub:...' and 'local-dir:...'
-        raise OptionError(f'{option}: there is no model {name!r}{nearest(name.split(".")[0], list_models())}')
+        hint = nearest(name.split('.')[0], list_models())
+        if Path(name).is_dir():
+            hint = f', but a folder: if it is a model folder, use {option} local-dir:{name}'
+        raise OptionError(f'{option}: there is no model {name!r}{hint}')
 
 
 def create_from_options(args: argparse.Namespace, **kwargs: Any) -> nn.Module:

@@ -154,8 +154,8 @@ def shorten_warmup(args: argparse.Namespace) -> None:
                 setattr(args, name, min(getattr(args, name), args.epochs // 10))
     if (args.warmup_epochs, args.cooldown_epochs) != before:
         _logger.info(
-            f'Warm-up of {args.warmup_epochs} and cool-down of {args.cooldown_epochs} epochs in place of {before[0]} '
-            f'and {before[1]}, which are too long for {args.epochs} epochs (--warmup-epochs, --cooldown-epochs).'
+            f'{args.epochs} epochs are too few for {before[0]} epochs of warm-up and {before[1]} of cool-down: '
+            f'the run has {args.warmup_epochs} and {args.cooldown_epochs} (others: --warmup-epochs, --cooldown-epochs).'
         )
     elif args.warmup_epochs >= args.epochs > 0 and args.sched != 'none':
         _logger.warning(f'--warmup-epochs {args.warmup_epochs} is not shorter than --epochs {args.epochs}.')

@@ -107,11 +107,11 @@ def _new_folder(parent: Path, name: str) -> Path:
             number += 1
 
 
-def checkpoint_to_resume(run: TrainingRun) -> str:
-    """Returns the path of the checkpoint that ``--resume`` means; '' for none."""
-    if run.args.resume != 'auto':
-        return run.args.resume
-    found = newest_checkpoint(run.output_dir)
+def checkpoint_to_resume(args: argparse.Namespace, folder: Path) -> str:
+    """Returns the path of the checkpoint that ``--resume`` means in the folder of a run; '' for none."""
+    if args.resume != 'auto':
+        return args.resume
+    found = newest_checkpoint(folder)
     if not found:
-        _logger.info(f'--resume auto: {run.output_dir} has no checkpoint, so the run starts from the beginning.')
+        _logger.info(f'--resume auto: {folder} has no checkpoint, so the run starts from the beginning.')
     return found

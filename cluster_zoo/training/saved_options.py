@@ -10,7 +10,7 @@ from ..weights import check_architecture, metadata, read_checkpoint, training_me
 from ..weights.configs import check_config
 from ..weights.importing import training_config
 
-__all__ = ['complete_options']
+__all__ = ['complete_options', 'held_out_images']
 
 # Options that change the images or the results in validation, beside those of `training_config`
 _SAVED = dict(bn_tf=bool, bn_eps=float, input_img_mode=str, input_key=str, target_key=str, multi_label=list)
@@ -20,7 +20,8 @@ _HELD_OUT = dict(val_fraction=float, seed=int, train_split=str)
 def complete_options(args: argparse.Namespace) -> Any:
     """Reads ``--checkpoint``, and sets the options that are not given to those of the training that wrote it.
 
-    Sets ``args.label_names`` to the names of the classes, [] if they are not known.
+    Sets ``args.label_names`` to the names of the classes and ``args.held_out`` to those of the held-out images, [] if
+    they are not known.
 
     Returns:
         The content of the checkpoint; None without one.
@@ -29,7 +30,7 @@ def complete_options(args: argparse.Namespace) -> Any:
         CheckpointError: The file cannot be read, is of another model, or its options are refused.
         OptionError: Neither the file nor an option names the model.
     """
-    args.label_names = []
+    args.label_names, args.held_out = [], []
     if not args.checkpoint:
         return None
     checkpoint, where = read_checkpoint(args.checkpoint), f"'{args.checkpoint}'"
@@ -50,10 +51,12 @@ def complete_options(args: argparse.Namespace) -> Any:
     if {'img_size', 'in_chans', 'input_size'} & set(args.given):
         data.pop('input_size', None)
     values |= data | _typed(saved['args'], _SAVED, where)
-    held_out = _typed(saved['args'], _HELD_OUT, where)
-    if held_out.get('val_fraction') and not {'split', 'val_fraction'} & set(args.given):
-        values |= dict(val_fraction=held_out['val_fraction'], split=held_out.get('train_split'))
-        values |= dict(seed=held_out.get('seed'))
+    options, names = _typed(saved['args'], _HELD_OUT, where), held_out_images(saved, where)
+    same = 'split' not in args.given and args.val_fraction in (None, options.get('val_fraction'))
+    if options.get('val_fraction') and same:
+        values |= dict(val_fraction=options['val_fraction'], split=options.get('train_split'))
+        values |= dict(seed=options.get('seed'))
+        args.held_out = names
     for name, value in values.items():
         if name not in args.given and value not in (None, '', [], {}):
             setattr(args, name, value)
@@ -61,6 +64,12 @@ def complete_options(args: argparse.Namespace) -> Any:
     if not (args.class_map or args.valid_labels) and isinstance(labels, list | tuple):
         args.label_names = list(labels)
     return checkpoint
+
+
+def held_out_images(saved: dict[str, Any], where: str) -> list[str]:
+    """Returns the names of the images that a training held out, from its `training_metadata`; [] if there are none."""
+    names = _typed(saved, dict(held_out=str), where).get('held_out')
+    return names.split('\0') if names else []
 
 
 def _typed(saved: dict[str, Any], types: dict[str, type], where: str) -> dict[str, Any]:

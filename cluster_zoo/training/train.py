@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -24,8 +25,9 @@ from timm.data import FastCollateMixup, Mixup, resolve_input_data_config
 from timm.models import safe_model_name
 from timm.task import evaluation_sample_limit
 
-from ..datasets import class_names, unreadable_images
+from ..datasets import class_names, image_names, unreadable_images
 from ..errors import OptionError
+from ..weights import training_metadata
 from . import engine, run_folder
 from .loaders import build_datasets, build_loaders, build_mixup, check_data_dir, drop_invalid
 from .model import build_model
@@ -33,6 +35,7 @@ from .optim import build_optimizer, build_scheduler, build_task, shorten_warmup
 from .progress import ProgressReport, count_update, log_options
 from .resume import gather_states, get_buffers, get_rng_state, seed_all, set_buffers, set_rng_state
 from .runtime import build_precision, model_dtype, option_errors, set_up_processes, set_up_runtime
+from .saved_options import held_out_images
 from .train_options import check_train_options, train_parser
 
 __all__ = ['main']
@@ -63,7 +66,7 @@ class Run(engine.TrainingRun):
     mixup: Mixup | None
     num_epochs: int
     updates_per_epoch: int
-    metadata: dict[str, Any]  # input of the model and names of the classes, for checkpoints
+    metadata: dict[str, Any]  # input of the model, names of the classes and of held-out images, for checkpoints
     progress: Progress = field(default_factory=Progress)
 
     def extra_state(self) -> dict[str, Any]:
@@ -252,6 +255,10 @@ def validate(run: Run, ema: bool = False) -> dict[str, float]:
     return metrics
 
 
+def _validates_average(run: Run) -> bool:
+    return run.task.has_ema() and not run.args.model_ema_force_cpu
+
+
 def evaluate(run: Run) -> dict[str, float] | None:
     """Validates after an epoch, the averaged weights if there are any. Returns None if ``--val-interval`` skips it."""
     args, epoch = run.args, run.progress.epoch
@@ -261,7 +268,7 @@ def evaluate(run: Run) -> dict[str, float] | None:
     if run.val_loader is None or ((epoch + 1) % args.val_interval and epoch + 1 < run.num_epochs):
         return None
     metrics = validate(run)
-    if run.task.has_ema() and not args.model_ema_force_cpu:
+    if _validates_average(run):
         metrics = validate(run, ema=True)
     return metrics
 
@@ -274,8 +281,11 @@ def fit(run: Run) -> int:
 
     Returns:
         0, or the number of the signal that stopped the run.
+
+    Raises:
+        OptionError: The loss of the last epoch is NaN.
     """
-    args, unreadable = run.args, set()
+    args, unreadable, broken = run.args, set(), False
     if run.progress.rng:
         own = run.progress.rng[args.rank]
         run.progress.loss_sum = own.get('loss_sum', run.progress.loss_sum)
@@ -300,16 +310,20 @@ def fit(run: Run) -> int:
         metrics = metrics or dict.fromkeys(run.task.create_evaluator().metric_names)
         summary = run.output_dir / 'summary.csv'
         utils.update_summary(epoch, OrderedDict(loss=loss), metrics, summary, lr=sum(rates) / len(rates))
-        run.saver.save_checkpoint(epoch, metric)
+        broken = math.isnan(metrics['loss'] if metric is not None else loss)
+        run.saver.save_checkpoint(epoch, None if broken else metric)
         run.learning_states = []
         if set().union(*skipped) > unreadable:
             unreadable = set().union(*skipped)
             _logger.warning(
                 f'{len(unreadable)} unreadable images so far: replaced by others in training, left out of validation.'
             )
+    if broken:
+        best = '' if run.saver.best_metric is None else f'; the best epoch before is {run.saver.best_epoch}'
+        raise OptionError(f'the loss of the last epoch is NaN: lower --lr, or clip the gradients (--clip-grad 1){best}')
     if run.saver is not None and run.saver.best_metric is not None:
         best = f'{args.eval_metric} {run.saver.best_metric:.3f} after epoch {run.saver.best_epoch}'
-        weights = ', of the averaged weights (--use-ema selects them)' if run.task.has_ema() else ''
+        weights = ', of the averaged weights (--use-ema selects them)' if _validates_average(run) else ''
         _logger.info(f'Best {best}{weights}: {run.output_dir / "model_best.pth.tar"}')
     elif run.saver is not None:
         _logger.info(f'Not validated: {run.output_dir / "last.pth.tar"}')
@@ -336,7 +350,16 @@ def start(args: argparse.Namespace) -> Run:
     model = build_model(args)
     with option_errors('image size'):
         data_config = resolve_input_data_config(model, vars(args))
-    datasets = build_datasets(args, data_config)
+    output_dir = run_folder.output_dir(args, _OUTPUT)
+    checkpoint, held_out = run_folder.checkpoint_to_resume(args, output_dir), []
+    if checkpoint and args.val_fraction:
+        held_out = held_out_images(training_metadata(engine.read_resumed(checkpoint)), f"'{checkpoint}'")
+    if held_out:
+        _logger.info(f'--val-fraction: the held-out images are those of {checkpoint}, new images are trained on.')
+    datasets = build_datasets(args, data_config, held_out)
+    if args.val_fraction:
+        held_out = held_out or image_names(datasets[1])
+    metadata = dict(label_names=list(class_names(datasets[0]).values()), held_out='\0'.join(held_out))
     mixup = build_mixup(args)
     train_loader, val_loader = build_loaders(args, datasets, data_config, mixup)
     task = build_task(args, model, datasets[0])
@@ -355,15 +378,15 @@ def start(args: argparse.Namespace) -> Run:
         scheduler=scheduler,
         autocast=autocast,
         scaler=scaler,
-        output_dir=run_folder.output_dir(args, _OUTPUT),
+        output_dir=output_dir,
         train_loader=train_loader,
         val_loader=val_loader,
         mixup=mixup,
         num_epochs=num_epochs,
         updates_per_epoch=updates_per_epoch,
-        metadata=dict(data_config=data_config, label_names=list(class_names(datasets[0]).values())),
+        metadata=dict(data_config=data_config, **metadata),
     )
-    restore(run)
+    restore(run, checkpoint)
     log_run(run, datasets)
     return run
 
@@ -380,10 +403,14 @@ def log_run(run: Run, datasets: tuple[Any, Any]) -> None:
     batch = args.batch_size * args.world_size
     is_sampled = args.train_img_sizes or args.aug_repeats or args.train_batches_per_epoch or args.epoch_repeats
     if not is_sampled and (left_out := len(train) - len(loader) * batch) > 0:
-        advice = '; a lower --batch-size uses more of them' if left_out > len(train) / 20 else ''
+        advice = '; a lower --batch-size skips fewer' if left_out > len(train) / 20 else ''
         _logger.info(
-            f'{left_out:,} training images, others in each epoch, are left out because they do not fill a batch of '
+            f'Each epoch skips {left_out:,} training images, chosen at random, because they do not fill a batch of '
             f'{batch}{advice}'
+        )
+    if val is not None and _validates_average(run):
+        _logger.info(
+            '--model-ema: the eval columns of summary.csv and the best checkpoint are those of the averaged weights'
         )
     where = 'no output (--dry-run)' if args.dry_run else f'output in {run.output_dir}'
     _logger.info(
@@ -396,10 +423,9 @@ def log_run(run: Run, datasets: tuple[Any, Any]) -> None:
         _logger.info(f'Resumed at {run.position()}: {run.remaining_updates():,} updates remain')
 
 
-def restore(run: Run) -> None:
+def restore(run: Run, checkpoint: str) -> None:
     """Sets the position of a run, opens its folder and distributes it, in the order that timm's task requires."""
     args = run.args
-    checkpoint = run_folder.checkpoint_to_resume(run)
     if checkpoint:
         resume(run, checkpoint)
         _logger.info(f'Resumed from {checkpoint}')

@@ -294,6 +294,7 @@ def check_train_options(args: argparse.Namespace) -> None:
         (args.split_bn and args.aug_splits < 2 and not args.resplit, '--split-bn needs --aug-splits or --resplit'),
         (args.resume == 'auto' and not args.experiment, '--resume auto needs --experiment, the name of the run folder'),
         (args.train_batch_sizes and not args.train_img_sizes, '--train-batch-sizes needs --train-img-sizes'),
+        (args.epochs < 1, '--epochs must be at least 1'),
         (args.checkpoint_hist < 1, '--checkpoint-hist must be at least 1'),
         (args.val_fraction is not None and not 0 < args.val_fraction < 1, '--val-fraction must be above 0, below 1'),
         (args.val_fraction and args.sources.get('val_split'), '--val-fraction and --val-split exclude each other'),

@@ -38,7 +38,7 @@ from ..datasets import (
 )
 from ..errors import DataError, OptionError, UserError, print_error
 from ..weights import extract_state_dict, load_weights, weights_in_use
-from .loaders import dataset_options, drop_invalid, loader_options
+from .loaders import data_root, dataset_options, drop_invalid, loader_options
 from .model import check_model_name, create_from_options
 from .parser import Parser
 from .runtime import (
@@ -165,7 +165,7 @@ def build_model(args: argparse.Namespace, checkpoint: Any) -> torch.nn.Module:
     model = create_from_options(args, pretrained=args.pretrained or not args.checkpoint)
     if args.checkpoint:
         load_weights(model, extract_state_dict(checkpoint, args.checkpoint, args.use_ema))
-        _logger.info(f'{args.checkpoint}: {args.model}, weights {weights_in_use(checkpoint, args.use_ema)}')
+        _logger.info(f'{args.checkpoint}: {args.model}, weights: {weights_in_use(checkpoint, args.use_ema)}')
     return utils.reparameterize_model(model) if args.reparam else model
 
 
@@ -180,12 +180,12 @@ def build_dataset(args: argparse.Namespace, data_config: dict[str, Any]) -> Any:
     if labels and list(names.values()) != labels and isinstance(dataset, ImageDataset) and names:
         if unknown := sorted(set(names.values()) - set(labels)):
             raise DataError(
-                f'The checkpoint has no class {unknown[0]!r}, which the {args.split} split has: it knows '
+                f'The checkpoint has no class {unknown[0]!r}, which {dataset.reader.root} has: it knows '
                 f'{", ".join(labels[:5])}{", ..." if len(labels) > 5 else ""}. Number the classes with --class-map.'
             )
         options['class_map'] = {name: index for index, name in enumerate(labels)}
         dataset = create_dataset(replace_unreadable=args.tf_preprocessing, **options)
-    return hold_out(dataset, args.val_fraction, args.seed)[1] if args.val_fraction else dataset
+    return hold_out(dataset, args.val_fraction, args.seed, args.held_out)[1] if args.val_fraction else dataset
 
 
 def compile_model(model: torch.nn.Module, args: argparse.Namespace) -> torch.nn.Module:
@@ -226,7 +226,7 @@ def run(args: argparse.Namespace, setup: Setup, input_size: tuple[int, ...]) -> 
     """Evaluates the model on the split.
 
     Returns:
-        Accuracies in percent, and images per second including loading and decoding.
+        Accuracies in percent, the number of images, and images per second including loading and decoding.
     """
     layout = dict(memory_format=torch.channels_last) if args.channels_last else {}
     if args.device != 'cpu' or args.torchscript or args.torchcompile or args.aot_autograd:
@@ -268,7 +268,8 @@ def run(args: argparse.Namespace, setup: Setup, input_size: tuple[int, ...]) -> 
         result = dict(top1=top1, top5=top5)
     if confusion is not None:
         result |= averages(confusion.view(classes, classes), args.metrics_avg)
-    return result | dict(img_per_sec=evaluator.num_samples / (time.monotonic() - start))
+    count = evaluator.num_samples
+    return result | dict(images=count, img_per_sec=count / (time.monotonic() - start))
 
 
 def _percent(figures: dict[str, float]) -> str:
@@ -316,7 +317,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     dataset = build_dataset(args, data_config)
     valid_labels, real_labels = read_labels(args, dataset)
-    check_dataset(dataset, args.num_classes if valid_labels is None else len(valid_labels), args.split)
+    check_dataset(dataset, args.num_classes if valid_labels is None else len(valid_labels))
     crop_pct = 1.0 if test_time_pool else data_config['crop_pct']
     with option_errors('validation data', KeyError):
         loader = create_loader(
@@ -345,6 +346,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         img_size=data_config['input_size'][-1],
         crop_pct=crop_pct,
         interpolation=data_config['interpolation'],
+        images=result.pop('images'),
         unreadable=len(skipped),
         **{name: round(value, 4) for name, value in result.items()},
         **(dict(checkpoint=args.checkpoint) if args.checkpoint else {}),
@@ -394,8 +396,8 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
     try:
         args = validate_parser(prog).resolve(argv)
         models = select(args)
-        if not args.dataset:
-            find_split(args.data_dir or args.data, args.split)
+        if not (args.dataset or args.checkpoint):  # a checkpoint may name the split
+            find_split(data_root(args), args.split)
         if args.results_file:
             check_output_file('--results-file', args.results_file)
         set_up_runtime(args)
@@ -411,9 +413,9 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
                     raise
                 print_error(error, name or checkpoint)
                 continue
-            result = results[-1]
+            result, kind = results[-1], 'held-out images' if options.val_fraction else 'images'
             print(
-                f'{result["model"]}: {_percent(result)}  '
+                f'{result["model"]}: {_percent(result)}  {result["images"]} {kind}  '
                 f'{result["param_count"]:.2f} M parameters  {result["img_per_sec"]:.1f} images/s',
                 flush=True,
             )

@@ -192,10 +192,12 @@ def _shown(names: list[str]) -> str:
 
 
 def weights_in_use(checkpoint: Any, use_ema: bool = False) -> str:
-    """Returns which weights `extract_state_dict` returns: 'averaged' or 'not averaged', and how to get the others."""
+    """Returns which weights `extract_state_dict` returns, for the user, and how to get the others if there are any."""
     averaged = [not set(_EMA_KEYS).isdisjoint(_find_weights(checkpoint, ema)[0]) for ema in (use_ema, not use_ema)]
-    other = f' (the file also has {"averaged" if averaged[1] else "plain"} ones: {"without " * use_ema}--use-ema)'
-    return f'{"averaged" if averaged[0] else "not averaged"}{other if averaged[0] != averaged[1] else ""}'
+    taken, other = ('averaged over the updates' if ema else 'of the last update' for ema in averaged)
+    if averaged[0] != averaged[1]:
+        return f'{taken} (the file also has weights {other}: {"without " * use_ema}--use-ema)'
+    return 'averaged over the updates, the only ones in the file' if averaged[0] else 'the only ones in the file'
 
 
 def training_metadata(checkpoint: Any) -> dict[str, Any]:
@@ -203,8 +205,9 @@ def training_metadata(checkpoint: Any) -> dict[str, Any]:
 
     Returns:
         ``arch``, the architecture without tag if timm knows it, else None; ``args``, the options of the script;
-        ``data_config``, the preparation of images; ``label_names``. What the file does not have is empty. The values
-        are untrusted.
+        ``data_config``, the preparation of images; ``label_names``; ``held_out``, the names of the images that
+        ``--val-fraction`` held out, with NUL between them. What the file does not have is empty. The values are
+        untrusted.
     """
     saved = checkpoint if isinstance(checkpoint, dict) else {}
     args = saved.get('args')
@@ -217,6 +220,7 @@ def training_metadata(checkpoint: Any) -> dict[str, Any]:
         args=args,
         data_config=data if isinstance(data, dict) else {},
         label_names=saved.get('label_names') or [],
+        held_out=saved.get('held_out') or '',
     )
 
 
