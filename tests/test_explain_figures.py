@@ -86,33 +86,33 @@ def test_contributions_are_green_or_orange(model, photo):
 def test_page_has_a_panel_for_each_stage(model, explained):
     """The panels of the page are the drawings of the single maps."""
     page = draw_page([explained], groups=segments(model, explained.maps, 3))
-    assert page.width == 1600 - (1600 - 16) % 3
-    width = (1600 - 16) // 3 - 16
+    assert page.width == 1600
+    width = (1600 - 16) // 4 - 16
     height = round(width * 100 / 140)
     photo = explained.image.resize((width, height), Image.Resampling.LANCZOS)
     for panel, stage in ((1, 0), (2, 1), (3, 2), (4, 3)):
-        left, top = 16 + panel % 3 * (width + 16), 16 + panel // 3 * (height + 32 + 16) + 32
+        left, top = 16 + panel % 4 * (width + 16), 16 + panel // 4 * (height + 32 + 16) + 32
         found = explained.maps.at(stage)
         labels = explained.maps.at_pixels(found.center[0, 0], found.stride, photo.size)
         shown = np.array(page.crop((left, top, left + width, top + height)))
-        drawings = [draw_clusters(photo, labels, opacity=0.6, line=line) for line in (1, 2)]
+        drawings = [draw_clusters(photo, labels, opacity, line) for opacity, line in ((0.6, 2), (0.6, 1), (0.9, 0))]
         assert any(np.array_equal(shown, np.array(drawing)) for drawing in drawings)
 
 
 def test_choice_of_panels(explained):
-    def rows(**options):
-        width = (1600 - 16) // 3 - 16
+    def rows(columns, **options):
+        width = (1600 - 16) // columns - 16
         height = round(width * 100 / 140) + 32 + 16
         return (draw_page([explained], **options).height - 60) // height
 
-    assert rows() == 2  # image, 4 stages, contributions
-    assert rows(stage=3) == 2  # image, pooling, 2 blocks, contributions
-    assert rows(stage=0, block=0) == 1
-    assert rows(every=True) == 4  # image, 3 poolings, 5 blocks, contributions
+    assert rows(4) == 2  # image, 4 stages, all poolings, contributions
+    assert rows(3, stage=3) == 2  # image, pooling, 2 blocks, all poolings, contributions
+    assert rows(3, stage=0, block=0) == 2
+    assert rows(4, every=True) == 3  # image, 3 poolings, 5 blocks, all poolings, contributions
     for options in (dict(stage=4), dict(block=1, stage=0), dict(head=2)):
         with pytest.raises(ValueError, match='has no'):
             draw_page([explained], **options)
-    assert draw_page([explained] * 3).width == 16 + 6 * 316
+    assert draw_page([explained] * 3).width == 16 + 7 * 316
 
 
 def test_film(explained):

@@ -221,6 +221,7 @@ def test_images_of_many_kinds(coc):
     ):
         assert cluster_maps(coc, image, size=40).inputs.shape == (1, 3, 40, 60)
     assert cluster_maps(coc, photo(), stage=0).inputs.shape == (1, 3, 224, 336)  # the model's size
+    assert cluster_maps(coc, photo(size=(90, 41)), stage=0, size=41).inputs.shape == (1, 3, 41, 88)
     assert cluster_maps(coc, [photo(), photo('L')], stage=0, size=32).inputs.shape == (2, 3, 32, 48)
 
 
@@ -278,7 +279,7 @@ def test_gray_model():
 
 
 def test_values_at_pixels(coc):
-    maps = cluster_maps(coc, photo(size=(66, 44)), size=44)  # 17 x 11 points, the last column is cut
+    maps = cluster_maps(coc, torch.randn(3, 44, 66))  # 17 x 11 points, the last column is cut
     values = np.arange(11 * 17).reshape(11, 17)
     shown = maps.at_pixels(values, 4, (66, 44))
     assert all(shown[y, x] == values[y // 4, x // 4] for y, x in np.ndindex(44, 66))

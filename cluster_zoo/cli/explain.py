@@ -158,7 +158,7 @@ def _write(
     written = []
     if args.output or not (args.html or args.gif or args.json):
         written.append(args.output or Path('explain.png'))
-        _draw(model, explained, args).save(written[-1])
+        _draw(model, explained, args).save(written[-1], quality=92)
     if args.gif:
         frames = draw_film(explained[0].maps, args.head) if explained[0].maps else []
         if not frames:

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .contributions import Contributions
 from .explained import Explained
 from .maps import ClusterMap, ClusterMaps
-from .segments import Segments
+from .segments import Segments, compose
 
 __all__ = ['draw_clusters', 'draw_contributions', 'draw_film', 'draw_page']
 
@@ -117,7 +117,8 @@ def draw_page(
 ) -> Image.Image:
     """Draws images, the clusters of their points in each stage, and what the clusters add to the class.
 
-    One image has its panels in rows of three, several images have one row each.
+    One image has its panels in rows of three or four, several images have one row each. A model with cluster pooling
+    has a panel of the points of the last stage that all pixels end in. Groups too fine for outlines have only colors.
 
     Args:
         explained: Results of `explain_image` for a model with clusters.
@@ -133,24 +134,32 @@ def draw_page(
     Raises:
         ValueError: There is no such stage, block or head.
     """
-    one = len(explained) == 1
-    width, size = ((1600 - _GAP) // 3 - _GAP, 22) if one else (300, 17)
+    one, size = len(explained) == 1, 22 if len(explained) == 1 else 17
     rows: list[list[Image.Image]] = []
     for image in explained:
+        chosen = _chosen(image.maps, stage, block, every)
+        pools = any(found.block is None for found in image.maps.maps)
+        count = 1 + len(chosen) + pools + bool(groups) + bool(image.parts)
+        columns = (3 if count <= 6 else 4) if one else count
+        width = (1600 - _GAP) // columns - _GAP if one else 300
         photo = image.image.resize((width, round(width * image.image.height / image.image.width)), _FILTER)
         tiles = [_titled(photo, image.caption, size, _TEXT)]
-        for found in _chosen(image.maps, stage, block, every):
+        for found in chosen:
             labels = image.maps.at_pixels(found.of_head(head), found.stride, photo.size)
             tile = _draw_labels(photo, labels)
             tiles.append(_titled(tile, f'{found.name}: {found.grid[0] * found.grid[1]} centers', size))
+        if pools:
+            ends = compose(image.maps)
+            tile = _draw_labels(photo, image.maps.at_pixels(ends, image.maps.at(0).stride, photo.size))
+            tiles.append(_titled(tile, f'all poolings: {len(np.unique(ends))} points', size))
         if groups:
             tiles.append(_titled(_draw_labels(photo, _resize(groups.labels, photo.size)), f'{groups.k} segments', size))
         if image.parts:
             title = f'{image.parts.class_name}: logit {image.parts.logit:.2f}'
             tiles.append(_titled(draw_contributions(photo, image.maps, image.parts), title, size))
-        rows += [tiles[start : start + 3] for start in range(0, len(tiles), 3)] if one else [tiles]
+        rows += [tiles[start : start + columns] for start in range(0, count, columns)]
     note = (
-        f'An outline surrounds points that joined one center in head {head}; their color is the mean of their pixels.'
+        f'The points of one center (head {head}) have the mean color of their pixels and, if not too small, an outline.'
     )
     if explained[0].parts:
         what = explained[0].parts.class_name if one else 'the class'
@@ -166,8 +175,10 @@ def _chosen(maps: ClusterMaps, stage: int | None, block: int | None, every: bool
 
 
 def _draw_labels(image: Image.Image, labels: np.ndarray) -> Image.Image:
-    fine = (labels[:, 1:] != labels[:, :-1]).mean() > 0.03  # thick lines would hide the image
-    return draw_clusters(image, labels, opacity=0.6, line=1 if fine else 2)
+    changes = (labels[:, 1:] != labels[:, :-1]).mean()
+    if changes > 0.045:  # outlines would hide the groups, which only their colors can show
+        return draw_clusters(image, labels, opacity=0.9, line=0)
+    return draw_clusters(image, labels, opacity=0.6, line=1 if changes > 0.03 else 2)
 
 
 def _arrange(rows: list[list[Image.Image]], note: str, size: int) -> Image.Image:

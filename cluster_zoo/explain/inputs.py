@@ -88,5 +88,8 @@ def _scale(image: Image.Image, size: int, channels: int) -> Image.Image:
     if channels not in (1, 3):
         raise ValueError(f'The model expects {channels} channels: pass a normalized tensor [C, H, W].')
     factor = size / min(image.size)
-    width, height = (max(size, round(side * factor)) for side in image.size)
+    # Whole patches of the longer side, so that no point is cut
+    width, height = (
+        size if side == min(image.size) else max(size, 4 * round(side * factor / 4)) for side in image.size
+    )
     return image.convert('L' if channels == 1 else 'RGB').resize((width, height), Image.Resampling.BICUBIC)

@@ -150,8 +150,8 @@ def cluster_maps(
             `cluster_zoo.explain.inputs`.
         stage: Only this stage, negative from the end. The forward pass ends after it, and other stages have no maps.
         size: Shorter side of the input in pixels, from 32; the size that the model is tested at if None. The aspect
-            ratio is kept. Cluster pooling compares all points of an image, so that its cost grows with the fourth power
-            of the size.
+            ratio is kept, to 2 pixels. Cluster pooling compares all points of an image, so that its cost grows with the
+            fourth power of the size.
 
     Raises:
         ValueError: The model does not cluster, has no such stage, or an image is not supported.
