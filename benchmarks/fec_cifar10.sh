@@ -7,7 +7,7 @@
 # the layers between the stages: the strided convolution is part of cluster pooling, whose other weights start at random.
 set -euo pipefail
 [[ -e ${1:-} ]] || { sed -n '2,7p' "$0" >&2; exit 2; }
-data=$(realpath "$1") epochs=${2:-6}
+data=$(realpath "$1") epochs=${2:-5}
 cd "$(dirname "$0")/.."
 
 initial=output/fec_small-initial.safetensors
