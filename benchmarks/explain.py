@@ -19,7 +19,7 @@ cannot find more segments than its last stage has points: 10 x 10 at 320 x 320 p
   right or lower neighbor. Ignored pixels have no boundary.
 - error: under-segmentation error, corrected (Neubert and Protzel, 'Superpixel Benchmark and Comparison', 2012): the
   sum over all pairs of a region and a segment of min(pixels of the segment in the region, pixels outside), in percent
-  of all pixels. It can exceed 100.
+  of all pixels, 0 .. 100.
 - accuracy: achievable segmentation accuracy, percentage of pixels that are right if each segment gets its most frequent
   region.
 

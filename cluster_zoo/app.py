@@ -65,5 +65,5 @@ def build_app(models: dict[str, nn.Module], photo: str):
 
 def _frame(page: str) -> str:
     # The sandbox has no origin, so that the page can neither read nor send anything.
-    style = 'width: 100%; height: 1000px; border: 0'
+    style = 'width: 100%; height: 1150px; border: 0'
     return f'<iframe sandbox="allow-scripts" style="{style}" srcdoc="{html.escape(page)}"></iframe>'
