@@ -82,7 +82,9 @@ def test_centroids(photos, capsys):
         assert figure.width > 400
     assert 'Nearest training images' in (photos.parent / 'a.html').read_text(encoding='utf-8')
     assert run('photos/0.png', '--model', 'folder', '--gif', 'a.gif') == 2
-    assert 'the model has none' in capsys.readouterr().err
+    assert '--gif is for models with clusters, which local-dir:folder does not have' in capsys.readouterr().err
+    assert run('photos/0.png', '--model', 'folder', '--class', '3') == 2
+    assert '--class is for models with a linear classifier' in capsys.readouterr().err
 
 
 def test_unreadable_images_do_not_stop_the_others(photos, capsys):

@@ -24,6 +24,8 @@ from ..explain import (
     segments,
 )
 from ..images import read_image
+from ..layers.cluster_mixer import ClusterMixer
+from ..layers.nearest_centroid import centroid_heads
 from ..predict import Classified, find_images, load_classifier
 from ..weights.metadata import label_names
 from .arguments import DEMO_MODEL, PHOTO, add_device, image_path, model_name, output_path, positive
@@ -67,7 +69,7 @@ def add_parser(commands: Commands) -> None:
     which.add_argument('--stage', type=int, metavar='S', help='only this stage, from 0')
     which.add_argument('--block', type=int, metavar='B', help='only this block of each stage (default: the last one)')
     which.add_argument('--head', type=int, default=0, metavar='H', help='head of the blocks (default: %(default)s)')
-    which.add_argument('--all', action='store_true', help='all blocks and poolings')
+    which.add_argument('--all', action='store_true', default=None, help='all blocks and poolings')
     which.add_argument('--segments', type=positive, metavar='K', help='also K segments, by k-means (extra: explain)')
     which.add_argument(
         '--class', dest='label', metavar='NAME', help='name or index of the class to explain (default: the predicted)'
@@ -86,7 +88,7 @@ def _draw(model: nn.Module, explained: Sequence[Explained], args: argparse.Names
     sheets = []
     if explained[0].maps:
         groups = segments(model, explained[0].maps, args.segments) if args.segments else None
-        sheets.append(draw_page(explained, args.stage, args.block, args.head, args.all, groups))
+        sheets.append(draw_page(explained, args.stage, args.block, args.head, bool(args.all), groups))
     sheets += [draw_explanation(one.decision, one.image) for one in explained if one.decision]
     figure = Image.new('RGB', (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), 'white')
     top = 0
@@ -109,18 +111,27 @@ def _class_index(model: nn.Module, name: str | None) -> int | None:
     raise OptionError(f'--class {name}: the model has no such class{hint}. Give a name or 0 to {model.num_classes - 1}')
 
 
-def _explain(args: argparse.Namespace) -> int:
-    model = load_classifier(args.model, args.device)
+def _check(model: nn.Module, args: argparse.Namespace, images: int) -> None:
+    """Raises `OptionError` for options that the model or the number of images does not allow."""
     if not can_explain(model):
         raise OptionError(
             f'--model {args.model} has no clusters and no centroids: choose a coc_*, fec_* or dnc_* model'
         )
-    class_index = _class_index(model, args.label)
     if args.size and args.size < 32:
         raise OptionError(f'--size {args.size}: expected at least 32 pixels')
-    found = find_images(args.images)
-    if len(found) > 1 and (args.gif or args.segments):
+    if images > 1 and (args.gif or args.segments):
         raise OptionError(f'{"--gif" if args.gif else "--segments"} is for one image: name one file')
+    given = [name for name in ('stage', 'block', 'all', 'segments', 'gif', 'size') if getattr(args, name) is not None]
+    if given and not any(isinstance(module, ClusterMixer) for module in model.modules()):
+        raise OptionError(f'--{given[0]} is for models with clusters, which {args.model} does not have')
+    if args.label is not None and centroid_heads(model):
+        raise OptionError(f'--class is for models with a linear classifier, and {args.model} has centroids')
+
+
+def _explain(args: argparse.Namespace) -> int:
+    model, found = load_classifier(args.model, args.device), find_images(args.images)
+    _check(model, args, len(found))
+    class_index = _class_index(model, args.label)
     explained, records, failed = [], [], False
     try:
         for source in found[:_MOST]:
@@ -160,9 +171,7 @@ def _write(
         written.append(args.output or Path('explain.png'))
         _draw(model, explained, args).save(written[-1], quality=92)
     if args.gif:
-        frames = draw_film(explained[0].maps, args.head) if explained[0].maps else []
-        if not frames:
-            raise OptionError('--gif shows clusters, and the model has none')
+        frames = draw_film(explained[0].maps, args.head)
         written.append(args.gif)
         frames[0].save(args.gif, 'GIF', save_all=True, append_images=frames[1:], duration=900, loop=0)
     if args.html:

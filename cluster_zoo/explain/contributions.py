@@ -71,12 +71,12 @@ def contributions(
     network = _classifier(model)
     maps = single(model, image, size)
     with eval_mode(network):
-        points = network.norm(maps.features)[0].double().cpu()  # [D, H', W']
-    logits = maps.logits[0].double().cpu()
+        points = network.norm(maps.features)[0].cpu().double()  # [D, H', W']
+    logits = maps.logits[0].cpu().double()
     index = int(logits.argmax()) if class_index is None else class_index
     if not 0 <= index < len(logits):
         raise ValueError(f'The model has no class {index}: expected 0 to {len(logits) - 1}.')
-    parts = torch.einsum('d,dhw->hw', network.head.fc.weight[index].double().cpu(), points) / points[0].numel()
+    parts = torch.einsum('d,dhw->hw', network.head.fc.weight[index].cpu().double(), points) / points[0].numel()
     center, count = _last_map(maps, head)
     probability = logits.sigmoid() if getattr(network, 'multi_label', False) else logits.softmax(0)
     bias = network.head.fc.bias
