@@ -41,7 +41,7 @@ def main() -> None:
     fit_centroids(model, train)
     print(anchor(model, train, val))
     model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': list(class_names(train).values()), 'num_classes': 10}
-    save_for_hf(model, args.folder, model_args=sizes)
+    save_for_hf(model, args.folder, model_args=sizes | dict(sub_centroids=1), safe_serialization=True)
 
 
 if __name__ == '__main__':

@@ -42,5 +42,5 @@ for epoch in range(args.epochs):
     print(f'epoch {epoch}: loss {loss.item():.3f}, training accuracy {correct / len(dataset):.1%}')
 
 model.pretrained_cfg = model.pretrained_cfg | dict(label_names=names, num_classes=len(names))
-timm.models.save_for_hf(model, args.output)
+timm.models.save_for_hf(model, args.output, safe_serialization=True)
 print(f'{args.output}: {len(names)} classes, {", ".join(names)}')
