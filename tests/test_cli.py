@@ -256,7 +256,7 @@ def test_completion(bash):
     assert bash('cluster-zoo', 'in') == ['info']
     assert bash('cluster-zoo', 'import', 'wei') == ['weights.pth']
     assert bash('cluster-zoo', 'import', 'weights.pth', '--use') == ['--use-ema']
-    assert {'fec_small', 'fec_small.in1k'} == set(bash('cluster-zoo', 'info', 'fec_s'))
+    assert {'fec_small', 'fec_small.cifar10', 'fec_small.in1k'} == set(bash('cluster-zoo', 'info', 'fec_s'))
     assert 'coc_tiny_plain.cifar10' in bash('cluster-zoo', 'predict', '--model', 'coc_tiny_plain.')
 
 
