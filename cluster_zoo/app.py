@@ -6,6 +6,7 @@ assignments, so that its sliders and its pointer need no server.
 
 import html
 import threading
+from functools import partial
 
 import torch.nn as nn
 from PIL import Image
@@ -37,29 +38,30 @@ def build_app(models: dict[str, nn.Module], photo: str):
             explained = explain_image(models[name], image, size=size)
         return _frame(html_page(models[name], name, [explained], _SEGMENTS if has_scikit_learn() else ()))
 
-    def show(path: str | None, *chosen: str) -> list[gr.HTML]:
-        *shown, size = chosen
+    def show(quiet: bool, path: str | None, name: str, size: str) -> gr.HTML:
+        if name not in models:
+            return gr.HTML('', visible=False)
         try:
-            image = read_image(path or photo, _MAX_PIXELS)
-            pages = []
-            for name in shown:
-                page = explain(name, image, _SIZES[size]) if name in models else ''
-                pages.append(gr.HTML(page, visible=bool(page), min_height=200))
-            return pages
+            return gr.HTML(explain(name, read_image(path or photo, _MAX_PIXELS), _SIZES[size]), visible=True)
         except ValueError as error:  # also ImageError
+            if quiet:
+                return gr.skip()
             raise gr.Error(f'This image cannot be explained: {error}', print_exception=False) from error
 
     with gr.Blocks(title='cluster_zoo', fill_width=True, delete_cache=(600, 3600), analytics_enabled=False) as app:
         gr.Markdown('# What did the model group?\nUpload a photograph, or explore the bundled one.')
         with gr.Row():
             file = gr.File(label='photograph', file_types=['image'], type='filepath', height=120)
-            first = gr.Dropdown(names, value=names[0], label='model', filterable=False)
-            second = gr.Dropdown([none, *names], value=none, label='beside it', filterable=False)
+            chosen = [
+                gr.Dropdown(names, value=names[0], label='model', filterable=False),
+                gr.Dropdown([none, *names], value=none, label='beside it', filterable=False),
+            ]
             size = gr.Dropdown(list(_SIZES), label='shorter side of the input', filterable=False)
         with gr.Row():
-            frames = show(None, names[0], none, next(iter(_SIZES)))
-        for control in (file, first, second, size):
-            control.change(show, [file, first, second, size], frames, show_progress='minimal')
+            frames = [show(False, None, control.value, size.value) for control in chosen]
+        for quiet, control, frame in zip((False, True), chosen, frames):  # one message for both models
+            changes = [file.change, size.change, control.change]
+            gr.on(changes, partial(show, quiet), [file, control, size], frame, show_progress='minimal')
     return app
 
 

@@ -1,6 +1,7 @@
 """cluster-zoo explain: its outputs, the choice of layers and classes, and what it refuses."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -87,6 +88,17 @@ def test_centroids(photos, capsys):
     assert '--class is for models with a linear classifier' in capsys.readouterr().err
 
 
+def test_one_center(photos, capsys):
+    """The first image is among the images that are searched, and has the members of the center."""
+    assert run('photos', '--center', 1, 0, 2, 5, '-o', 'center.png') == 0
+    *lines, output = capsys.readouterr().out.splitlines()
+    similarities = [float(re.search(r'similarity (-?[\d.]+) at', line)[1]) for line in lines]
+    assert len(lines) == 3 and similarities == sorted(similarities, reverse=True) and output == 'center.png'
+    assert any(line.startswith('photos/0.png: similarity ') for line in lines)
+    with Image.open('center.png') as figure:
+        assert figure.width > 760 + 3 * 150
+
+
 def test_unreadable_images_do_not_stop_the_others(photos, capsys):
     (photos / '1.png').write_text('text')
     assert run('photos', 'nothing.png', '--json') == 1
@@ -126,6 +138,12 @@ def test_many_images(photos, capsys):
         (['photos', '--gif', 'a.gif'], '--gif is for one image'),
         (['photos', '--segments', '3'], '--segments is for one image'),
         (['photos', '--segments', '0'], '0 is not a whole number'),
+        (['photos', '--center', '1', '0', '2', '-1'], 'expected stage, block (or pool), head and center'),
+        (['photos', '--center', '1', '0', '2', '16'], 'no center 16: expected 0 to 15'),
+        (['photos', '--center', '1', 'pool', '0', '3'], 'no cluster pooling into stage 1'),
+        (['photos', 'text.png', '--center', '1', '0', '2', '5'], 'text.png: not an image'),
+        (['photos', 'nothing.png', '--center', '1', '0', '2', '5'], 'nothing.png: no such file'),
+        (['photos', '--center', '1', '0', '2', '5', '--json'], '--center writes a figure'),
     ],
 )
 def test_errors(photos, capsys, argv, message):

@@ -14,8 +14,10 @@ from PIL import Image
 import cluster_zoo  # noqa: F401
 from cluster_zoo.explain import (
     anchor,
+    center_view,
     cluster_maps,
     contributions,
+    draw_center,
     draw_clusters,
     draw_contributions,
     draw_film,
@@ -24,6 +26,7 @@ from cluster_zoo.explain import (
     html_page,
     report,
     segments,
+    similar_patches,
 )
 
 SMALL = dict(depths=(1, 1, 1, 2), dims=(16, 16, 24, 24), mlp_ratios=(2,) * 4, num_heads=(2,) * 4, head_dim=8)
@@ -118,6 +121,23 @@ def test_choice_of_panels(explained):
 def test_film(explained):
     frames = draw_film(explained.maps, head=1)
     assert len(frames) == 1 + 3 + 5 and {frame.size for frame in frames} == {frames[0].size}
+
+
+def test_center_and_patches(model, photo):
+    """The brightest points are the most similar ones; patches are beside them."""
+    found = cluster_maps(model, photo, size=100).at(1, 0)
+    view = center_view(model, photo, 1, 0, 1, int(found.center[0, 1, 0, 0]), size=100)
+    patches = similar_patches(model, view, [photo, photo.rotate(180)], size=100)
+    figure = draw_center(photo, view, patches)
+    assert figure.width == 16 + 760 + 16 + 2 * (150 + 16)
+    alone = draw_center(Image.new('RGB', photo.size, 'gray'), view)
+    assert alone.width == 16 + 760 + 16
+    shown = np.array(alone.crop((16, 16 + 32, 16 + 760, 16 + 32 + round(760 * 100 / 140))))[..., 0].astype(float)
+    similarity = view.at_pixels(view.similarity, (760, len(shown)))
+    inside = ~view.at_pixels(view.members, (760, len(shown)))  # outlines surround the members
+    points = [shown[inside & (similarity == value)] for value in np.unique(similarity[inside])]
+    medians = [np.median(values) for values in points if len(values) > 100]
+    assert len(medians) > 5 and medians == sorted(medians) and medians[-1] > medians[0] + 20
 
 
 def test_report_is_json_with_the_same_numbers(model, explained):

@@ -14,6 +14,8 @@ from ..errors import ImageError, OptionError, nearest, print_error, printable
 from ..explain import (
     Explained,
     can_explain,
+    center_view,
+    draw_center,
     draw_explanation,
     draw_film,
     draw_page,
@@ -22,6 +24,7 @@ from ..explain import (
     html_page,
     report,
     segments,
+    similar_patches,
 )
 from ..images import read_image
 from ..layers.cluster_mixer import ClusterMixer
@@ -46,7 +49,8 @@ def add_parser(commands: Commands) -> None:
         epilog='examples:\n'
         '  cluster-zoo explain cat.jpg\n'
         '  cluster-zoo explain cat.jpg --model fec_small.cifar10 --segments 5 -o cat.png\n'
-        '  cluster-zoo explain photos/ --stage 2 --head 1 --html photos.html\n\n'
+        '  cluster-zoo explain photos/ --stage 2 --head 1 --html photos.html\n'
+        '  cluster-zoo explain cat.jpg photos/ --center 1 0 2 5\n\n'
         'exit status: 0 all images were explained, 1 some were not readable, 2 an error\n',
     )
     add = parser.add_argument
@@ -73,6 +77,12 @@ def add_parser(commands: Commands) -> None:
     which.add_argument('--segments', type=positive, metavar='K', help='also K segments, by k-means (extra: explain)')
     which.add_argument(
         '--class', dest='label', metavar='NAME', help='name or index of the class to explain (default: the predicted)'
+    )
+    which.add_argument(
+        '--center',
+        nargs=4,
+        metavar=('S', 'B', 'H', 'N'),
+        help='only center N (stage, block or pool, head) of the first image, and the patches of all images like it',
     )
     output = parser.add_argument_group('output')
     output.add_argument('-o', '--output', type=image_path, metavar='FILE', help='figure (default: explain.png)')
@@ -121,9 +131,15 @@ def _check(model: nn.Module, args: argparse.Namespace, images: int) -> None:
         raise OptionError(f'--size {args.size}: expected at least 32 pixels')
     if images > 1 and (args.gif or args.segments):
         raise OptionError(f'{"--gif" if args.gif else "--segments"} is for one image: name one file')
-    given = [name for name in ('stage', 'block', 'all', 'segments', 'gif', 'size') if getattr(args, name) is not None]
+    given = [
+        name
+        for name in ('stage', 'block', 'all', 'segments', 'gif', 'size', 'center')
+        if getattr(args, name) is not None
+    ]
     if given and not any(isinstance(module, ClusterMixer) for module in model.modules()):
         raise OptionError(f'--{given[0]} is for models with clusters, which {args.model} does not have')
+    if args.center and (args.html or args.gif or args.json):
+        raise OptionError('--center writes a figure: leave out --html, --gif and --json')
     if args.label is not None and centroid_heads(model):
         raise OptionError(f'--class is for models with a linear classifier, and {args.model} has centroids')
 
@@ -131,6 +147,8 @@ def _check(model: nn.Module, args: argparse.Namespace, images: int) -> None:
 def _explain(args: argparse.Namespace) -> int:
     model, found = load_classifier(args.model, args.device), find_images(args.images)
     _check(model, args, len(found))
+    if args.center:
+        return _explain_center(model, found, args)
     class_index = _class_index(model, args.label)
     explained, records, failed = [], [], False
     try:
@@ -157,6 +175,32 @@ def _explain(args: argparse.Namespace) -> int:
     if len(found) > _MOST:
         print(f'{len(found) - _MOST} further images are left out: {_MOST} are explained at a time', file=sys.stderr)
     return int(failed)
+
+
+def _explain_center(model: nn.Module, found: Sequence[str | Classified], args: argparse.Namespace) -> int:
+    """Draws one center of the first image, and the patches of all images that are most like it."""
+    stage, block, head, center = args.center
+    numbers = [stage, *([] if block == 'pool' else [block]), head, center]
+    if not all(number.isdecimal() for number in numbers):
+        raise OptionError(f'--center {" ".join(args.center)}: expected stage, block (or pool), head and center, from 0')
+    where = (int(stage), None if block == 'pool' else int(block), int(head), int(center))
+    for source in found:
+        if isinstance(source, Classified):
+            raise ImageError(f'{printable(source.image)}: {source.error}')
+    try:
+        image = read_image(found[0])
+        view = center_view(model, image, *where, size=args.size)
+        patches = similar_patches(model, view, found, count=25, size=args.size)
+    except ImageError:
+        raise
+    except ValueError as error:
+        raise OptionError(f'--center {" ".join(args.center)}: {error}') from error
+    for patch in patches:
+        print(f'{printable(patch.image)}: similarity {patch.similarity:.3f} at {", ".join(map(str, patch.box))}')
+    output = args.output or Path('explain.png')
+    draw_center(image, view, patches).save(output, quality=92)
+    print(output)
+    return 0
 
 
 def _write(

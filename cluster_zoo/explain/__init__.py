@@ -3,7 +3,7 @@
 from .centers import CenterView, Patch, center_view, similar_patches
 from .centroid_figures import draw_centroids, draw_explanation
 from .centroids import Anchoring, Explanation, Neighbour, anchor, explain
-from .cluster_figures import draw_clusters, draw_contributions, draw_film, draw_page
+from .cluster_figures import draw_center, draw_clusters, draw_contributions, draw_film, draw_page
 from .contributions import Contributions, contributions, remove_cluster
 from .explained import Explained, can_explain, explain_image
 from .maps import ClusterMap, ClusterMaps, cluster_maps
@@ -26,6 +26,7 @@ __all__ = [
     'center_view',
     'cluster_maps',
     'contributions',
+    'draw_center',
     'draw_centroids',
     'draw_clusters',
     'draw_contributions',

@@ -11,10 +11,11 @@ from PIL import Image
 from timm.utils import unwrap_model
 from torch import Tensor
 
+from ..errors import ImageError
 from ..images import read_image
 from ..layers.clustering import normalize
 from .inputs import ImageLike, prepare
-from .maps import center_grid, find_layers, head_features, input_stride, run, to_map
+from .maps import center_grid, find_layers, head_features, input_stride, run, spread, to_map
 
 __all__ = ['CenterView', 'Patch', 'center_view', 'similar_patches']
 
@@ -29,12 +30,20 @@ class CenterView:
             regions, which are not compared with it.
         members: Points that joined the center, bool [H', W'].
         feature: Normalized feature of the center in the space of the head, [D].
+        input_size: Height and width of the model's input.
+        stride: Height and width of a point, in pixels of the input.
     """
 
     where: tuple[int, int | None, int, int]
     similarity: np.ndarray
     members: np.ndarray
     feature: Tensor = field(repr=False)
+    input_size: tuple[int, int]
+    stride: int
+
+    def at_pixels(self, values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """Returns values of the points at the pixels of a scaled image, see `ClusterMaps.at_pixels`."""
+        return spread(values, self.stride, self.input_size, size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +87,7 @@ def center_view(
     Raises:
         ValueError: The model has no such layer, head or center, or see `cluster_maps`.
     """
-    layer, x, _ = _layer_input(model, image, stage, block, size)
+    layer, x, inputs = _layer_input(model, image, stage, block, size)
     features, index = head_features(layer, x), layer.assign(x)
     index = index.unsqueeze(1) if index.ndim == 2 else index
     _, numbers = center_grid(layer, x.shape[-2:])
@@ -94,7 +103,8 @@ def center_view(
     members = torch.zeros(similarity.shape, dtype=torch.bool)
     members[region, 0] = (index[region, head] == within).cpu()
     similarity, members = (to_map(layer, values, x.shape[-2:])[0, 0].numpy() for values in (similarity, members))
-    return CenterView((stage, block, head, center), similarity, members, feature)
+    place, stride = (stage, block, head, center), input_stride(inputs, x)
+    return CenterView(place, similarity, members, feature, tuple(inputs.shape[-2:]), stride)
 
 
 @torch.no_grad()
@@ -123,7 +133,10 @@ def similar_patches(
     stage, block, head, _ = view.where
     found: list[tuple[float, int, Patch]] = []
     for number, image in enumerate(images):
-        pixels = image if isinstance(image, Image.Image) else read_image(image)
+        try:
+            pixels = image if isinstance(image, Image.Image) else read_image(image)
+        except ImageError as error:
+            raise ImageError(f'{image}: {error}') from error
         layer, x, inputs = _layer_input(model, pixels, stage, block, size)
         features = normalize(head_features(layer, x).points[:, head : head + 1])  # [r * r, 1, N, D]
         similarity = to_map(layer, features @ view.feature, x.shape[-2:])[0, 0]

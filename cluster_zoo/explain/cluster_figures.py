@@ -4,14 +4,15 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from .centers import CenterView, Patch
 from .contributions import Contributions
 from .explained import Explained
 from .maps import ClusterMap, ClusterMaps
 from .segments import Segments, compose
 
-__all__ = ['draw_clusters', 'draw_contributions', 'draw_film', 'draw_page']
+__all__ = ['draw_center', 'draw_clusters', 'draw_contributions', 'draw_film', 'draw_page']
 
 _TEXT, _FAINT = '#1c1e21', '#70767d'
 _POSITIVE, _NEGATIVE = (0, 130, 110), (200, 80, 30)
@@ -195,6 +196,44 @@ def _arrange(rows: list[list[Image.Image]], note: str, size: int) -> Image.Image
         top += height
     for number, text in enumerate(lines):
         ImageDraw.Draw(sheet).text((_GAP, top + number * (size + 7)), text, _FAINT, _font(size))
+    return sheet
+
+
+def draw_center(image: Image.Image, view: CenterView, patches: Sequence[Patch] = ()) -> Image.Image:
+    """Draws how similar the points of an image are to one center, and the most similar patches of other images.
+
+    Args:
+        image: The image of the view, RGB.
+        view: Result of `center_view`.
+        patches: Result of `similar_patches`.
+
+    Returns:
+        An RGB image: the points from dark (least similar) to the colors of the image (most similar), with outlines
+        around the members of the center; beside it the patches with their similarities.
+    """
+    width = 760
+    photo = image.resize((width, round(width * image.height / image.width)), _FILTER)
+    low, high = np.nanmin(view.similarity), np.nanmax(view.similarity)
+    brightness = np.nan_to_num((view.similarity - low) / max(high - low, 1e-12))
+    brightness = 0.08 + 0.92 * view.at_pixels(brightness, photo.size)[..., None]
+    shown = Image.fromarray((np.asarray(photo) * brightness).round().astype(np.uint8))
+    shown = _outline(shown, view.at_pixels(view.members, photo.size), 2)
+    stage, block, head, center = view.where
+    layer = f'pooling into stage {stage}' if block is None else f'stage {stage}, block {block}, head {head}'
+    tiles = [_titled(shown, f'{layer}: similarity to center {center}, {low:.2f} to {high:.2f}', 22)]
+    for patch in patches:
+        pixels = ImageOps.fit(patch.pixels, (150, 150), _FILTER)
+        tiles.append(_titled(pixels, f'{patch.similarity:.2f}', 17))
+    rows, per_row = 1 + tiles[0].height // (tiles[1].height + _GAP) if patches else 1, 5
+    beside = tiles[1 : 1 + rows * per_row]
+    step = [side + _GAP for side in beside[0].size] if beside else [0, 0]
+    used = -(-len(beside) // per_row)
+    size = (2 * _GAP + width + min(len(beside), per_row) * step[0], _GAP + max(tiles[0].height + _GAP, used * step[1]))
+    sheet = Image.new('RGB', size, 'white')
+    sheet.paste(tiles[0], (_GAP, _GAP))
+    for number, tile in enumerate(beside):
+        row, column = divmod(number, per_row)
+        sheet.paste(tile, (2 * _GAP + width + column * step[0], _GAP + row * step[1]))
     return sheet
 
 

@@ -125,11 +125,7 @@ class ClusterMaps:
             stride: Height and width of a point in pixels of the input.
             size: Width and height of the scaled image.
         """
-        points = []
-        for pixels, shown in zip(self.inputs.shape[-2:], reversed(size)):
-            position = (np.arange(shown) + 0.5) * pixels / shown  # in the input
-            points.append(np.minimum(position, pixels - 0.5).astype(np.int64) // stride)
-        return values[points[0][:, None], points[1]]
+        return spread(values, stride, tuple(self.inputs.shape[-2:]), size)
 
 
 def cluster_maps(
@@ -244,6 +240,15 @@ def input_stride(inputs: Tensor, x: Tensor) -> int:
     """Height and width of a point of x, in pixels: a power of two. The last row and column may exceed the input."""
     side = max(-(-pixels // points) for pixels, points in zip(inputs.shape[-2:], x.shape[-2:]))
     return 1 << (side - 1).bit_length()
+
+
+def spread(values: np.ndarray, stride: int, input_size: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """`ClusterMaps.at_pixels` for an input of ``input_size`` (height, width)."""
+    points = []
+    for pixels, shown in zip(input_size, reversed(size)):
+        position = (np.arange(shown) + 0.5) * pixels / shown  # in the input
+        points.append(np.minimum(position, pixels - 0.5).astype(np.int64) // stride)
+    return values[points[0][:, None], points[1]]
 
 
 def to_map(layer: ClusterMixer | ClusterPool, x: Tensor, size: tuple[int, int]) -> Tensor:
