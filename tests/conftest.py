@@ -4,6 +4,9 @@ import os
 import sys
 import tempfile
 
+if 'PYTEST_XDIST_WORKER' in os.environ:  # two processes share the cores; before anything imports PyTorch
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+
 import numpy as np
 import pytest
 import torch
