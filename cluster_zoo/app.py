@@ -11,14 +11,13 @@ from functools import partial
 import torch.nn as nn
 from PIL import Image
 
-from .explain import explain_image, has_scikit_learn, html_page
+from .explain import explain_image, html_page
 from .images import read_image
 
 __all__ = ['build_app']
 
 _MAX_PIXELS = 50_000_000
 _SIZES = {'test size of the model': None, '96 px': 96, '128 px': 128, '192 px': 192, '256 px': 256, '384 px': 384}
-_SEGMENTS = range(2, 13)
 
 
 def build_app(models: dict[str, nn.Module], photo: str):
@@ -36,7 +35,7 @@ def build_app(models: dict[str, nn.Module], photo: str):
     def explain(name: str, image: Image.Image, size: int | None) -> str:
         with lock:
             explained = explain_image(models[name], image, size=size)
-        return _frame(html_page(models[name], name, [explained], _SEGMENTS if has_scikit_learn() else ()))
+        return _frame(html_page(models[name], name, [explained]))
 
     def show(quiet: bool, path: str | None, name: str, size: str) -> gr.HTML:
         if name not in models:

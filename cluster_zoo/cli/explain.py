@@ -20,14 +20,13 @@ from ..explain import (
     draw_film,
     draw_page,
     explain_image,
-    has_scikit_learn,
+    has_clusters,
     html_page,
     report,
     segments,
     similar_patches,
 )
 from ..images import read_image
-from ..layers.cluster_mixer import ClusterMixer
 from ..layers.nearest_centroid import centroid_heads
 from ..predict import Classified, find_images, load_classifier
 from ..weights.metadata import label_names
@@ -35,7 +34,6 @@ from .arguments import DEMO_MODEL, PHOTO, add_device, image_path, model_name, ou
 from .parser import COMMANDS, Commands
 
 _MOST = 16  # images in one figure
-SEGMENTS = range(2, 13)  # in a web page
 
 
 def add_parser(commands: Commands) -> None:
@@ -136,7 +134,7 @@ def _check(model: nn.Module, args: argparse.Namespace, images: int) -> None:
         for name in ('stage', 'block', 'all', 'segments', 'gif', 'size', 'center')
         if getattr(args, name) is not None
     ]
-    if given and not any(isinstance(module, ClusterMixer) for module in model.modules()):
+    if given and not has_clusters(model):
         raise OptionError(f'--{given[0]} is for models with clusters, which {args.model} does not have')
     if args.center and (args.html or args.gif or args.json):
         raise OptionError('--center writes a figure: leave out --html, --gif and --json')
@@ -220,7 +218,7 @@ def _write(
         frames[0].save(args.gif, 'GIF', save_all=True, append_images=frames[1:], duration=900, loop=0)
     if args.html:
         written.append(args.html)
-        page = html_page(model, args.model, explained, SEGMENTS if has_scikit_learn() else ())
+        page = html_page(model, args.model, explained)
         args.html.write_text(page, encoding='utf-8')
     if args.json:
         ks = [args.segments] if args.segments else []

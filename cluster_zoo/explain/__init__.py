@@ -6,9 +6,9 @@ from .centroids import Anchoring, Explanation, Neighbour, anchor, explain
 from .cluster_figures import draw_center, draw_clusters, draw_contributions, draw_film, draw_page
 from .contributions import Contributions, contributions, remove_cluster
 from .explained import Explained, can_explain, explain_image
-from .maps import ClusterMap, ClusterMaps, cluster_maps
+from .maps import ClusterMap, ClusterMaps, cluster_maps, has_clusters
 from .report import html_page, report
-from .segments import Segments, has_scikit_learn, segments
+from .segments import Segments, segments
 
 __all__ = [
     'Anchoring',
@@ -35,7 +35,7 @@ __all__ = [
     'draw_page',
     'explain',
     'explain_image',
-    'has_scikit_learn',
+    'has_clusters',
     'html_page',
     'remove_cluster',
     'report',

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 import torch.nn as nn
 from PIL import Image
 
-from ..layers.cluster_mixer import ClusterMixer
-from ..layers.nearest_centroid import NearestCentroidHead, centroid_heads
+from ..layers.nearest_centroid import centroid_heads
 from ..weights.metadata import label_names
 from .centroids import Explanation, explain
 from .contributions import Contributions, contributions
-from .maps import ClusterMaps, cluster_maps
+from .maps import ClusterMaps, cluster_maps, has_clusters
 
 __all__ = ['Explained', 'can_explain', 'explain_image']
 
@@ -42,7 +41,7 @@ class Explained:
 
 def can_explain(model: nn.Module) -> bool:
     """Whether a model has clusters or centroids."""
-    return any(isinstance(module, (ClusterMixer, NearestCentroidHead)) for module in model.modules())
+    return has_clusters(model) or bool(centroid_heads(model))
 
 
 def explain_image(
@@ -61,8 +60,7 @@ def explain_image(
         ValueError: See `cluster_maps` and `contributions`.
         ImageError: The image is too narrow.
     """
-    clusters = any(isinstance(module, ClusterMixer) for module in model.modules())
-    maps = cluster_maps(model, image, size=size) if clusters else None
+    maps = cluster_maps(model, image, size=size) if has_clusters(model) else None
     if centroid_heads(model):
         labels = label_names({**model.pretrained_cfg, 'num_classes': model.num_classes})
         return Explained(image, name, maps, None, explain(model, maps.inputs[0] if maps else image, labels))

@@ -23,7 +23,7 @@ from ..layers.grids import merge
 from ..models.fec import ClusterPool
 from .inputs import ImageLike, prepare
 
-__all__ = ['ClusterMap', 'ClusterMaps', 'cluster_maps']
+__all__ = ['ClusterMap', 'ClusterMaps', 'cluster_maps', 'has_clusters']
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,6 +181,11 @@ def find_layers(model: nn.Module) -> dict[tuple[int, int | None], ClusterMixer |
     if not layers:
         raise ValueError(f'{type(model).__name__} has no clusters: expected a Context Cluster or FEC model.')
     return layers
+
+
+def has_clusters(model: nn.Module) -> bool:
+    """Whether a model clusters points."""
+    return any(isinstance(module, (ClusterMixer, ClusterPool)) for module in model.modules())
 
 
 class _Stop(Exception):

@@ -16,11 +16,12 @@ from .centroids import Explanation, Neighbour, resolve_class_names
 from .contributions import contributions
 from .explained import Explained
 from .maps import ClusterMap
-from .segments import compose, k_means
+from .segments import compose, has_scikit_learn, k_means
 
 __all__ = ['html_page', 'report']
 
 _PHOTO = 1024  # pixels, longest side of an image in a page
+_SEGMENTS = range(2, 13)  # to choose from in a page
 
 
 def report(model: nn.Module, explained: Explained, ks: Sequence[int] = (), top: int = 5) -> dict[str, Any]:
@@ -106,18 +107,17 @@ def _neighbours(decision: Explanation | None) -> list[dict[str, Any]]:
     ]
 
 
-def html_page(model: nn.Module, model_name: str, explained: Sequence[Explained], ks: Sequence[int] = ()) -> str:
+def html_page(model: nn.Module, model_name: str, explained: Sequence[Explained]) -> str:
     """Returns a web page with sliders for the layers, groups that light up under the pointer, and contributions.
 
-    The page has no reference to other files or servers.
+    The page has no reference to other files or servers. It has segments if scikit-learn is installed.
 
     Args:
         model: The model.
         model_name: Its name, for a reader.
         explained: Results of `explain_image`.
-        ks: Numbers of segments, see `segments`.
     """
-    records = []
+    ks, records = _SEGMENTS if has_scikit_learn() else (), []
     for one in explained:
         photo = one.image.copy()
         photo.thumbnail((_PHOTO, _PHOTO))
