@@ -59,8 +59,14 @@ def build_app(models: dict[str, nn.Module], photo: str):
         with gr.Row():
             frames = [show(False, None, control.value, size.value) for control in chosen]
         for quiet, control, frame in zip((False, True), chosen, frames):  # one message for both models
-            changes = [file.change, size.change, control.change]
-            gr.on(changes, partial(show, quiet), [file, control, size], frame, show_progress='minimal')
+            gr.on(
+                [file.upload, file.clear, size.change, control.change],  # file.change can come twice for one upload
+                partial(show, quiet),
+                [file, control, size],
+                frame,
+                show_progress='minimal',
+                trigger_mode='always_last',  # a choice during a computation is not lost
+            )
     return app
 
 

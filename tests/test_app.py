@@ -130,7 +130,7 @@ def test_upload_two_models_and_errors(page, app, tmp_path):
     (tmp_path / 'text.png').write_text('text')
     page.get_by_label('Remove').or_(page.get_by_label('Clear')).first.click()
     page.locator('input[type=file]').set_input_files(tmp_path / 'text.png')
-    page.get_by_text('This image cannot be explained: not an image').wait_for()
+    page.get_by_text('This image cannot be explained: not an image').first.wait_for()
 
 
 def test_other_users_see_the_bundled_photograph(page, browser, app, tmp_path):
