@@ -5,7 +5,6 @@ Paper: 'Image as Set of Points', ICLR 2023, https://arxiv.org/abs/2303.01494, se
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from .clustering import (
 )
 from .grids import mean_centers, merge, partition
 from .kernels import cluster, feature_norms
+from .products import ieee_linear
 
 
 def is_modified(conv: nn.Module) -> bool:
@@ -78,12 +78,13 @@ class ClusterMixer(nn.Module):
                 return self._call_convolutions(x)
         E, r, C = self.num_heads, self.regions, x.shape[1]
         size = (x.shape[-2], x.shape[-1])
-        f_bias, v_bias, proj_bias = self.f.bias, self.v.bias, self.proj.bias
-        assert f_bias is not None and v_bias is not None and proj_bias is not None  # for TorchScript
+        v_bias, proj_bias = self.v.bias, self.proj.bias
+        assert v_bias is not None and proj_bias is not None  # for TorchScript
         points = partition(autocast(x), r)  # cast once instead of in each product
-        norms = feature_norms(points, self.f.weight.view(-1, C), f_bias, E)
+        f_weight, f_bias = self.f_weights()
+        norms = feature_norms(points, f_weight, f_bias, E)
         centers, point_mask, center_mask = mean_centers(points, size, r, self.proposals)
-        query, offset = self.project_queries(centers)
+        query, offset = self.project_queries(centers, f_weight, f_bias)
         weights = HeadWeights(
             self.sim_beta,
             self.v.weight.view(E, -1, C).transpose(1, 2),
@@ -99,14 +100,15 @@ class ClusterMixer(nn.Module):
         """`forward` by calls of ``f``, ``v`` and ``proj``."""
         f, v = self.head_sets(self.f(x)), self.head_sets(self.v(x))
         out = cluster_features(f, v, self.sim_alpha, self.sim_beta, self.weighted_mean)
-        return self.proj(merge(out, self.regions, x.shape[-2:]).reshape(x.shape[0], -1, *x.shape[-2:]))
+        out = merge(out, self.regions, x.shape[-2:])
+        return self.proj(out.reshape(x.shape[0], self.num_heads * out.shape[1], *x.shape[-2:]))
 
     @torch.jit.unused
     def head_sets(self, features: Tensor) -> PointSets:
         """[B, E * D, H, W] -> sets of D channels, one for each region of each head of each image."""
         features = features.contiguous(memory_format=torch.channels_last)  # torch.compile mispredicts its strides
         B, _, H, W = features.shape
-        points = partition(features.reshape(B * self.num_heads, -1, H, W), self.regions)
+        points = partition(features.unflatten(1, (self.num_heads, -1)).flatten(0, 1), self.regions)
         return PointSets(points, *mean_centers(points, (H, W), self.regions, self.proposals))
 
     @torch.no_grad()
@@ -115,19 +117,23 @@ class ClusterMixer(nn.Module):
         r = self.regions
         if is_modified(self.f):
             index, _ = assign_features(self.head_sets(self.f(x)), self.sim_alpha)
-            return index.view(x.shape[0], self.num_heads, r * r, -1).transpose(1, 2).flatten(0, 1)
+            return index.view(x.shape[0], self.num_heads, r * r, index.shape[-1]).transpose(1, 2).flatten(0, 1)
         points = partition(autocast(x), r)
         centers, _, center_mask = mean_centers(points, (x.shape[-2], x.shape[-1]), r, self.proposals)
-        return assign(points, *self.project_queries(centers), center_mask)[0]
+        return assign(points, *self.project_queries(centers, *self.f_weights()), center_mask)[0]
 
-    def project_queries(self, centers: Tensor) -> tuple[Tensor, Tensor]:
-        """Centers [S, M, C] -> query [S, E, M, C] and offset [S, E, M].
+    def f_weights(self) -> tuple[Tensor, Tensor]:
+        """Weight [E * D, C] and bias [E * D] of ``f``, in autocast's dtype."""
+        bias = self.f.bias
+        assert bias is not None  # for TorchScript
+        return autocast(self.f.weight).flatten(1), autocast(bias)
+
+    def project_queries(self, centers: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Centers [S, M, C] and weights of ``f`` -> query [S, E, M, C] and offset [S, E, M].
 
         For a point x, ``query . x + offset`` is alpha times the cosine similarity to the center, times the norm of
         f(x). The norm is the same for all centers, so that the center of highest similarity has the highest value.
         """
-        E, bias = self.num_heads, self.f.bias
-        assert bias is not None  # for TorchScript
-        S, M, C = centers.shape
-        f = F.linear(centers, self.f.weight.view(-1, C), bias).view(S, M, E, -1)
-        return project_query(self.sim_alpha * normalize(f), self.f.weight.view(E, -1, C), bias.view(E, -1))
+        E, C = self.num_heads, centers.shape[2]
+        f = ieee_linear(centers, weight, bias).unflatten(2, (E, len(bias) // E))
+        return project_query(normalize(f, self.sim_alpha), weight.view(E, -1, C), bias.view(E, -1))

@@ -83,6 +83,14 @@ def _bin_weights(size: int, regions: int, bins: int, like: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True).clamp_min(1)
 
 
+def equal_bins(n: int, bins: int) -> tuple[int, int]:
+    """Length and stride of the bins of `mean_grid` over n positions, zeros if they are not equal."""
+    starts, stops = [i * n // bins for i in range(bins + 1)], [-(-i * n // bins) for i in range(bins + 1)]
+    lengths = {stop - start for start, stop in zip(starts[:-1], stops[1:])}
+    strides = {after - before for before, after in zip(starts[:-2], starts[1:-1])} or {n}
+    return (lengths.pop(), strides.pop()) if len(lengths) == len(strides) == 1 else (0, 0)
+
+
 def mean_centers(
     points: Tensor,
     size: tuple[int, int],
@@ -102,9 +110,16 @@ def mean_centers(
     if divides(size, regions):
         h, w = size[0] // regions, size[1] // regions
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript skips this branch only if it has no other condition
-            if points.device.type == 'cpu' and not torch.compiler.is_compiling():
-                grid = points.unflatten(1, (h, w)).permute(0, 3, 1, 2)
-                return F.adaptive_avg_pool2d(grid, bins).permute(0, 2, 3, 1).flatten(1, 2), None, None
+            if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+                grid, windows = (
+                    points.unflatten(1, (h, w)).permute(0, 3, 1, 2),
+                    equal_bins(h, bins) + equal_bins(w, bins),
+                )
+                if points.device.type == 'cpu':
+                    return F.adaptive_avg_pool2d(grid, bins).permute(0, 2, 3, 1).flatten(1, 2), None, None
+                if all(windows):
+                    means = F.avg_pool2d(grid, windows[::2], windows[1::2])
+                    return means.permute(0, 2, 3, 1).flatten(1, 2), None, None
         weights = mean_grid((h, w), 1, bins, points)
         return torch.bmm(weights.expand(points.shape[0], -1, -1), points), None, None
     images = points.shape[0] // (regions * regions)

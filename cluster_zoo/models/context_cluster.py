@@ -18,7 +18,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
     DropPath,
-    GroupNorm1,
     LayerScale2d,
     Mlp,
     calculate_drop_path_rates,
@@ -29,6 +28,7 @@ from timm.layers import (
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from torch import Tensor
 
+from ..layers.channels_last import GroupNorm, PointMlp, add_scaled
 from ..layers.cluster_mixer import ClusterMixer
 from ..layers.point_stem import PointStem
 from ..weights import conversion
@@ -63,19 +63,19 @@ class ContextClusterBlock(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.norm1 = GroupNorm1(dim, **dd)
+        self.norm1 = GroupNorm(dim, **dd)
         self.token_mixer = mixer
         self.ls1 = LayerScale2d(dim, init_values, **dd)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
-        self.norm2 = GroupNorm1(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), use_conv=True, **dd)
+        self.norm2 = GroupNorm(dim, **dd)
+        self.mlp = PointMlp(dim, int(dim * mlp_ratio), **dd)
         self.ls2 = LayerScale2d(dim, init_values, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C, H, W]"""
-        x = torch.addcmul(x, self.drop_path1(self.token_mixer(self.norm1(x))), self.ls1.gamma.view(-1, 1, 1))
-        return torch.addcmul(x, self.drop_path2(self.mlp(self.norm2(x))), self.ls2.gamma.view(-1, 1, 1))
+        x = add_scaled(x, self.drop_path1(self.token_mixer(self.norm1(x))), self.ls1.gamma)
+        return add_scaled(x, self.drop_path2(self.mlp(self.norm2(x))), self.ls2.gamma)
 
 
 class ContextClusterStage(nn.Module):
@@ -191,7 +191,7 @@ class ContextCluster(nn.Module):
             for i, (dim, stride) in enumerate(zip(dims, strides))
         ]
         self.num_features = dims[-1]
-        self.norm = GroupNorm1(self.num_features, **dd)
+        self.norm = GroupNorm(self.num_features, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, global_pool, drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         self.apply(_init_weights)

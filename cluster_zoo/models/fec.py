@@ -12,15 +12,16 @@ from typing import Any
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import GroupNorm1
 from timm.models import generate_default_cfgs, register_model, register_notrace_module
 from torch import Tensor
 
+from ..layers.channels_last import GroupNorm
 from ..layers.cluster_mixer import is_modified
-from ..layers.clustering import PointSets, group_mean, normalize, project_query
+from ..layers.clustering import PointSets, autocast, normalize, project_query
 from ..layers.grids import divides, merge, partition
 from ..layers.grids import point_mask as grid_mask
-from ..layers.kernels import nearest_center
+from ..layers.kernels import group_mean, nearest_center
+from ..layers.products import ieee_linear
 from .builder import ASSETS
 from .context_cluster import CIFAR10, ContextCluster, cfg, checkpoint_filter_fn, create, one_each
 from .context_cluster import VARIANTS as CONTEXT_CLUSTER_VARIANTS
@@ -51,10 +52,11 @@ class ClusterPool(nn.Module):
         self.skip = nn.Conv2d(in_chans, out_chans, 3, stride=2, padding=1, **dd)
         self.f = nn.Conv2d(in_chans, out_chans, 1, **dd)
         self.v = nn.Conv2d(in_chans, out_chans, 1, **dd)
-        self.norm = GroupNorm1(out_chans, **dd)
+        self.norm = GroupNorm(out_chans, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, C', ceil(H / 2), ceil(W / 2)]"""
+        x = autocast(x)  # cast once instead of in each product
         half = ((x.shape[-2] + 1) // 2, (x.shape[-1] + 1) // 2)
         modified = False
         if not torch.jit.is_scripting():
@@ -63,13 +65,15 @@ class ClusterPool(nn.Module):
             f, sets = self.f(x), self.head_sets(self.v(x))
             index = self._nearest_features(self.head_sets(f.detach()))
         else:
-            f, sets = self.f(x[:1, :, :1, :1]), self.head_sets(x)
+            f, sets = self.f.weight, self.head_sets(x)
             index = self._nearest(sets)
-        out = merge(group_mean(sets.points, sets.centers, index, sets.point_mask), self.regions, half)
-        out = self.skip(x) + self.norm(out if modified else self.v(out))
-        # The assignment is hard, so the gradient of f is zero. This term makes it zero instead of None, which
-        # DistributedDataParallel requires.
-        return out + 0 * f[:1, :, :1, :1].sum() if torch.is_grad_enabled() else out
+        means = group_mean(sets.points, sets.centers, index, sets.point_mask)
+        if torch.is_grad_enabled():
+            # The assignment is hard, so the gradient of f is zero. This term makes it zero instead of None, which
+            # DistributedDataParallel requires.
+            means = means + 0 * (f.flatten()[:1] + self.f.bias[:1]).to(means.dtype)
+        out = merge(means, self.regions, half)
+        return self.skip(x) + self.norm(out if modified else self.v(out))
 
     @torch.no_grad()
     def assign(self, x: Tensor) -> Tensor:
@@ -94,8 +98,8 @@ class ClusterPool(nn.Module):
         bias = self.f.bias
         assert bias is not None  # for TorchScript
         with torch.no_grad():
-            weight = self.f.weight.flatten(1)
-            center_f = normalize(F.linear(sets.centers, weight, bias)).unsqueeze(2)  # one head
+            weight, bias = autocast(self.f.weight).flatten(1), autocast(bias)
+            center_f = normalize(ieee_linear(sets.centers, weight, bias)).unsqueeze(2)  # one head
             query, offset = project_query(center_f, weight.unsqueeze(0), bias.unsqueeze(0))
             return nearest_center(sets.points, query.squeeze(1), offset.transpose(1, 2), sets.center_mask)
 

@@ -21,7 +21,7 @@ from .. import clustering
 from ..clustering import HeadWeights, PointSets
 from . import cpu
 
-__all__ = ['cluster', 'feature_norms', 'nearest_center', 'products']
+__all__ = ['cluster', 'feature_norms', 'group_mean', 'nearest_center', 'products']
 
 _HAS_TRITON = find_spec('triton') is not None
 
@@ -77,6 +77,14 @@ def cluster(
         if _chosen(sets.points) == 'gpu':
             return _gpu().cluster(sets, query, offset, norms, weights, weighted)
     return clustering.cluster(sets, query, offset, norms, weights, weighted)
+
+
+def group_mean(points: Tensor, centers: Tensor, index: Tensor, point_mask: Tensor | None = None) -> Tensor:
+    """See `clustering.group_mean`."""
+    if not torch.jit.is_scripting():  # noqa: SIM102
+        if _chosen(points) == 'gpu':
+            return _gpu().group_mean(points, centers, index, point_mask)
+    return clustering.group_mean(points, centers, index, point_mask)
 
 
 def nearest_center(points: Tensor, query: Tensor, offset: Tensor, center_mask: Tensor | None = None) -> Tensor:

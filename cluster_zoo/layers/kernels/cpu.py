@@ -56,7 +56,7 @@ class FeatureNorms(torch.autograd.Function):
             return *_differentiable_gradients(ctx, gradient), None
         f = _features(points, weight, bias)
         scale = (gradient / norms).to(f.dtype).transpose(1, 2)
-        f.view(*scale.shape, -1).mul_(scale.unsqueeze(-1))  # d|f| = f / |f|
+        f.unflatten(2, (scale.shape[2], -1)).mul_(scale.unsqueeze(-1))  # d|f| = f / |f|
         d_points, d_weight, d_bias = torch.ops.aten.convolution_backward(
             _as_map(f),
             _as_map(points),
@@ -82,7 +82,7 @@ def _as_map(points: Tensor) -> Tensor:
 def _features(points: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A linear layer as a 1x1 convolution, which PyTorch runs with oneDNN."""
     f = F.conv2d(_as_map(points), weight[:, :, None, None], bias)
-    return f.permute(0, 2, 3, 1).reshape(points.shape[0], points.shape[1], -1)
+    return f.permute(0, 2, 3, 1).reshape(points.shape[0], points.shape[1], len(bias))
 
 
 def _differentiable_gradients(ctx, gradient: Tensor) -> list[Tensor | None]:

@@ -28,7 +28,7 @@ from .. import clustering
 from ..clustering import HeadWeights, PointSets
 from . import triton_kernels as kernels
 
-__all__ = ['cluster', 'feature_norms', 'is_supported', 'nearest_center']
+__all__ = ['cluster', 'feature_norms', 'group_mean', 'is_supported', 'nearest_center']
 
 
 @torch.compiler.assume_constant_result
@@ -310,9 +310,16 @@ def cluster(
     index, score = assign(points, clustering.autocast(query), offset, sets.center_mask)
     similarity, weight = clustering.similarities(score, norms, weights.beta, weighted, sets.point_mask)
     sums, totals = aggregate(points, index, weight, centers.shape[1])
-    means = (sums + centers.unsqueeze(1)) / (1 + totals).unsqueeze(-1)
+    means = (sums + centers.unsqueeze(1)) * (1 + totals).reciprocal().unsqueeze(-1)
     values = clustering.center_values(means.to(points.dtype).flatten(1, 2), weights)
     return dispatch(values.unflatten(1, query.shape[1:3]), index, similarity, weights.proj_bias)
+
+
+def group_mean(points: Tensor, centers: Tensor, index: Tensor, point_mask: Tensor | None = None) -> Tensor:
+    """See `clustering.group_mean`."""
+    weight = torch.ones_like(index, dtype=torch.float32) if point_mask is None else point_mask.float()
+    sums, totals = aggregate(points, index.int().unsqueeze(1), weight.unsqueeze(1), centers.shape[1])
+    return ((sums.squeeze(1) + centers) / (1 + totals).transpose(1, 2)).to(centers.dtype)
 
 
 def nearest_center(points: Tensor, query: Tensor, offset: Tensor, center_mask: Tensor | None = None) -> Tensor:
