@@ -15,10 +15,10 @@ The counts are a model of what a GPU does, not a measurement:
   to that format. Its gradients are one launch each.
 - Group normalization works on NCHW and copies other formats to it. It is three launches: moments, factors per channel,
   scaling. Its gradients are four.
-- A matrix product copies a factor in which neither of the last two strides is one. `baddbmm`, and `addmm` with a matrix,
+- A matrix product copies a factor in which neither of the last two strides is one. `baddbmm`, and `addmm` of a matrix,
   copy the added term to the output first.
 - `scatter` reads and writes the selected elements only. `index_put` with accumulation sorts its indices: ten launches.
-- Other `cluster_zoo::*` than `bmm` are one launch of a Triton kernel, after a copy of each input that is not contiguous.
+- `cluster_zoo::*`, except `bmm`, is one launch of a Triton kernel, after copies of inputs that are not contiguous.
 - The gradients of a tensor with several uses are added, one launch for each further use.
 """
 
@@ -101,6 +101,7 @@ class Traffic(TorchDispatchMode):
         name = function._schema.name.split('::')[1]
         namespace = function.namespace
         if namespace == 'aten' and name.startswith('native_group_norm'):  # the strides of CUDA's result
+            self.copies(name, (x for x in args if isinstance(x, Tensor) and not x.is_contiguous()))
             args = tuple(x.contiguous() if isinstance(x, Tensor) else x for x in args)
         result = function(*args, **(kwargs or {}))
         if name in ('convolution', 'convolution_backward'):  # the strides of cuDNN's result

@@ -10,6 +10,7 @@ from cluster_zoo.layers.clustering import (
     HeadWeights,
     PointSets,
     aggregate,
+    append_offset,
     assign,
     cluster,
     cluster_features,
@@ -153,6 +154,41 @@ def test_nearest_center_does_not_depend_on_its_blocks(block):
     same = torch.ones(1, 5, 6).double()
     whole = points[:1].round()  # whose sums are exact in any order
     assert (nearest_center(whole, same, offset[:1] * 0, None, block) == 0).all()  # the first of equals
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+def test_appended_offset(dtype):
+    """In half precision too, products of the longer rows contain the offset in float32."""
+    points, query, offset = _normal(2, 9, 5).to(dtype), _normal(2, 4, 5, seed=1).to(dtype), _normal(2, 4, 1, seed=2)
+    if dtype != torch.float64:
+        offset = offset.float()
+    longer, queries = append_offset(points, query, offset)
+    assert longer.dtype == queries.dtype == dtype and longer.shape[-1] == 13
+    expected = query.double() @ points.double().transpose(1, 2) + offset.double()
+    error = queries.double() @ longer.double().transpose(1, 2) - expected
+    assert error.abs().max() <= 2**-22 * offset.abs().max()
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_decisions_in_half_precision_are_those_of_exact_products(dtype):
+    """Also under autocast, which would round the scores."""
+    points, query = _normal(2, 400, 8).to(dtype), _normal(2, 3, 6, 8, seed=1).to(dtype)
+    offset = _normal(2, 3, 6, seed=2).float()
+    expected, _ = assign(points.double(), query.double(), offset.double())
+    for enabled in (False, True):
+        with torch.autocast('cpu', dtype, enabled=enabled):
+            index, score = assign(points, query, offset)
+            nearest = nearest_center(points, query[:, 0], offset[:, 0].unsqueeze(-1))
+        assert score.dtype == torch.float32 and torch.equal(index, expected) and torch.equal(nearest, expected[:, 0])
+    rounded = (query.flatten(1, 2) @ points.transpose(1, 2)).unflatten(1, (3, 6)) + offset.unsqueeze(-1).to(dtype)
+    assert dtype == torch.float16 or not torch.equal(rounded.max(2).indices, expected)
+
+
+def test_group_mean_of_bfloat16_is_summed_in_float32():
+    points = _normal(1, 1000, 3).bfloat16() + 5
+    mean = group_mean(points, points[:, :1], torch.zeros(1, 1000, dtype=torch.int64))
+    expected = torch.cat([points, points[:, :1]], 1).double().mean(1, keepdim=True)
+    assert mean.dtype == torch.bfloat16 and torch.equal(mean, expected.bfloat16())
 
 
 def test_group_mean_matches_loops():

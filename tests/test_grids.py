@@ -1,10 +1,13 @@
 """Partition and merge, and mean-grid centers against adaptive average pooling."""
 
+import itertools
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cluster_zoo.layers.grids import mean_centers, mean_grid, merge, pad_to_multiple, partition, point_mask
+from cluster_zoo.layers.grids import equal_bins, mean_centers, mean_grid, merge, pad_to_multiple, partition, point_mask
 
 
 @pytest.mark.parametrize('regions', [1, 2, 4])
@@ -35,6 +38,21 @@ def test_mean_grid_is_adaptive_average_pooling(size, bins):
     centers, point_mask, center_mask = mean_centers(points, size, 1, bins)
     torch.testing.assert_close(centers, expected, rtol=1e-12, atol=1e-12)
     assert point_mask is None and center_mask is None
+
+
+@pytest.mark.parametrize('n', range(1, 30))
+@pytest.mark.parametrize('bins', [1, 2, 3, 4, 7])
+def test_equal_bins_are_a_pooling_with_strides(n, bins):
+    x = torch.randn(1, 1, n, dtype=torch.float64)
+    expected = F.adaptive_avg_pool1d(x, bins)
+    length, stride = equal_bins(n, bins)
+    bounds = [(i * n // bins, math.ceil((i + 1) * n / bins)) for i in range(bins)]
+    steps = {after[0] - before[0] for before, after in itertools.pairwise(bounds)}
+    assert bool(length and stride) == (
+        len({b - a for a, b in bounds}) == 1 and steps in ({max(steps, default=1)}, set()) and 0 not in steps
+    )
+    if length and stride:
+        torch.testing.assert_close(F.avg_pool1d(x, length, stride), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_mean_grid_ignores_padding():

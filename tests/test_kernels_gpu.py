@@ -19,7 +19,9 @@ import timm  # noqa: E402  it imports Triton
 
 import cluster_zoo  # noqa: E402
 from cluster_zoo.layers import clustering, kernels  # noqa: E402
-from cluster_zoo.layers.kernels import gpu  # noqa: E402
+from cluster_zoo.layers.cluster_mixer import ClusterMixer  # noqa: E402
+from cluster_zoo.layers.grids import mean_centers, partition  # noqa: E402
+from cluster_zoo.layers.kernels import gpu, self_check  # noqa: E402
 
 # S, N, C, E, M: a full tile, a partly full tile, more heads, points, channels or centers than fit in a tile
 SHAPES = [
@@ -264,6 +266,70 @@ def test_autocast_as_the_plain_functions(dtype):
         _assert_close(*pair, 6e-2, name)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_the_same_decisions_as_the_plain_functions_under_autocast(dtype, monkeypatch):
+    """Of the bundled model, for whole images."""
+    model = timm.create_model('coc_tiny_plain.cifar10', pretrained=True).eval().to(DEVICE)
+    images, found = _random(2, 3, 64, 64).float(), {}
+    for choice in ('plain', 'triton'):
+        monkeypatch.setenv('CLUSTER_ZOO_KERNELS', choice)
+        found[choice] = []
+
+        def record(module, inputs, choice=choice):
+            x = inputs[0] if choice == 'plain' else found['plain'][len(found[choice])][1]  # the same inputs
+            points = partition(clustering.autocast(x), module.regions)
+            centers, *_ = mean_centers(points, x.shape[-2:], module.regions, module.proposals)
+            query, offset = module.project_queries(centers, *module.f_weights())
+            assign = clustering.assign if choice == 'plain' else gpu.assign
+            found[choice].append((assign(points, query, offset, None)[0].long(), x))
+
+        hooks = [m.register_forward_pre_hook(record) for m in model.modules() if isinstance(m, ClusterMixer)]
+        with torch.no_grad(), torch.autocast(DEVICE, dtype):
+            model(images)
+        for hook in hooks:
+            hook.remove()
+    assert len(found['plain']) == 14
+    for (index, _), (other, _) in zip(found['plain'], found['triton']):
+        assert (index != other).float().mean() < 1e-4  # scores that are equal up to the order of a sum
+
+
+def test_tf32_does_not_change_assignments(monkeypatch):
+    points, query, offset = _random(2, 900, 40).float(), _random(2, 3, 70, 40).float(), _random(2, 3, 70).float()
+    expected, _ = clustering.assign(points.double(), query.double(), offset.double())
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        matmul.fp32_precision = 'tf32'
+        for assign in (gpu.assign, clustering.assign):
+            index = assign(points, query, offset, None)[0].long()
+            assert (index != expected).float().mean() < 1e-4
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_group_mean():
+    points, centers, mask = (
+        _random(2, 600, 9).float(),
+        _random(2, 70, 9).float(),
+        torch.rand(2, 600, device=DEVICE) < 0.7,
+    )
+    index = torch.randint(0, 70, (2, 600), device=DEVICE)
+    inputs = [points.requires_grad_(), centers.requires_grad_()]
+    for masks in ((), (mask,)):
+        values = [gpu.group_mean(*inputs, index, *masks) for _ in range(2)]
+        assert torch.equal(*values)
+        exact = _exact(inputs)
+        expected = clustering.group_mean(*exact, index, *masks)
+        _assert_close(values[0], expected, 1e-6)
+        for pair in zip(
+            torch.autograd.grad(values[0].square().sum(), inputs), torch.autograd.grad(expected.square().sum(), exact)
+        ):
+            _assert_close(*pair, 1e-5)
+        if DEVICE == 'cuda':
+            plain = [clustering.group_mean(*inputs, index, *masks) for _ in range(2)]
+            assert torch.equal(*plain)
+
+
 def test_operations_are_well_registered():
     points, norms, _, query, offset = _inputs(1, 9, 8, 2, 3)[:5]
     index = torch.randint(0, 3, (1, 2, 9), dtype=torch.int32, device=DEVICE)
@@ -354,7 +420,8 @@ def test_environment_variable_selects_the_kernels(monkeypatch):
     assert len(called) == 1
     monkeypatch.delenv('CLUSTER_ZOO_KERNELS')
     kernels.nearest_center(*small)
-    assert len(called) == (2 if DEVICE == 'cuda' and gpu.is_supported() else 1)
+    trusted = DEVICE == 'cuda' and self_check.is_trusted(inputs[0].device, torch.float32)
+    assert len(called) == (2 if trusted else 1)
     monkeypatch.setenv('CLUSTER_ZOO_KERNELS', 'fast')
     with pytest.raises(ValueError, match="'fast'"):
         kernels.nearest_center(*small)

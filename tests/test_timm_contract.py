@@ -108,6 +108,17 @@ def test_features_only(name, feature_cls):
 
 
 @pytest.mark.parametrize('name', SMALLEST)
+@pytest.mark.parametrize('training', [False, True])
+def test_an_empty_batch_gives_an_empty_result(name, training):
+    model = _create(name).train(training)
+    for size in (64, 72):  # 72 does not divide: the sets are padded
+        logits = model(_images(size, size, batch=0))
+        assert logits.shape == (0, 1000)
+    if training:
+        logits.sum().backward()
+
+
+@pytest.mark.parametrize('name', SMALLEST)
 def test_forward_intermediates(name):
     model = _create(name)
     x = _images(64, 64)

@@ -26,6 +26,7 @@ COMMANDS = {
     'explain': Command('explain', 'draw what a model grouped, or the training images that it compares with'),
     'app': Command('app', 'explore in the browser what models grouped'),
     'export': Command('export', 'write a model as ONNX, TorchScript or pt2'),
+    'env': Command('env', 'print versions, devices and kernels, for a report of a problem'),
     'train': Command('training', 'train an image classifier'),
     'validate': Command('training', 'measure accuracy and speed of image classifiers'),
     'segment': Command('training', 'train or validate a segmenter'),

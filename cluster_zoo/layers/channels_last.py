@@ -2,8 +2,8 @@
 
 PyTorch's kernels are replaced where they copy such maps, or read and write them more often than needed:
 
-- CUDA's group normalization works on NCHW: it copies the map, and the next convolution copies its output. With one group
-  the statistics do not depend on the order of the elements, so that a reduction and a scaling are enough.
+- CUDA's group normalization works on NCHW: it copies the map, and the next convolution copies its output. With one
+  group, the statistics do not depend on the order of the elements: a reduction and a scaling are enough.
 - A 1x1 convolution adds its bias in a second pass, which a linear layer does not need.
 - Autocast casts all operands of ``addcmul`` to float32 before it, although the kernel reads any dtype.
 
@@ -57,6 +57,7 @@ class PointMlp(Mlp):
         return self.drop2(self.fc2(self.norm(x)))
 
 
+@register_notrace_function
 def add_scaled(x: Tensor, branch: Tensor, gamma: Tensor) -> Tensor:
     """``x + gamma * branch`` for maps [B, C, H, W] and gamma [C], in the wider dtype of the three."""
     if not torch.jit.is_scripting():  # noqa: SIM102

@@ -107,7 +107,7 @@ class ClusterMixer(nn.Module):
     def head_sets(self, features: Tensor) -> PointSets:
         """[B, E * D, H, W] -> sets of D channels, one for each region of each head of each image."""
         features = features.contiguous(memory_format=torch.channels_last)  # torch.compile mispredicts its strides
-        B, _, H, W = features.shape
+        H, W = features.shape[-2:]
         points = partition(features.unflatten(1, (self.num_heads, -1)).flatten(0, 1), self.regions)
         return PointSets(points, *mean_centers(points, (H, W), self.regions, self.proposals))
 

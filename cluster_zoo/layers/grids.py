@@ -5,6 +5,8 @@ row-major order. If r does not divide a side, the map is padded at the bottom an
 points and centers. In the channels_last memory format `partition` and `merge` do not copy a map of one region.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -87,7 +89,7 @@ def equal_bins(n: int, bins: int) -> tuple[int, int]:
     """Length and stride of the bins of `mean_grid` over n positions, zeros if they are not equal."""
     starts, stops = [i * n // bins for i in range(bins + 1)], [-(-i * n // bins) for i in range(bins + 1)]
     lengths = {stop - start for start, stop in zip(starts[:-1], stops[1:])}
-    strides = {after - before for before, after in zip(starts[:-2], starts[1:-1])} or {n}
+    strides = {after - before for before, after in pairwise(starts[:-1])} or {n}
     return (lengths.pop(), strides.pop()) if len(lengths) == len(strides) == 1 else (0, 0)
 
 

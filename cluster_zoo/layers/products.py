@@ -44,7 +44,7 @@ def ieee_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @torch.library.custom_op('cluster_zoo::bmm', mutates_args=())
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    """`ieee_bmm` on CUDA, float32. An operation of its own, so that a compiler does not see the change of the switch."""
+    """`ieee_bmm` to float32 on CUDA, as one operation, so that a compiler does not see that the switch changes."""
     if a.dtype != torch.float32:
         return torch.bmm(a, b, out_dtype=torch.float32)
     switch = torch.backends.cuda.matmul

@@ -21,20 +21,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 from ..errors import CheckpointError, one_line
+from ..home import home
 
-__all__ = ['cached', 'check_digest', 'entry', 'exclusive', 'home', 'new_folder', 'say', 'sha256', 'verified_weights']
+__all__ = ['cached', 'check_digest', 'entry', 'exclusive', 'new_folder', 'say', 'sha256', 'verified_weights']
 
 WEIGHTS = 'model.safetensors'
-
-
-def home() -> Path:
-    """Returns the folder of the cache: ``CLUSTER_ZOO_HOME``, by default ``cluster_zoo`` in the folder of torch.hub."""
-    named = os.environ.get('CLUSTER_ZOO_HOME')
-    return (Path(named).expanduser() if named else Path(torch.hub.get_dir()) / 'cluster_zoo').absolute()
 
 
 def entry(name: str, root: str | Path | None = None) -> Path:

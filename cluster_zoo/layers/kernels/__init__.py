@@ -2,7 +2,8 @@
 
 The environment variable ``CLUSTER_ZOO_KERNELS`` selects the version:
 
-- ``auto``, the default: on a GPU those of `gpu` if Triton is installed and supports it, on a CPU those of `cpu`;
+- ``auto``, the default: on a GPU those of `gpu` if Triton is installed and `self_check` trusts them with the device and
+  the dtype, on a CPU those of `cpu`;
 - ``plain``: the functions of `clustering` themselves;
 - ``triton``: those of `gpu` on any device. On a CPU this needs Triton's interpreter, ``TRITON_INTERPRET=1``.
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from .. import clustering
 from ..clustering import HeadWeights, PointSets
 from . import cpu
+from .self_check import is_trusted
 
 __all__ = ['cluster', 'feature_norms', 'group_mean', 'nearest_center', 'products']
 
@@ -40,7 +42,7 @@ def _chosen(x: Tensor) -> str:
     if choice == 'plain' or torch.compiler.is_exporting() or torch.jit.is_tracing():
         return 'plain'
     narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    if narrow and (choice == 'triton' or (x.device.type == 'cuda' and _HAS_TRITON and _gpu().is_supported())):
+    if narrow and (choice == 'triton' or (x.device.type == 'cuda' and _HAS_TRITON and is_trusted(x.device, x.dtype))):
         return 'gpu'
     return 'cpu' if x.device.type == 'cpu' and not torch.compiler.is_compiling() else 'plain'
 

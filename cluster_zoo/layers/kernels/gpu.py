@@ -13,9 +13,9 @@ differentiated any number of times. A fifth operation, `row_norms`, computes nor
 the same input gives the same bits.
 
 float32 is multiplied in float32, or in TF32 if ``torch.set_float32_matmul_precision`` allows it.
+`assign` never uses TF32.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -28,14 +28,7 @@ from .. import clustering
 from ..clustering import HeadWeights, PointSets
 from . import triton_kernels as kernels
 
-__all__ = ['cluster', 'feature_norms', 'group_mean', 'is_supported', 'nearest_center']
-
-
-@torch.compiler.assume_constant_result
-@functools.cache
-def is_supported() -> bool:
-    """Whether Triton supports all GPUs: compute capability 8.0 or higher (ROCm devices report 9.0 or higher)."""
-    return all(torch.cuda.get_device_capability(i) >= (8, 0) for i in range(torch.cuda.device_count()))
+__all__ = ['cluster', 'feature_norms', 'group_mean', 'nearest_center']
 
 
 def _factors(dtype: torch.dtype) -> tl.dtype:
@@ -90,6 +83,7 @@ def assign(points: Tensor, query: Tensor, offset: Tensor, center_mask: Tensor | 
     score = points.new_empty((S, E, N), dtype=torch.float32)
     tiles = _tiles(points, E, M)
     grid = (S * triton.cdiv(N, tiles['BLOCK_N']), triton.cdiv(E, tiles['HEADS']))
+    tiles['PRECISION'] = 'ieee'
     mask = None if center_mask is None else center_mask.contiguous()
     with torch.cuda.device_of(points):
         kernels.assign[grid](
