@@ -9,6 +9,7 @@ from reference import context_cluster_set
 from cluster_zoo.layers.clustering import (
     HeadWeights,
     PointSets,
+    _VectorNorm,
     aggregate,
     append_offset,
     assign,
@@ -129,6 +130,25 @@ def test_zero_vectors():
         assert normalize(torch.ones(2, 4, dtype=dtype)).unique() == 0.5
         norms = feature_norms(torch.zeros(1, 4, 3).to(dtype), torch.ones(4, 3).to(dtype), torch.zeros(4).to(dtype), 2)
         assert norms.shape == (1, 2, 4) and (norms > 0).all() and norms.dtype.itemsize >= 4
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_gradient_of_norms_on_a_gpu(dtype, tolerance):
+    x = _normal(2, 5, 7).to(dtype)
+    x[0, 2] = 0
+    x.requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    norms, expected = _VectorNorm.apply(x), exact.norm(dim=-1).clamp_min(1e-12)
+    assert norms.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(norms.double(), expected, rtol=tolerance, atol=tolerance)
+    gradient = _normal(2, 5, seed=1)
+    (value,) = torch.autograd.grad(norms, x, gradient.to(norms.dtype))
+    (wanted,) = torch.autograd.grad(expected, exact, gradient)
+    assert value.dtype == dtype and (value[0, 2] == 0).all()
+    torch.testing.assert_close(value.double(), wanted, rtol=tolerance, atol=tolerance)
+    if dtype == torch.float64:
+        x = _normal(3, 4).requires_grad_()
+        assert torch.autograd.gradgradcheck(_VectorNorm.apply, x)
 
 
 def test_feature_norms_of_each_head():
