@@ -67,7 +67,7 @@ def new_process(monkeypatch):
 @pytest.mark.parametrize('dtype', self_check.DTYPES)
 def test_passes_with_the_kernels(gpus, dtype):
     with warnings.catch_warnings():
-        warnings.simplefilter('error')
+        warnings.simplefilter('error', RuntimeWarning)
         assert chosen(dtype=dtype) == 'gpu'
     found = self_check.verdict(CUDA, dtype)
     assert found.trusted and 'largest error' in found.reason
@@ -125,7 +125,7 @@ def test_faults(fault, gpus, monkeypatch):
     with pytest.warns(RuntimeWarning, match=f'(?s)Triton kernels are not used for torch.float32 on GPU A.*{reason}'):
         assert chosen() == 'plain'
     with warnings.catch_warnings():
-        warnings.simplefilter('error')
+        warnings.simplefilter('error', RuntimeWarning)
         assert chosen() == 'plain'
     new_process(monkeypatch)
     monkeypatch.setattr(self_check, 'largest_errors', lambda *args: pytest.fail('checked again'))
@@ -203,7 +203,7 @@ def test_old_gpu_and_capture_of_a_graph(gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: False)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: (7, 5))
     with warnings.catch_warnings():
-        warnings.simplefilter('error')
+        warnings.simplefilter('error', RuntimeWarning)
         assert chosen() == 'plain'
     assert self_check.verdict(CUDA, torch.float32).reason == 'compute capability 7.5 is below 8.0'
 

@@ -135,5 +135,5 @@ class ClusterMixer(nn.Module):
         f(x). The norm is the same for all centers, so that the center of highest similarity has the highest value.
         """
         E, C = self.num_heads, centers.shape[2]
-        f = ieee_linear(centers, weight, bias).unflatten(2, (E, len(bias) // E))
+        f = ieee_linear(centers, weight, bias).unflatten(2, (E, bias.shape[0] // E))
         return project_query(normalize(f, self.sim_alpha), weight.view(E, -1, C), bias.view(E, -1))
