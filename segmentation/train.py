@@ -295,7 +295,7 @@ def start(args: argparse.Namespace) -> Run:
     """Builds all parts of a run and restores it from ``--resume``."""
     confusion_matrix_class()  # before the training, which needs torchmetrics only to validate
     run_folder.check_output_dir(args, _OUTPUT)
-    set_up_device(args)
+    set_up_device(args, tf32=True)
     if args.device == 'cpu' and args.sync_bn:
         raise OptionError('--sync-bn: PyTorch synchronizes batch norm on GPUs only; leave it out on a CPU')
     set_up_processes(args)

@@ -37,10 +37,10 @@ from cluster_zoo.errors import OptionError, UserError, print_error
 from cluster_zoo.training.engine import run_options
 from cluster_zoo.training.parser import Parser
 from cluster_zoo.training.runtime import (
-    available_workers,
     build_precision,
     check_output_file,
     option_errors,
+    set_device_defaults,
     set_up_device,
 )
 from cluster_zoo.training.shared_options import add_device_options
@@ -146,8 +146,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     confusion_matrix_class()
     set_up_device(args)
     utils.init_distributed_device(args)
-    if 'workers' not in args.given:
-        args.workers = available_workers(args.workers)
+    set_device_defaults(args)
     if args.batch_size < 1 or args.workers < 0 or args.num_overlays < 0:
         raise OptionError('--batch-size must be at least 1, --workers and --num-overlays at least 0')
     if not utils.is_primary(args):

@@ -17,9 +17,10 @@ with (Path(__file__).parent / 'script_flags.tsv').open() as table:
     FLAGS = [
         {column: value.strip("'") for column, value in row.items()} for row in csv.DictReader(table, delimiter='\t')
     ]
-# Defaults that differ on purpose: the available device, a precision for it, the format of the file's name, the model of
-# the checkpoint (in validate.py), warm-up of the average in short runs
-OTHER_DEFAULTS = {'--device', '--amp-dtype', '--results-format', '-m', '--model-ema-warmup'}
+# Defaults that differ on purpose: the available device and what is best for it, the format of the file's name, the
+# model of the checkpoint (in validate.py), warm-up of the average in short runs
+DEVICE_DEFAULTS = {'--device', '--amp-dtype', '--channels-last', '--pin-mem'}
+OTHER_DEFAULTS = {*DEVICE_DEFAULTS, '--results-format', '-m', '--model-ema-warmup'}
 
 
 def _default(row):

@@ -45,7 +45,8 @@ _logger = logging.getLogger(__name__)
 
 # Options that a resumed run may change without a remark; of the data directory, only its form on the command line
 _MAY_DIFFER = (
-    *('resume', 'output', 'experiment', 'config', 'data', 'data_dir', 'device', 'workers', 'pin_mem', 'log_interval'),
+    *('resume', 'output', 'experiment', 'config', 'data', 'data_dir', 'device', 'workers', 'log_interval'),
+    *('pin_mem', 'persistent_workers'),
     *('pretrained', 'pretrained_path', 'initial_checkpoint', 'recovery_interval', 'checkpoint_hist'),
 )
 _MAX_INITIAL = 0.01  # fraction of the initial weights in an average above which its decay is warmed up
@@ -130,6 +131,9 @@ def load_checkpoint_state(run: TrainingRun, path: str, optimizer: bool = True) -
             averaged = clean_state_dict(checkpoint.get('state_dict_ema', checkpoint['state_dict']))
             task.load_checkpoint_state(averaged, checkpoint.get('task_state_ema'), ema=True)
         if optimizer:
+            for own, saved in zip(run.optimizer.param_groups, checkpoint['optimizer']['param_groups']):
+                if 'fused' in own:  # a choice of this device, which may not be that of the saved run
+                    saved['fused'] = own['fused']
             run.optimizer.load_state_dict(checkpoint['optimizer'])
             if run.scaler is not None and run.scaler.state_dict_key in checkpoint:
                 run.scaler.load_state_dict(checkpoint[run.scaler.state_dict_key])
@@ -185,6 +189,8 @@ def launch(run: TrainingRun, mode: str | None = None, **ddp_options: Any) -> Non
             task.compile_ema(backend=args.torchcompile, mode=mode)
     if args.distributed:
         device_ids = None if args.device == 'cpu' else [torch.device(args.device)]
+        if args.device.startswith('cuda'):
+            ddp_options['gradient_as_bucket_view'] = True  # the gradients are not copied after the reduction
         task.prepare_distributed(device_ids=device_ids, **ddp_options)
 
 

@@ -167,7 +167,7 @@ def loader_options(args: argparse.Namespace, data_config: dict[str, Any]) -> dic
         mean=data_config['mean'],
         std=data_config['std'],
         num_workers=args.workers,
-        pin_memory=args.pin_mem,
+        pin_memory=bool(args.pin_mem),
         device=torch.device(args.device),
         use_prefetcher=uses_prefetcher(args),
         img_dtype=model_dtype(args),
@@ -202,7 +202,7 @@ def build_loaders(
     options = loader_options(args, data_config) | dict(
         distributed=args.distributed,
         # With new workers in each epoch, their generators do not depend on the epoch that a run was resumed at.
-        persistent_workers=False,
+        persistent_workers=bool(args.persistent_workers),
     )
     with option_errors('training data', KeyError):
         train_loader = create_loader(

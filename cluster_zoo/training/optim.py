@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 from timm import utils
-from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import (
     ClassificationTask,
@@ -29,9 +29,18 @@ from .runtime import model_dtype, option_errors
 from .tasks import with_centroid_learning
 from .train_options import is_mixing
 
-__all__ = ['build_optimizer', 'build_scheduler', 'build_task', 'check_optimizer_name', 'shorten_warmup']
+__all__ = [
+    'build_optimizer',
+    'build_scheduler',
+    'build_task',
+    'check_optimizer_name',
+    'optimizer_options',
+    'shorten_warmup',
+]
 
 _logger = logging.getLogger(__name__)
+
+_FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 def build_task(args: argparse.Namespace, model: nn.Module, dataset: Any = None) -> TrainingTask:
@@ -128,6 +137,19 @@ def check_optimizer_name(name: str) -> None:
         raise OptionError(f'--opt: there is no optimizer {name!r}{nearest(name.lower(), known)}')
 
 
+def optimizer_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns ``--opt-kwargs``, on CUDA with ``fused=True`` for SGD, Adam and AdamW of PyTorch.
+
+    A fused optimizer updates all parameters in a few kernels, and the loss scaler of float16 does not wait for the
+    device. ``--opt-kwargs fused=False`` turns it off.
+    """
+    optimizer = get_optimizer_info(args.opt.lower().removeprefix('lookahead_')).opt_class
+    is_chosen = not {'fused', 'foreach', 'differentiable'}.isdisjoint(args.opt_kwargs)
+    if is_chosen or optimizer not in _FUSED or not args.device.startswith('cuda'):
+        return args.opt_kwargs
+    return args.opt_kwargs | dict(fused=True)
+
+
 def build_optimizer(args: argparse.Namespace, task: TrainingTask) -> torch.optim.Optimizer:
     """Builds the optimizer. Sets ``args.lr`` from the base rate and the images of an update if it is not given."""
     if args.lr is None:
@@ -138,7 +160,7 @@ def build_optimizer(args: argparse.Namespace, task: TrainingTask) -> torch.optim
         _logger.info(f'Learning rate {args.lr:.4g}: {args.lr_base:g} at {args.lr_base_size} images, {scale} scaling.')
     check_optimizer_name(args.opt)
     with option_errors(f'--opt {args.opt}', TypeError):
-        return create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+        return create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **optimizer_options(args))
 
 
 def shorten_warmup(args: argparse.Namespace) -> None:

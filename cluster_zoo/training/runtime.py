@@ -6,6 +6,7 @@ import argparse
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -24,10 +25,14 @@ __all__ = [
     'check_output_file',
     'model_dtype',
     'option_errors',
+    'set_device_defaults',
     'set_up_device',
     'set_up_processes',
     'set_up_runtime',
 ]
+
+
+_MAX_WORKERS = 32  # on CUDA; each of them holds two batches
 
 
 @contextmanager
@@ -65,24 +70,58 @@ def available_workers(workers: int) -> int:
     return min(workers, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
 
 
-def set_up_device(args: argparse.Namespace) -> None:
-    """Sets ``args.device`` if it is empty, and checks that the device works."""
+def set_device_defaults(args: argparse.Namespace) -> None:
+    """Sets the options that depend on the device, unless a flag or the config file gives them.
+
+    On CUDA these are pinned memory, channels_last, bfloat16 for ``--amp`` where the GPU computes in it, persistent
+    workers, and as many workers as this process's share of the processors. Elsewhere it is the number of workers.
+    Options that a script does not have are left out. Call this when the device is known.
+    """
+    if not args.device.startswith('cuda'):
+        if 'workers' not in args.given:
+            args.workers = available_workers(args.workers)
+        return
+    share = available_workers(sys.maxsize) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    defaults = dict(
+        pin_mem=True,
+        channels_last=True,
+        persistent_workers=not getattr(args, 'mixup_off_epoch', 0),  # it changes what the workers do
+        workers=max(1, min(share, _MAX_WORKERS)),
+    )
+    if args.amp and torch.cuda.is_bf16_supported(including_emulation=False):
+        defaults['amp_dtype'] = 'bfloat16'
+    for name, value in defaults.items():
+        is_given = args.sources.get(name) in ('flag', 'config') and getattr(args, name) is not None
+        if hasattr(args, name) and not is_given:
+            setattr(args, name, value)
+
+
+def set_up_device(args: argparse.Namespace, tf32: bool = False) -> None:
+    """Sets ``args.device`` if it is empty, and checks that the device works.
+
+    Args:
+        args: The options.
+        tf32: Whether products and convolutions in float32 may round their inputs to TF32 on CUDA.
+    """
     if not args.device:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         args.device = accelerator.type if accelerator is not None else 'cpu'
     with option_errors(f'--device {args.device}'):
         torch.zeros(1, device=args.device)
     if args.device.startswith('cuda'):
-        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         torch.backends.cudnn.benchmark = True
 
 
-def set_up_runtime(args: argparse.Namespace) -> None:
-    """Sets up the device and the process-wide options that ``train.py`` and ``validate.py`` share."""
+def set_up_runtime(args: argparse.Namespace, tf32: bool = False) -> None:
+    """Sets up the device and the process-wide options that ``train.py`` and ``validate.py`` share.
+
+    See `set_up_device` for ``tf32``.
+    """
     for module in args.device_modules or ():
         with option_errors('--device-modules', ImportError):
             importlib.import_module(module)
-    set_up_device(args)
+    set_up_device(args, tf32)
     if args.fuser:
         with option_errors('--fuser'):
             utils.set_jit_fuser(args.fuser)
@@ -95,7 +134,7 @@ def set_up_runtime(args: argparse.Namespace) -> None:
 
 
 def set_up_processes(args: argparse.Namespace) -> None:
-    """Joins the process group of a launcher, if there is one, and sets up logging and the default of ``--workers``.
+    """Joins the process group of a launcher, if there is one, and sets up logging and the defaults of the device.
 
     Only the first process logs information. Sets ``args.distributed``, ``world_size``, ``rank`` and ``local_rank``.
     """
@@ -103,8 +142,7 @@ def set_up_processes(args: argparse.Namespace) -> None:
     logging.basicConfig(format='%(message)s')
     logging.getLogger().setLevel(logging.INFO if utils.is_primary(args) else logging.ERROR)
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # it lists all checkpoints every time
-    if 'workers' not in args.given:
-        args.workers = available_workers(args.workers)
+    set_device_defaults(args)
 
 
 def model_dtype(args: argparse.Namespace) -> torch.dtype:

@@ -75,16 +75,27 @@ def add_device_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     """Adds the options of device, precision and data loading that all scripts have."""
     group = parser.add_argument_group('runtime')
     add = group.add_argument
-    add('-j', '--workers', type=int, default=4, metavar='N', help='data loading processes, 0: none (default: 4)')
+    add(
+        '-j',
+        '--workers',
+        type=int,
+        default=4,
+        metavar='N',
+        help='data loading processes, 0: none (default: 4; on CUDA the processors per process, up to 32)',
+    )
     add('--device', help='device (default: the accelerator of this machine, else cpu)')
     add('--amp', '--native-amp', '--apex-amp', action='store_true', help='automatic mixed precision')
     add(
         '--amp-dtype',
         metavar='DTYPE',
         choices=('float16', 'bfloat16'),
-        help='lower precision of --amp (default: float16, bfloat16 on a CPU)',
+        help='lower precision of --amp (default: bfloat16; float16 on a GPU that does not compute in bfloat16)',
     )
-    add('--channels-last', action='store_true', help='channels-last memory layout')
+    add(
+        '--channels-last',
+        action=argparse.BooleanOptionalAction,
+        help='channels-last memory layout (default on CUDA: on)',
+    )
     return group
 
 
@@ -92,7 +103,11 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     """Adds the options of device, precision, compilation and data loading."""
     group = add_device_options(parser)
     add = group.add_argument
-    add('--pin-mem', action='store_true', help='pin memory for faster transfer to the device')
+    add(
+        '--pin-mem',
+        action=argparse.BooleanOptionalAction,
+        help='pin memory for faster transfer to the device (default on CUDA: on)',
+    )
     add('--no-prefetcher', action='store_true', help="do not use timm's prefetcher (never used on a CPU)")
     add(
         '--model-dtype',

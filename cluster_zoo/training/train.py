@@ -344,7 +344,7 @@ def start(args: argparse.Namespace) -> Run:
     check_train_options(args)
     run_folder.check_output_dir(args, _OUTPUT)
     check_data_dir(args)
-    set_up_runtime(args)
+    set_up_runtime(args, tf32=True)
     set_up_processes(args)
     utils.random_seed(args.seed, args.rank)
     model = build_model(args)

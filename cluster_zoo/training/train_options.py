@@ -207,6 +207,11 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('run').add_argument
     add('--seed', type=int, default=42, metavar='N', help='random seed (default: 42)')
     add('--worker-seeding', default='all', choices=('all', 'part'), help='generators of a worker to seed')
+    add(
+        '--persistent-workers',
+        action=argparse.BooleanOptionalAction,
+        help='keep data loading processes over epochs; resuming is not exact then (default on CUDA: on)',
+    )
     add('--log-interval', type=int, default=50, metavar='N', help='updates between log lines')
     add('--val-interval', type=int, default=1, metavar='N', help='epochs between validations')
     add('--recovery-interval', type=int, default=0, metavar='N', help='updates between recovery checkpoints, 0: none')
@@ -301,6 +306,10 @@ def check_train_options(args: argparse.Namespace) -> None:
         (without_validation and args.sched == 'plateau', "--sched plateau needs validation: leave out --val-split ''"),
         (args.multi_label and args.eval_metric in ('top1', 'top5'), '--eval-metric of --multi-label: map or loss'),
         (not args.multi_label and args.eval_metric == 'map', '--eval-metric map needs --multi-label'),
+        (
+            args.persistent_workers and args.mixup_off_epoch,
+            '--persistent-workers and --mixup-off-epoch exclude each other',
+        ),
         (args.jsd_loss and (args.multi_label or args.class_weights), '--jsd-loss has one label, without class weights'),
         (
             args.train_crop_mode == 'pad' and (args.aug_splits or args.train_img_sizes),

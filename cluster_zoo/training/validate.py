@@ -42,11 +42,11 @@ from .loaders import data_root, dataset_options, drop_invalid, loader_options
 from .model import check_model_name, create_from_options
 from .parser import Parser
 from .runtime import (
-    available_workers,
     build_precision,
     check_output_file,
     model_dtype,
     option_errors,
+    set_device_defaults,
     set_up_runtime,
 )
 from .saved_options import complete_options
@@ -401,8 +401,7 @@ def main(argv: Sequence[str] | None = None, prog: str = 'validate.py') -> int:
         if args.results_file:
             check_output_file('--results-file', args.results_file)
         set_up_runtime(args)
-        if 'workers' not in args.given:
-            args.workers = available_workers(args.workers)
+        set_device_defaults(args)
         for name, checkpoint in models:
             # A copy, because `measure` sets options
             options = argparse.Namespace(**{**vars(args), 'model': name, 'checkpoint': checkpoint})

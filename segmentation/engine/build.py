@@ -16,7 +16,7 @@ from timm.scheduler.scheduler import Scheduler
 
 from cluster_zoo.errors import DataError
 from cluster_zoo.training.model import set_centroid_learning
-from cluster_zoo.training.optim import check_optimizer_name
+from cluster_zoo.training.optim import check_optimizer_name, optimizer_options
 from cluster_zoo.training.runtime import option_errors
 
 from ..data.datasets import SegmentationDataset, create_dataset
@@ -109,7 +109,8 @@ def build_optimizer(args: argparse.Namespace, model: Segmenter) -> tuple[torch.o
     check_optimizer_name(args.opt)
     groups = parameter_groups(model, args.weight_decay, not args.no_norm_decay, args.layer_decay, args.head_lr_scale)
     with option_errors(f'--opt {args.opt}', TypeError):
-        optimizer = create_optimizer_v2(groups, args.opt, args.lr, args.weight_decay, args.momentum, **args.opt_kwargs)
+        options = optimizer_options(args)
+        optimizer = create_optimizer_v2(groups, args.opt, args.lr, args.weight_decay, args.momentum, **options)
     with option_errors(f'--schedule {args.schedule}'):
         scheduler = create_schedule(
             args.schedule,
