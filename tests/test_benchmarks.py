@@ -1,4 +1,4 @@
-"""benchmarks/throughput.py on two models and small images: its file, tables and figure. benchmarks/camvid.py."""
+"""benchmarks/throughput.py on two models and small images: its file, tables and figure. camvid.py and loader.py."""
 
 import argparse
 import importlib.util
@@ -204,3 +204,48 @@ def test_camvid_evaluates_again_after_more_training(monkeypatch, tmp_path):
     second = commands[1]
     assert {'--amp', '--channels-last'} < set(second) and second[second.index('--amp-dtype') + 1] == 'float16'
     assert len(commands) == 2
+
+
+@pytest.fixture
+def loader(monkeypatch):
+    """The module of benchmarks/loader.py, which runs in this process."""
+    monkeypatch.setattr(sys, 'path', sys.path[:])
+    monkeypatch.setattr(torch, 'set_num_threads', lambda number: None)
+    spec = importlib.util.spec_from_file_location('loader', SCRIPT.with_name('loader.py'))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_loader(image_folder, tmp_path):
+    """In its own process: workers that are forked from a process with threads of PyTorch can wait forever."""
+    path = tmp_path / 'loader.json'
+    line = [image_folder, '--img-size', 32, '--batch-size', 4, '--workers', 0, 2, '--rounds', 2, '--json', path]
+    command = [sys.executable, SCRIPT.with_name('loader.py'), *line, '--seconds', 0.2, '--warm-up', 0]
+    run = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    report = json.loads(path.read_text())
+    assert report['images']['number'] == 42 and report['images']['megapixels'] == pytest.approx(40 * 36 / 1e6)
+    assert [(result['workers'], len(result['rounds'])) for result in report['results']] == [(0, 2), (2, 2)]
+    heading, _, *rows = run.stdout.splitlines()
+    assert torch.__version__ in heading and report['date'][:10] in heading
+    for result, row in zip(report['results'], rows[2:]):
+        rates = [each['per_second'] for each in result['rounds']]
+        assert 0 < min(rates) and math.isfinite(max(rates))
+        assert [cell.strip() for cell in row.split('|')[1:3]] == [str(result['workers']), f'{max(rates):.0f}']
+
+
+def test_loader_gives_what_a_gpu_gets(loader, image_folder):
+    args = argparse.Namespace(data=image_folder, model='coc_tiny', img_size=32, batch_size=6)
+    batches, dataset = loader.build(args, 0)
+    images, target = next(iter(batches))
+    assert images.dtype == torch.uint8 and images.shape == (6, 3, 32, 32)
+    assert target.shape == (6, 3)  # mixed
+    assert len(dataset) == 42 and len(batches) == loader.PASS
+
+
+def test_loader_without_images(loader, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, 'argv', ['loader.py', str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        loader.main()
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith('error: ')

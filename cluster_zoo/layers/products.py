@@ -38,7 +38,9 @@ def ieee_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """``F.linear(x, weight, bias)`` of x [S, N, C], float32 as in `ieee_bmm`."""
     if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript skips this branch only if it has no other condition
         if x.device.type == 'cuda' and x.dtype == torch.float32:
-            return ieee_bmm(x.flatten(0, 1).unsqueeze(0), weight.t().unsqueeze(0)).view(*x.shape[:2], bias.shape[0]) + bias
+            return (
+                ieee_bmm(x.flatten(0, 1).unsqueeze(0), weight.t().unsqueeze(0)).view(*x.shape[:2], bias.shape[0]) + bias
+            )
     return F.linear(x, weight, bias)
 
 
