@@ -231,7 +231,7 @@ def test_loader(image_folder, tmp_path):
     assert torch.__version__ in heading and report['date'][:10] in heading
     for result, row in zip(report['results'], rows[2:]):
         rates = [each['per_second'] for each in result['rounds']]
-        assert 0 < min(rates) and math.isfinite(max(rates))
+        assert min(rates) > 0 and math.isfinite(max(rates))
         assert [cell.strip() for cell in row.split('|')[1:3]] == [str(result['workers']), f'{max(rates):.0f}']
 
 
