@@ -4,10 +4,12 @@
 #   bash benchmarks/cifar10.sh cpu DATA    the bundled weights: two processes with one thread each, 24 epochs
 #   bash benchmarks/cifar10.sh gpu DATA    one GPU, 300 epochs and stronger augmentation; has not been run
 #
+# Further arguments are options of train.py, such as --resume auto. EPOCHS=100 sets the number of epochs.
 # DATA has train.tar and val.tar, or train/ and val/, with one folder of images per class.
 set -euo pipefail
-[[ ${1:-} =~ ^(cpu|gpu)$ && -e ${2:-} ]] || { sed -n '2,7p' "$0" >&2; exit 2; }
+[[ ${1:-} =~ ^(cpu|gpu)$ && -e ${2:-} ]] || { sed -n '2,8p' "$0" >&2; exit 2; }
 where=$1 data=$(realpath "$2")
+shift 2
 cd "$(dirname "$0")/.."
 
 common=(
@@ -18,9 +20,11 @@ common=(
   --amp --amp-dtype bfloat16 --checkpoint-hist 2 --experiment "cifar10-$where"
 )
 if [[ $where == cpu ]]; then
-  torchrun --nproc-per-node 2 train.py "${common[@]}" --device cpu --workers 1 -b 64 --epochs 24 --warmup-epochs 1 \
-    --scale 0.5 1 --reprob 0.1 --drop-path 0.05
+  torchrun --nproc-per-node 2 train.py "${common[@]}" --device cpu --workers 1 -b 64 \
+    --epochs "${EPOCHS:-24}" --warmup-epochs 1 --scale 0.5 1 --reprob 0.1 --drop-path 0.05 "$@"
 else
-  python3 train.py "${common[@]}" --device cuda --workers 8 -b 512 --epochs 300 --warmup-epochs 10 \
-    --scale 0.35 1 --reprob 0.25 --drop-path 0.1 --aa rand-m5-mstd0.5-inc1 --mixup 0.2 --cutmix 1 --mixup-off-epoch 280
+  epochs=${EPOCHS:-300}
+  exec python3 train.py "${common[@]}" --device cuda --workers 8 -b 512 --epochs "$epochs" \
+    --warmup-epochs $((epochs / 30)) --scale 0.35 1 --reprob 0.25 --drop-path 0.1 --aa rand-m5-mstd0.5-inc1 \
+    --mixup 0.2 --cutmix 1 --mixup-off-epoch $((epochs * 14 / 15)) "$@"
 fi

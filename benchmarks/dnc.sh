@@ -6,6 +6,7 @@
 #   bash benchmarks/dnc.sh cpu cifar10_small DATA   a narrow ResNet with one block per stage, two seeds
 #   bash benchmarks/dnc.sh gpu cifar10 DATA         one GPU, 100 epochs and three seeds; has not been run
 #   bash benchmarks/dnc.sh gpu tiny_imagenet DATA
+#   bash benchmarks/dnc.sh gpu cifar10 DATA resnet18_cifar linear 42 [OPTIONS]   one run: backbone, head, seed
 #
 # DATA has train.tar and val.tar, or train/ and val/, with one folder of images per class. The heads are
 #
@@ -14,11 +15,12 @@
 #   queue       memory used in each batch, unrelated initial sub-centroids
 #   default     memory used in each batch, similar initial sub-centroids in a class
 #
-# A stopped run is resumed. HEADS="linear default" selects heads. Then `python benchmarks/dnc.py cifar10 DATA` anchors
-# the centroids and prints a table.
+# A stopped run is resumed. HEADS="linear default" selects heads, EPOCHS=30 sets the number of epochs. Then
+# `python benchmarks/dnc.py cifar10 DATA` anchors the centroids and prints a table.
 set -euo pipefail
-[[ ${1:-} =~ ^(cpu|gpu)$ && ${2:-} =~ ^(cifar10|cifar10_small|tiny_imagenet)$ && -e ${3:-} ]] || { sed -n '2,18p' "$0" >&2; exit 2; }
+[[ ${1:-} =~ ^(cpu|gpu)$ && ${2:-} =~ ^(cifar10|cifar10_small|tiny_imagenet)$ && -e ${3:-} ]] || { sed -n '2,19p' "$0" >&2; exit 2; }
 where=$1 data=$2 folder=$(realpath "$3") heads=${HEADS:-linear published queue default}
+shift 3
 cd "$(dirname "$0")/.."
 
 common=(
@@ -54,9 +56,17 @@ train() {  # BACKBONE HEAD SEED EPOCHS OPTIONS...
   [[ $head == linear ]] || model=dnc_$backbone
   [[ $head != published ]] || set -- "$@" --centroid-every 1000
   [[ $head == linear || $head == default ]] || set -- "$@" --common-start 0
-  python3 train.py "${common[@]}" --model "$model" --seed "$seed" --epochs "$epochs" "$@" \
-    --experiment "dnc-$data-$backbone-$head-$seed"
+  exec python3 train.py "${common[@]}" --model "$model" --seed "$seed" --epochs "${EPOCHS:-$epochs}" \
+    --experiment "dnc-$data-$backbone-$head-$seed" "$@"
 }
+
+if (($# >= 3)); then
+  if [[ $1 == "$resnet" ]]; then
+    train "$1" "$2" "$3" "${epochs[0]}" "${resnet_options[@]}" "${@:4}"
+  else
+    train "$1" "$2" "$3" "${epochs[1]}" "${cluster_options[@]}" "${@:4}"
+  fi
+fi
 
 running=() failed=0
 trap 'kill "${running[@]}" 2> /dev/null || true' EXIT

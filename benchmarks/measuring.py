@@ -1,9 +1,10 @@
-"""Functions that the benchmarks share: time, memory, the description of the machine, and tables."""
+"""What the benchmarks share: time, memory, the description of the machine, and tables."""
 
 import argparse
 import multiprocessing
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -48,6 +49,25 @@ def interleaved_seconds(
     for _ in trange(rounds, desc='rounds', leave=False, disable=None):
         for name, step in steps.items():
             times[name].append(seconds(step, device, repeats[name] if repeats else 1))
+    return times
+
+
+def event_seconds(step: Callable[[], object], device: str, steps: int = 20, repeats: int = 5) -> list[float]:
+    """Returns the mean time of a step in each repeat: on a GPU, the time between two events around ``steps`` steps.
+
+    Unlike `seconds`, this does not contain the start of the first kernel. Call the step before to warm up.
+    """
+    if device == 'cpu':
+        return [seconds(step, device, steps) for _ in range(repeats)]
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(steps):
+            step()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / steps)
     return times
 
 
@@ -124,6 +144,25 @@ def in_new_process(function: Callable, *args: Any) -> Any:
         return executor.submit(function, *args).result()
 
 
+def nvidia_smi(*fields: str) -> dict[str, str]:
+    """Returns fields of ``nvidia-smi --query-gpu`` of the first visible GPU, without units; '-' for what is unknown."""
+    unknown = dict.fromkeys(fields, '-')
+    if not torch.cuda.is_available():
+        return unknown
+    command = ['nvidia-smi', '-i', f'GPU-{torch.cuda.get_device_properties(0).uuid}', '--format=csv,noheader,nounits']
+    try:
+        run = subprocess.run(
+            [*command, f'--query-gpu={",".join(fields)}'], capture_output=True, text=True, timeout=20, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return unknown
+    return unknown | {
+        field: value.strip()
+        for field, value in zip(fields, run.stdout.split(','))
+        if value.strip() and '[' not in value  # [N/A]
+    }
+
+
 def machine(device: str) -> dict[str, Any]:
     """Returns the processor, its cores and threads, the GPU and the system."""
     cpu = platform.processor() or platform.machine()
@@ -139,11 +178,16 @@ def device_name(host: dict[str, Any]) -> str:
     return host['gpu'] or f'{host["cpu"]}, {host["threads"]} threads'
 
 
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Returns rows as a Markdown table. The first row is the heading."""
+    ruler = ['---'] + ['---:'] * (len(rows[0]) - 1)
+    return '\n'.join(f'| {" | ".join(row)} |' for row in (rows[0], ruler, *rows[1:]))
+
+
 def print_table(rows: Sequence[Sequence[str]], markdown: bool = True) -> None:
     """Prints rows in aligned columns or as Markdown. The first row is the heading."""
     if markdown:
-        ruler = ['---'] + ['---:'] * (len(rows[0]) - 1)
-        print(*(f'| {" | ".join(row)} |' for row in (rows[0], ruler, *rows[1:])), sep='\n')
+        print(markdown_table(rows))
         return
     widths = [max(map(len, column)) for column in zip(*rows)]
     for first, *others in rows:

@@ -32,6 +32,7 @@ import os
 import platform
 import statistics
 import sys
+from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -95,10 +96,16 @@ def build(name: str, size: int) -> nn.Module:
     return timm.create_model(name, num_classes=NUM_CLASSES, **({'img_size': size} if fixed else {}))
 
 
-def candidate(name: str, size: int, args: argparse.Namespace) -> Classifier:
+def candidate(
+    name: str,
+    size: int,
+    args: argparse.Namespace,
+    change: Callable[[nn.Module], nn.Module] = lambda model: model,
+) -> Classifier:
+    """Creates a model, which ``change`` may replace, and a batch for it."""
     torch.manual_seed(0)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    model = build(name, size).to(args.device, memory_format=layout)
+    model = change(build(name, size)).to(args.device, memory_format=layout)
     images = torch.randn(args.batch_size, 3, size, size, device=args.device).contiguous(memory_format=layout)
     labels = torch.randint(NUM_CLASSES, (args.batch_size,), device=args.device)
     if args.compile:
