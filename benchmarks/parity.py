@@ -16,7 +16,7 @@ import timm
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
 
-from parity_cases import figures, save_published, worst_error  # noqa: E402
+from parity_cases import reference_results, save_released, worst_error  # noqa: E402
 
 import cluster_zoo  # noqa: E402, F401  registers the models
 from cluster_zoo.weights import load_checkpoint  # noqa: E402
@@ -29,8 +29,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES:
             model = timm.create_model(case).double().eval()
-            load_checkpoint(model, save_published(case, Path(folder) / f'{case}.pth.tar'))
-            names = list(figures(case))
+            load_checkpoint(model, save_released(case, Path(folder) / f'{case}.pth.tar'))
+            names = list(reference_results(case))
             gradients = sum(name.startswith('grad/') for name in names)
             print(f'| `{case}` | {len(names)} | {gradients} | {worst_error(model, case):.1e} |', flush=True)
 
