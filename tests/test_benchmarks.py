@@ -210,7 +210,6 @@ def test_camvid_evaluates_again_after_more_training(monkeypatch, tmp_path):
 def loader(monkeypatch):
     """The module of benchmarks/loader.py, which runs in this process."""
     monkeypatch.setattr(sys, 'path', sys.path[:])
-    monkeypatch.setattr(torch, 'set_num_threads', lambda number: None)
     spec = importlib.util.spec_from_file_location('loader', SCRIPT.with_name('loader.py'))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
