@@ -34,6 +34,21 @@ def _images(*size):
     return torch.randn(2, 6, *size, dtype=torch.float64)
 
 
+@pytest.mark.parametrize('name', ['coc_tiny', 'fec_small'])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_autocast(name, dtype):
+    """Of a model whose features are those of a hooked convolution."""
+    model, images, results = timm.create_model(name).eval(), torch.randn(2, 3, 64, 64), []
+    for hooked in (False, True):
+        for module in model.modules():
+            if hooked and isinstance(module, ClusterMixer | ClusterPool):
+                module.f.register_forward_hook(lambda *args: None)
+        with torch.no_grad(), torch.autocast('cpu', dtype):
+            results.append(model(images))
+    assert results[1].dtype == dtype
+    torch.testing.assert_close(*results, rtol=0.1, atol=0.1)
+
+
 def _assert_close(value, expected, tolerance=1e-12):
     torch.testing.assert_close(value, expected, rtol=tolerance, atol=tolerance)
 

@@ -306,7 +306,7 @@ def cluster_features(
 
 def assign_features(f: PointSets, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """`assign` for one head, from features that are already computed; arguments as in `cluster_features`."""
-    query = alpha * normalize(f.centers).unsqueeze(1)
+    query = normalize(f.centers, alpha).unsqueeze(1)
     return assign(normalize(f.points), query, torch.zeros_like(query[..., 0]), f.center_mask)
 
 
@@ -341,19 +341,20 @@ def nearest_center(
         points, query = append_offset(points, query, offset)
     joined = []
     for some in points.transpose(1, 2).split(block[1], dim=2):
-        largest, index = offset[:, 0, :1], torch.zeros([], dtype=torch.int64, device=points.device)
+        scores, indices = [], []
         for start in range(0, query.shape[1], block[0]):
             stop = start + block[0]
             value = ieee_bmm(query[:, start:stop], some, wide=True)
             if points.device.type == 'cpu':
                 value += offset[:, start:stop]
-            found, where = first_argmax(value, center_mask if center_mask is None else center_mask[:, start:stop])
-            if start == 0:
-                largest, index = found, where
-            else:
-                index = torch.where(found > largest, where + start, index)
-                largest = torch.maximum(found, largest)
-        joined.append(index)
+            score, index = first_argmax(value, center_mask if center_mask is None else center_mask[:, start:stop])
+            scores.append(score)
+            indices.append(index + start)
+        if len(scores) > 1:
+            _, best = first_argmax(torch.stack(scores, dim=1))
+            joined.append(torch.stack(indices, dim=1).gather(1, best.unsqueeze(1)).squeeze(1))
+        else:
+            joined.append(indices[0])
     return torch.cat(joined, dim=1)
 
 

@@ -47,13 +47,12 @@ def ieee_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @torch.library.custom_op('cluster_zoo::bmm', mutates_args=())
 def _bmm(a: Tensor, b: Tensor) -> Tensor:
     """`ieee_bmm` to float32 on CUDA, as one operation, so that a compiler does not see that the switch changes."""
-    if a.dtype != torch.float32:
-        return torch.bmm(a, b, out_dtype=torch.float32)
     switch = torch.backends.cuda.matmul
     before = switch.fp32_precision
     try:
         switch.fp32_precision = 'ieee'
-        return torch.bmm(a, b)
+        with torch.autocast(a.device.type, enabled=False):
+            return torch.bmm(a, b) if a.dtype == torch.float32 else torch.bmm(a, b, out_dtype=torch.float32)
     finally:
         switch.fp32_precision = before
 
