@@ -135,7 +135,7 @@ def project_query(centers: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor
         bias: b of each head, [E, D].
 
     Returns:
-        Query [S, E, M, C] and offset [S, E, M], float32 or more.
+        Query [S, E, M, C] in the dtype of the factors, and offset [S, E, M], float32 or more.
     """
     S, M, E, D = centers.shape
     centers = centers.reshape(S * M, E, D).transpose(0, 1)
@@ -361,7 +361,7 @@ def nearest_center(
 def append_offset(points: Tensor, query: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """Points and queries with eight more features, whose product contains the offset; arguments as in `nearest_center`.
 
-    On a GPU this takes less time than adding the offset to all scores. Three parts of half precision add up to float32.
+    This saves a pass over all scores. Three parts in half precision add up to the offset in float32.
     """
     C = points.shape[-1]
     points, query = F.pad(points, (0, 8)), F.pad(query, (0, 8))

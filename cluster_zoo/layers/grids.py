@@ -112,13 +112,12 @@ def mean_centers(
     if divides(size, regions):
         h, w = size[0] // regions, size[1] // regions
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript skips this branch only if it has no other condition
-            if not torch.compiler.is_compiling() and not torch.jit.is_tracing():
-                grid, windows = (
-                    points.unflatten(1, (h, w)).permute(0, 3, 1, 2),
-                    equal_bins(h, bins) + equal_bins(w, bins),
-                )
+            if not torch.compiler.is_compiling():
+                grid = points.unflatten(1, (h, w)).permute(0, 3, 1, 2)
                 if points.device.type == 'cpu':
                     return F.adaptive_avg_pool2d(grid, bins).permute(0, 2, 3, 1).flatten(1, 2), None, None
+                # While torch.jit.trace records, h and w are tensors
+                windows = (0,) if torch.jit.is_tracing() else equal_bins(h, bins) + equal_bins(w, bins)
                 if all(windows):
                     means = F.avg_pool2d(grid, windows[::2], windows[1::2])
                     return means.permute(0, 2, 3, 1).flatten(1, 2), None, None
