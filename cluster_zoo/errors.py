@@ -12,6 +12,7 @@ __all__ = [
     'ExportError',
     'ImageError',
     'OptionError',
+    'RunError',
     'UserError',
     'nearest',
     'one_line',
@@ -24,7 +25,13 @@ _MAX_LENGTH = 200  # characters of external text in a message
 
 
 class UserError(Exception):
-    """Base class of this package's errors. The message states the problem and how to solve it."""
+    """Base class of this package's errors. The message states the problem and how to solve it.
+
+    Attributes:
+        status: Exit status of a command that ends with this error.
+    """
+
+    status = 2
 
 
 class OptionError(UserError, ValueError):
@@ -45,6 +52,17 @@ class ImageError(UserError, ValueError):
 
 class CheckpointError(UserError, RuntimeError):
     """Weights cannot be found or read, are refused, or do not fit the model."""
+
+
+class RunError(UserError, RuntimeError):
+    """A training run cannot go on: it diverged, its folder cannot be written, or a process is gone.
+
+    Attributes:
+        in_all_processes: Whether all processes raise the error at the same time.
+    """
+
+    status = 1
+    in_all_processes = False
 
 
 class ExportError(UserError, RuntimeError):

@@ -13,12 +13,12 @@ samples of an iteration, their augmentation and the random generators depend on 
 from __future__ import annotations
 
 import argparse
-import csv
 import logging
+import math
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,12 @@ from torch.utils.data import DataLoader
 
 from cluster_zoo.errors import OptionError
 from cluster_zoo.training import engine, run_folder
+from cluster_zoo.training.divergence import SKIPPED_UPDATES, LossRecord
+from cluster_zoo.training.files import write_summary
 from cluster_zoo.training.progress import ProgressReport, count_update, log_options
 from cluster_zoo.training.resume import seed_all
 from cluster_zoo.training.runtime import build_precision, option_errors, set_up_device, set_up_processes
+from cluster_zoo.training.signals import worker_start
 from segmentation.data.datasets import SegmentationDataset
 from segmentation.data.sampling import IterationSampler, SeededDataset
 from segmentation.engine import inference
@@ -67,7 +70,8 @@ class Run(engine.TrainingRun):
     val_data: SegmentationDataset
     iteration: int = 0
     loss_sum: Tensor | float = 0.0  # since the last validation
-    losses: int = 0  # number of iterations in `loss_sum`
+    num_losses: int = 0  # of iterations in `loss_sum`
+    lr: float = 0.0  # of the last iteration
 
     @property
     def crops(self) -> int:
@@ -75,7 +79,7 @@ class Run(engine.TrainingRun):
         return self.args.batch_size * self.args.grad_accum_steps * self.args.world_size
 
     def extra_state(self) -> dict[str, Any]:
-        progress = dict(iteration=self.iteration, loss_sum=float(self.loss_sum), losses=self.losses)
+        progress = dict(iteration=self.iteration, loss_sum=float(self.loss_sum), num_losses=self.num_losses, lr=self.lr)
         return dict(progress=progress, crops=self.crops)
 
     def position(self) -> str:
@@ -90,12 +94,13 @@ def reduced(run: Run, value: Tensor | float) -> Tensor:
 
 def save(run: Run, metric: float | None = None, recovery: bool = False) -> None:
     """Saves a checkpoint. All processes have to call this, because each has centroid memories of its own."""
+    engine.check_finite(run)
     run.gather_learning_states()
     run.loss_sum = reduced(run, run.loss_sum)  # all processes continue from the same value, as after resuming
     if run.saver is not None and recovery:
         run.saver.save_recovery(run.iteration)
     elif run.saver is not None:
-        run.saver.save_checkpoint(run.iteration, metric)
+        run.saver.save_checkpoint(run.iteration, None if metric is None or math.isnan(metric) else metric)
     run.learning_states = []
 
 
@@ -104,8 +109,8 @@ def resume(run: Run, path: str) -> None:
     checkpoint = engine.load_checkpoint_state(run, path)
     if 'progress' not in checkpoint:
         raise OptionError(f'--resume {path} is not a checkpoint of this script')
-    for attribute, value in checkpoint['progress'].items():
-        setattr(run, attribute, value)
+    for name in ('iteration', 'loss_sum', 'num_losses', 'lr'):
+        setattr(run, name, checkpoint['progress'][name])
     if (crops := checkpoint.get('crops', run.crops)) != run.crops:
         _logger.warning(
             f'--resume {path}: the saved run has {crops} crops per iteration, this run has {run.crops} (--batch-size x '
@@ -135,6 +140,7 @@ def training_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
         sampler=sampler,
         num_workers=args.workers,
         pin_memory=torch.device(args.device).type == 'cuda',
+        worker_init_fn=worker_start(),
         generator=torch.Generator(),  # without it, starting the loader would advance the global generator
     )
     layout = dict(memory_format=torch.channels_last) if args.channels_last else {}
@@ -155,6 +161,7 @@ def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
             engine.backward(run, loss, update=last)
         total = total + loss.detach()
     run.iteration += 1
+    run.losses.add(total, run.position(), run.lr)
     count_update(run, args.iterations - run.iteration)
     task.update_ema(step=run.iteration)
     run.scheduler.step_update(run.iteration)
@@ -162,7 +169,11 @@ def update(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def validate(run: Run) -> dict[str, Any]:
-    """Evaluates on the validation split, the averaged weights if there are any."""
+    """Evaluates on the validation split, the averaged weights if there are any.
+
+    Returns:
+        The metrics; empty if a stop was requested.
+    """
     args, task = run.args, run.task
     ema = task.has_ema()
     if args.distributed:
@@ -183,8 +194,10 @@ def validate(run: Run) -> dict[str, Any]:
         args.rank,
         args.world_size,
         overlays,
+        run.stop,
     )
-    _logger.info(f'{"EMA" if ema else "Test"} after {run.iteration} iterations:\n{table(metrics)}')
+    if metrics:
+        _logger.info(f'{"EMA" if ema else "Test"} after {run.iteration} iterations:\n{table(metrics)}')
     return metrics
 
 
@@ -194,33 +207,60 @@ def fit(run: Run) -> int:
     Returns:
         0, or the number of the signal that stopped the run.
     """
-    args = run.args
-    batches, report = training_batches(run), Report(run)
+    batches = training_batches(run)
     run.task.train()
-    with batch_size_errors(args):
-        while run.iteration < args.iterations:
-            if run.stop.requested():
-                report.close()
+    with batch_size_errors(run.args):
+        while run.num_losses or run.iteration < run.args.iterations:
+            if not is_validation_due(run):
+                with closing(Report(run)) as report:
+                    train_until_validation(run, batches, report)
+            metrics = {} if run.stop.signal else validate(run)
+            if not metrics:
                 save(run, recovery=True)
                 return run.stop.signal
-            lr = base_lr(run)
-            loss = update(run, batches)
-            run.loss_sum, run.losses = run.loss_sum + loss, run.losses + 1
-            report.update(loss, lr)
-            if run.iteration % args.val_interval == 0 or run.iteration == args.iterations:
-                report.close()
-                metrics = validate(run)
-                write_summary(run, metrics, lr)
-                run.loss_sum, run.losses = 0.0, 0
-                save(run, metrics['mIoU'])
-                report = Report(run)
-            elif args.recovery_interval and run.iteration % args.recovery_interval == 0:
-                save(run, recovery=True)
-    report.close()
+            finish_validation(run, metrics)
     if run.saver is not None and run.saver.best_metric is not None:
         best = f'mIoU {run.saver.best_metric:.2f} after {run.saver.best_epoch} iterations'
         _logger.info(f'Best {best}: {run.output_dir / "model_best.pth.tar"}')
     return 0
+
+
+def is_validation_due(run: Run) -> bool:
+    """Returns whether the next step is a validation. A run can be resumed here, because a validation can be stopped."""
+    args = run.args
+    return run.num_losses > 0 and (run.iteration % args.val_interval == 0 or run.iteration >= args.iterations)
+
+
+def train_until_validation(run: Run, batches: Iterator[tuple[Tensor, Tensor]], report: Report) -> None:
+    """Trains until a validation is due or a stop is requested."""
+    args = run.args
+    while not run.stop.requested():
+        run.lr = base_lr(run)
+        loss = update(run, batches)
+        run.loss_sum, run.num_losses = run.loss_sum + finite(run, loss), run.num_losses + 1
+        report.update(loss, run.lr)
+        if run.iteration % args.log_interval == 0:
+            engine.check_finite(run)
+        if is_validation_due(run):
+            break
+        if args.recovery_interval and run.iteration % args.recovery_interval == 0:
+            save(run, recovery=True)
+
+
+def finite(run: Run, loss: Tensor) -> Tensor:
+    """Returns the loss, or 0 in place of one that the loss scaler has skipped."""
+    return loss if run.scaler is None else loss.nan_to_num(0.0, 0.0, 0.0)
+
+
+def finish_validation(run: Run, metrics: dict[str, Any]) -> None:
+    """Saves a checkpoint and then a row of ``summary.csv``. All processes have to call this."""
+    loss = reduced(run, run.loss_sum / max(run.num_losses, 1)).item()
+    means = {name: metrics[name] for name in ('mIoU', 'aAcc', 'mAcc')}
+    run.rows.append(dict(iteration=run.iteration, train_loss=loss, **means, lr=run.lr))
+    run.loss_sum, run.num_losses = 0.0, 0
+    save(run, metrics['mIoU'])
+    if run.saver is not None:
+        write_summary(run.output_dir / 'summary.csv', run.rows)
 
 
 @contextmanager
@@ -246,21 +286,6 @@ def base_lr(run: Run) -> float:
     """Returns the learning rate without the scale of a layer."""
     group = run.optimizer.param_groups[0]
     return group['lr'] / group['lr_scale']
-
-
-def write_summary(run: Run, metrics: dict[str, Any], lr: float) -> None:
-    """Appends the metrics of a validation to ``summary.csv``. All processes have to call this."""
-    loss = reduced(run, run.loss_sum / max(run.losses, 1)).item()
-    if run.saver is None:
-        return
-    row = dict(iteration=run.iteration, train_loss=loss, **{k: metrics[k] for k in ('mIoU', 'aAcc', 'mAcc')}, lr=lr)
-    path = run.output_dir / 'summary.csv'
-    is_new = not path.exists() or path.stat().st_size == 0
-    with path.open('a', newline='') as file:
-        writer = csv.DictWriter(file, row)
-        if is_new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 class Report(ProgressReport):
@@ -319,6 +344,7 @@ def start(args: argparse.Namespace) -> Run:
         scheduler=scheduler,
         autocast=autocast,
         scaler=scaler,
+        losses=LossRecord(SKIPPED_UPDATES if scaler is not None else 0),
         output_dir=run_folder.output_dir(args, _OUTPUT),
         train_data=train_data,
         val_data=val_data,
@@ -328,7 +354,7 @@ def start(args: argparse.Namespace) -> Run:
         resume(run, checkpoint)
         _logger.info(f'Resumed from {checkpoint}')
     if not args.dry_run:
-        run_folder.open_output_dir(run, name, checkpoint, run.iteration + 1)
+        run_folder.open_output_dir(run, name, checkpoint)
     engine.launch(run)
     log_run(run)
     return run

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from cluster_zoo.training.resume import get_rng_state, newest_checkpoint, resume_command, seed_all, set_rng_state
+from cluster_zoo.training.files import newest_checkpoint
+from cluster_zoo.training.resume import get_rng_state, resume_command, seed_all, set_rng_state
 from cluster_zoo.training.signals import StopRequest
 
 
@@ -42,7 +43,7 @@ def test_every_epoch_and_process_has_its_own_seed():
     assert str(_draw()) in draws
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_signal_is_a_request(number):
     before = signal.getsignal(number)
     with StopRequest() as stop:
@@ -56,7 +57,7 @@ def test_second_interrupt_stops_at_once():
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # the same Ctrl-C, passed on by a launcher
-        stop.received -= 2
+        stop._time -= 2
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 

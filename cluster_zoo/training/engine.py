@@ -22,17 +22,20 @@ from timm import utils
 from timm.models import clean_state_dict
 from timm.task import TrainingTask
 
-from ..errors import CheckpointError, UserError, one_line, print_error
+from ..errors import CheckpointError, OptionError, RunError, UserError, one_line, print_error
 from ..weights import check_architecture, read_checkpoint, training_metadata
+from .divergence import LossRecord, has_finite_weights
+from .files import CheckpointSaver, newest_checkpoint, unlock
 from .parser import Parser
 from .resume import gather_states, resume_command
 from .runtime import option_errors
-from .signals import StopRequest
+from .signals import StopRequest, is_process_error
 from .tasks import CentroidTaskMixin, split_learning_state
 
 __all__ = [
     'TrainingRun',
     'backward',
+    'check_finite',
     'launch',
     'load_checkpoint_state',
     'read_resumed',
@@ -64,8 +67,11 @@ class TrainingRun:
     autocast: Callable[[], Any]
     scaler: utils.NativeScaler | None
     output_dir: Path
-    saver: utils.CheckpointSaver | None = None
+    saver: CheckpointSaver | None = None
     stop: StopRequest | None = None
+    losses: LossRecord = field(default_factory=LossRecord)
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of summary.csv
+    saver_state: dict[str, Any] | None = None  # of the checkpoint that the run was resumed from
     updates: int = 0  # of this process, since it was started or resumed
     started: float = 0.0  # time of the first of them
     learning_states: list[Any] = field(default_factory=list)  # of the centroids in each process, for a checkpoint
@@ -82,7 +88,7 @@ class TrainingRun:
         """Returns the state of the task and, with the model's own weights, that of the run. timm's saver calls this."""
         state = self.task.get_checkpoint_state(ema=ema, unwrap_fn=unwrap_fn)
         if not ema:
-            state |= dict(arch=self.model_name, args=run_options(self.args), **self.extra_state())
+            state |= dict(arch=self.model_name, args=run_options(self.args), summary=self.rows, **self.extra_state())
             if self.learning_states:
                 state['learned'] = self.learning_states
         return state
@@ -120,11 +126,21 @@ def load_checkpoint_state(run: TrainingRun, path: str, optimizer: bool = True) -
     """
     args, task = run.args, run.task
     checkpoint = read_resumed(path)
-    log_differences(args, training_metadata(checkpoint)['args'])
+    saved = training_metadata(checkpoint)['args']
+    log_differences(args, saved)
     wanted = {'state_dict', 'optimizer'} if optimizer else {'state_dict'}
     if not isinstance(checkpoint, dict) or not wanted <= checkpoint.keys():
         raise CheckpointError(f"--resume: '{path}' is not a training checkpoint.")
+    run.rows, run.saver_state = list(checkpoint.get('summary', ())), checkpoint.get('saver')
     check_architecture(checkpoint.get('arch'), run.model_name, f"--resume: '{path}'")
+    for name in ('num_classes', 'opt') if optimizer else ('num_classes',):
+        before, now = saved.get(name), getattr(args, name)
+        if before is not None and before != now:
+            flag = f'--{name.replace("_", "-")}'
+            raise OptionError(
+                f'--resume {path}: the saved run has {flag} {before}, this run {now}; keep it, or start '
+                'from the weights only (--initial-checkpoint, segmentation: --checkpoint)'
+            )
     with option_errors(f'--resume {path} does not fit this run', KeyError):  # of the state of another optimizer
         task.load_checkpoint_state(clean_state_dict(checkpoint['state_dict']), checkpoint.get('task_state'))
         if task.has_ema():
@@ -219,6 +235,29 @@ def backward(run: TrainingRun, loss: torch.Tensor, update: bool, exclude_head: b
         optimizer.zero_grad()
 
 
+def check_finite(run: TrainingRun) -> None:
+    """Checks the losses since the last call, and the weights. Call this before a checkpoint, in all processes.
+
+    Raises:
+        RunError: A loss or a weight is NaN or infinite. All processes raise it.
+    """
+    failure = run.losses.failure()
+    if failure is None and not has_finite_weights(run.task.get_trainable_module()):
+        failure = run.position(), run.optimizer.param_groups[0]['lr']
+    failures = [failure]
+    if run.stop.group is not None:
+        failures *= run.args.world_size
+        dist.all_gather_object(failures, failure, group=run.stop.group)
+    if failure := next(filter(None, failures), None):
+        last = newest_checkpoint(run.output_dir) or 'none'
+        error = RunError(
+            f'the loss or the weights are not finite at {failure[0]}, with a learning rate of {failure[1]:.3g}: lower '
+            f'--lr, or clip the gradients (--clip-grad 1). The last checkpoint before: {last}'
+        )
+        error.in_all_processes = True
+        raise error
+
+
 def run_training(
     parser: Parser,
     start: Callable[[argparse.Namespace], TrainingRun],
@@ -227,7 +266,7 @@ def run_training(
 ) -> int:
     """Main function of a training script: parses the options, builds the run and trains.
 
-    On SIGINT or SIGTERM the run saves a checkpoint, and the command that resumes it is printed.
+    On SIGINT, SIGTERM, SIGHUP or SIGUSR1 the run saves a checkpoint, and the command that resumes it is printed.
 
     Args:
         parser: Parser of the options.
@@ -236,7 +275,8 @@ def run_training(
         argv: Arguments without the program's name; ``sys.argv[1:]`` if None.
 
     Returns:
-        The exit status: 0, 2 for an error of the user, 128 + the number of the signal that stopped the run.
+        The exit status: 0, 2 for an error of the user, 1 if the run cannot go on, 128 + the number of the signal that
+        stopped the run.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     run = None
@@ -244,16 +284,18 @@ def run_training(
         run = start(parser.resolve(argv))
         if run.args.dry_run:
             return 0
-        with StopRequest() as run.stop:
-            number = fit(run)
+        with StopRequest(run.args.dist_timeout) as run.stop:
+            number = _fit(run, fit)
     except UserError as error:
         # Until the run is built, all processes raise the same error.
-        if run is not None or os.environ.get('LOCAL_RANK', '0') == '0':
+        shared = run is None or getattr(error, 'in_all_processes', False)
+        if not shared or os.environ.get('LOCAL_RANK', '0') == '0':
             print_error(error)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:
+        unlock()
         if dist.is_initialized():
             dist.destroy_process_group()
     if number and run.saver is not None:
@@ -263,3 +305,20 @@ def run_training(
         command = resume_command(program, argv, run.output_dir, run.saver.curr_recovery_file, nproc)
         print(f'\nStopped at {run.position()}. Resume with:\n\n    {command}\n', file=sys.stderr)
     return 128 + number if number else 0
+
+
+def _fit(run: TrainingRun, fit: Callable[[TrainingRun], int]) -> int:
+    """Calls ``fit``, and raises `RunError` if another process is gone."""
+    try:
+        return fit(run)
+    except UserError:
+        raise
+    except RuntimeError as error:
+        if 'DataLoader worker' in str(error):
+            raise RunError(
+                f'a data loading process has ended: {one_line(error)}. Often it needs less memory with fewer '
+                '--workers. Start the run again with --resume auto'
+            ) from error
+        if is_process_error(error):
+            raise run.stop.explain(error) from error
+        raise

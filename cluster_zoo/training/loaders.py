@@ -17,6 +17,7 @@ from ..datasets import check_dataset, create_dataset, find_split, hold_out, unre
 from ..errors import DataError, OptionError
 from .posterize import allow_zero_bits
 from .runtime import model_dtype, option_errors
+from .signals import worker_start
 from .train_options import is_mixing
 
 __all__ = [
@@ -210,7 +211,6 @@ def build_loaders(
             batch_size=args.batch_size,
             is_training=True,
             collate_fn=mixup if isinstance(mixup, FastCollateMixup) else None,
-            use_multi_epochs_loader=args.use_multi_epochs_loader,
             worker_seeding=args.worker_seeding,
             interpolation=data_config['interpolation'] if args.no_aug else args.train_interpolation,
             **_augmentation(args),
@@ -237,6 +237,9 @@ def build_loaders(
             crop_mode=data_config.get('crop_mode'),
             **options,
         )
+    for loader in filter(None, (train_loader, val_loader)):
+        loader = getattr(loader, 'loader', loader)  # in timm's prefetcher
+        loader.worker_init_fn = worker_start(loader.worker_init_fn)
     if len(train_loader) == 0:
         raise DataError(
             f'the {len(train)} images of the {args.train_split} split do not fill one batch of {args.batch_size} on '

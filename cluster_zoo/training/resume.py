@@ -1,4 +1,4 @@
-"""What makes a resumed run equal to an uninterrupted one: random generators, buffers, checkpoints, the command."""
+"""What makes a resumed run equal to an uninterrupted one: random generators, buffers, the command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ __all__ = [
     'gather_states',
     'get_buffers',
     'get_rng_state',
-    'newest_checkpoint',
     'resume_command',
     'seed_all',
     'set_buffers',
@@ -72,12 +71,6 @@ def gather_states(state: Any, group: dist.ProcessGroup | None) -> list[Any]:
     states = [None] * dist.get_world_size(group) if dist.get_rank() == 0 else None
     dist.gather_object(state, states, dst=0, group=group)
     return states or []
-
-
-def newest_checkpoint(output_dir: Path) -> str:
-    """Returns the path of the last written checkpoint of a run; empty if there is none."""
-    found = [*output_dir.glob('last.pth.tar'), *output_dir.glob('recovery-*.pth.tar')]
-    return str(max(found, key=lambda path: path.stat().st_mtime)) if found else ''
 
 
 def resume_command(program: Sequence[str], argv: Sequence[str], output_dir: Path, checkpoint: str, nproc: int) -> str:

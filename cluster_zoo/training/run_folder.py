@@ -10,21 +10,20 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 import yaml
 from timm import utils
 
 from ..errors import OptionError
 from .engine import TrainingRun, run_options
-from .resume import newest_checkpoint
-from .runtime import option_errors
+from .files import CheckpointSaver, lock, newest_checkpoint, start_summary, write_text
+from .runtime import in_first_process, option_errors
 
 __all__ = ['check_output_dir', 'checkpoint_to_resume', 'open_output_dir', 'output_dir']
 
 _logger = logging.getLogger(__name__)
 
 # What a run writes to its folder; the first two are results
-_RUN_FILES = ('summary.csv', '*.pth.tar', 'args.yaml', 'train-batch-*.jpg', 'overlays')
+_RUN_FILES = ('summary.csv', '*.pth.tar', 'summary-*.csv', 'args.yaml', 'train-batch-*.jpg', 'overlays')
 
 
 def output_dir(args: argparse.Namespace, parent: str) -> Path:
@@ -55,33 +54,28 @@ def _files(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return [path for pattern in patterns for path in folder.glob(pattern)]
 
 
-def open_output_dir(run: TrainingRun, name: str, checkpoint: str, first: int, **options: Any) -> None:
+def open_output_dir(run: TrainingRun, name: str, checkpoint: str, **options: Any) -> None:
     """Creates the folder of a run with ``args.yaml`` and the saver of checkpoints. All processes have to call this.
 
     Args:
         run: The run. Its ``output_dir`` becomes the new folder.
         name: Name of the folder after the time, without ``--experiment``.
         checkpoint: Checkpoint that the run was resumed from; '' for none.
-        first: Rows of ``summary.csv`` from this epoch or iteration on are removed.
         **options: Arguments of timm's ``CheckpointSaver``.
+
+    Raises:
+        OptionError: The folder cannot be written, or another run writes to it.
     """
-    args = run.args
-    folders = [run.output_dir]
-    if utils.is_primary(args):
-        with option_errors(f'--output {run.output_dir}'):
-            folders = [run.output_dir if args.experiment else _new_folder(run.output_dir, name)]
-            folders[0].mkdir(parents=True, exist_ok=True)
-    if args.distributed:
-        dist.broadcast_object_list(folders)
-    run.output_dir = folders[0]
-    if not utils.is_primary(args):
-        return
+    run.output_dir = in_first_process(run.args, lambda: _create(run, name))
     continues = bool(checkpoint) and Path(checkpoint).resolve().parent == run.output_dir.resolve()
-    for path in _files(run.output_dir, _RUN_FILES) if args.overwrite and not continues else ():
+    if not continues:
+        run.rows = []
+    if not utils.is_primary(run.args):
+        return
+    for path in _files(run.output_dir, _RUN_FILES) if run.args.overwrite and not continues else ():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (run.output_dir / 'args.yaml').write_text(yaml.safe_dump(run_options(run.args), default_flow_style=False))
-    utils.trim_summary(run.output_dir / 'summary.csv', first)
-    run.saver = utils.CheckpointSaver(
+    write_text(run.output_dir / 'args.yaml', yaml.safe_dump(run_options(run.args), default_flow_style=False))
+    run.saver = CheckpointSaver(
         model=None,
         task=run,
         optimizer=run.optimizer,
@@ -92,7 +86,20 @@ def open_output_dir(run: TrainingRun, name: str, checkpoint: str, first: int, **
         **options,
     )
     if continues:
-        run.saver.load_state_dict_from_checkpoint(checkpoint)  # the best and the older checkpoints of the folder
+        run.saver.restore(checkpoint, run.saver_state)
+    start_summary(run.output_dir / 'summary.csv', run.rows)
+
+
+def _create(run: TrainingRun, name: str) -> Path:
+    """Creates the folder of a run and locks it until the process ends."""
+    with option_errors(f'--output {run.output_dir}'):
+        folder = run.output_dir if run.args.experiment else _new_folder(run.output_dir, name)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not lock(folder):
+            raise OptionError(
+                f'--experiment {folder.name}: another run writes to {folder}. Wait for its end, or choose another name'
+            )
+    return folder
 
 
 def _new_folder(parent: Path, name: str) -> Path:
@@ -108,10 +115,13 @@ def _new_folder(parent: Path, name: str) -> Path:
 
 
 def checkpoint_to_resume(args: argparse.Namespace, folder: Path) -> str:
-    """Returns the path of the checkpoint that ``--resume`` means in the folder of a run; '' for none."""
+    """Returns the path of the checkpoint that ``--resume`` means in the folder of a run; '' for none.
+
+    All processes have to call this.
+    """
     if args.resume != 'auto':
         return args.resume
-    found = newest_checkpoint(folder)
+    found = in_first_process(args, lambda: newest_checkpoint(folder))
     if not found:
         _logger.info(f'--resume auto: {folder} has no checkpoint, so the run starts from the beginning.')
     return found

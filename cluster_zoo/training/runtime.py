@@ -9,11 +9,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm import utils
 from timm.layers import set_fast_norm
 
@@ -23,6 +25,7 @@ __all__ = [
     'available_workers',
     'build_precision',
     'check_output_file',
+    'in_first_process',
     'model_dtype',
     'option_errors',
     'set_device_defaults',
@@ -63,6 +66,28 @@ def check_output_file(option: str, path: str) -> None:
             pass
         if not existed:
             Path(path).unlink()
+
+
+def in_first_process(args: argparse.Namespace, work: Callable[[], Any], group: Any = None) -> Any:
+    """Calls a function in the first process.
+
+    Returns:
+        What it returns, in all processes.
+
+    Raises:
+        UserError: The function has raised it. All processes raise it.
+    """
+    result = [None, None]
+    if utils.is_primary(args):
+        try:
+            result[0] = work()
+        except UserError as error:
+            result[1] = error
+    if args.distributed:
+        dist.broadcast_object_list(result, group=group)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
 
 
 def available_workers(workers: int) -> int:
@@ -139,6 +164,10 @@ def set_up_processes(args: argparse.Namespace) -> None:
     Only the first process logs information. Sets ``args.distributed``, ``world_size``, ``rank`` and ``local_rank``.
     """
     utils.init_distributed_device(args)
+    if args.distributed and args.dist_timeout:
+        # torch 2.11 has the second name only
+        set_timeout = getattr(dist, 'set_timeout', None) or dist.distributed_c10d._set_pg_timeout
+        set_timeout(timedelta(seconds=args.dist_timeout))
     logging.basicConfig(format='%(message)s')
     logging.getLogger().setLevel(logging.INFO if utils.is_primary(args) else logging.ERROR)
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # it lists all checkpoints every time

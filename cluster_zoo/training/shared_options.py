@@ -11,6 +11,7 @@ __all__ = [
     'add_dataset_options',
     'add_device_options',
     'add_input_options',
+    'add_process_options',
     'add_runtime_options',
 ]
 
@@ -97,6 +98,18 @@ def add_device_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
         help='channels-last memory layout (default on CUDA: on)',
     )
     return group
+
+
+def add_process_options(group: argparse._ArgumentGroup) -> None:
+    """Adds the options of several processes."""
+    add = group.add_argument
+    add('--local_rank', '--local-rank', type=int, default=0, metavar='N', help='set by torch.distributed.launch')
+    add(
+        '--dist-timeout',
+        type=float,
+        metavar='SECONDS',
+        help="end the run if a process does not answer in this time (default: PyTorch's, 10 minutes on CUDA, else 30)",
+    )
 
 
 def add_runtime_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:

@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,6 +28,8 @@ from ..datasets import class_names, image_names, unreadable_images
 from ..errors import OptionError
 from ..weights import training_metadata
 from . import engine, run_folder
+from .divergence import SKIPPED_UPDATES, LossRecord, finite_metrics
+from .files import write_summary
 from .loaders import build_datasets, build_loaders, build_mixup, check_data_dir, drop_invalid
 from .model import build_model
 from .optim import build_optimizer, build_scheduler, build_task, shorten_warmup
@@ -86,6 +87,7 @@ class Run(engine.TrainingRun):
 
 def save_recovery(run: Run) -> None:
     """Saves a checkpoint within an epoch. All processes have to call this, because each has its own state."""
+    engine.check_finite(run)
     progress = run.progress
     progress.loss_sum = float(progress.loss_sum)
     own = dict(get_rng_state(), buffers=get_buffers(run.task), loss_sum=progress.loss_sum)
@@ -101,15 +103,30 @@ def resume(run: Run, path: str) -> None:
     """Restores a run from a checkpoint. A checkpoint of timm's script resumes at its next epoch."""
     checkpoint = engine.load_checkpoint_state(run, path, optimizer=not run.args.no_resume_opt)
     run.progress = Progress(**checkpoint.get('progress', dict(epoch=checkpoint.get('epoch', -1) + 1)))
-    progress, now = run.progress, (len(run.train_loader), run.args.world_size)
-    if progress.batch and (progress.num_batches, len(progress.rng)) != now:
-        raise OptionError(
-            f'--resume {path} is a checkpoint within an epoch of {progress.num_batches} batches in '
-            f'{len(progress.rng)} processes, but this run has {now[0]} batches in {now[1]}. Keep the batch size and '
-            'the number of processes, or resume from the end of an epoch (last.pth.tar)'
-        )
+    if run.progress.batch:
+        check_same_batches(run, path, training_metadata(checkpoint)['args'])
     if plateau := getattr(run.scheduler, 'lr_scheduler', None):
         plateau.__dict__.update(checkpoint.get('plateau', {}))
+
+
+def check_same_batches(run: Run, path: str, saved: dict[str, Any]) -> None:
+    """Raises `OptionError` if the rest of the epoch in a checkpoint would have other batches than its beginning.
+
+    Args:
+        run: The run.
+        path: The checkpoint.
+        saved: Options of the saved run.
+    """
+    progress, names = run.progress, ('seed', 'batch_size', 'grad_accum_steps')
+    before = dict(batches=progress.num_batches, processes=len(progress.rng)) | {name: saved.get(name) for name in names}
+    now = dict(batches=len(run.train_loader), processes=run.args.world_size)
+    now |= {name: getattr(run.args, name) for name in names}
+    if differ := [f'{name} {before[name]} -> {now[name]}' for name in now if now[name] != before[name]]:
+        raise OptionError(
+            f'--resume {path} is a checkpoint within an epoch, whose other batches would differ ({", ".join(differ)}). '
+            'Keep --batch-size, --grad-accum-steps, --seed and the number of processes, or resume from the end of an '
+            'epoch (last.pth.tar)'
+        )
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -147,16 +164,18 @@ def loss_scale(run: Run, batch_size: int) -> float:
     return (batch_size / average) ** power
 
 
-def train_epoch(run: Run) -> float | None:
+def train_epoch(run: Run, report: ProgressReport) -> float | None:
     """Trains from the current batch to the end of the epoch.
+
+    Args:
+        run: The run.
+        report: Shows the progress of the epoch.
 
     Returns:
         The mean training loss over all processes; None if a stop was requested.
     """
     args, progress, task = run.args, run.progress, run.task
     num_batches, accum = len(run.train_loader), args.grad_accum_steps
-    title = f'Epoch {progress.epoch}/{run.num_epochs}'
-    report = ProgressReport(args, num_batches, progress.batch, title)
     samples_before = progress.samples
     task.train()
     for batch, (images, target) in epoch_batches(run):
@@ -173,7 +192,11 @@ def train_epoch(run: Run) -> float | None:
             scaled = loss * loss_scale(run, len(images)) / accumulated
             engine.backward(run, scaled, update, exclude_head=True)
         progress.batch = batch + 1
-        progress.loss_sum = progress.loss_sum + loss.detach() * len(images)
+        loss_sum = loss.detach() * len(images)
+        run.losses.add(loss_sum, run.position(), run.optimizer.param_groups[0]['lr'])
+        if run.scaler is not None:  # skips updates without an error
+            loss_sum = loss_sum.nan_to_num(0.0, 0.0, 0.0)
+        progress.loss_sum = progress.loss_sum + loss_sum
         progress.samples += len(images)
         if not update:
             continue
@@ -187,12 +210,12 @@ def train_epoch(run: Run) -> float | None:
         if report.is_due(updates % args.log_interval == 0 or last):
             show_progress(run, report, loss, progress.samples - samples_before)
             save_images(run, images)
+        if updates % args.log_interval == 0 or last:
+            engine.check_finite(run)
         if run.stop.requested():
-            report.close()
             return None
         if args.recovery_interval and updates % args.recovery_interval == 0 and not last:
             save_recovery(run)
-    report.close()
     if hasattr(run.optimizer, 'sync_lookahead'):
         run.optimizer.sync_lookahead()
     loss = torch.as_tensor(progress.loss_sum / progress.samples, device=args.device)
@@ -226,7 +249,11 @@ def save_images(run: Run, images: torch.Tensor) -> None:
 
 @torch.inference_mode()
 def validate(run: Run, ema: bool = False) -> dict[str, float]:
-    """Computes loss and accuracy (with several labels, mAP and F1) on the validation split, over all processes."""
+    """Computes loss and accuracy (with several labels, mAP and F1) on the validation split, over all processes.
+
+    Returns:
+        The metrics, NaN if an output is not finite; empty if a stop was requested.
+    """
     args = run.args
     model = run.task.get_eval_model(ema=ema)
     model.eval()
@@ -245,9 +272,9 @@ def validate(run: Run, ema: bool = False) -> dict[str, float]:
         evaluator.update(*drop_invalid(output, target, run.val_loader.dataset, remaining))
         # All processes have to ask equally often. Only with a common sampler do they have as many batches.
         if (not args.distributed or limit is not None) and run.stop.requested():
-            break
-    metrics = evaluator.compute(distributed=args.distributed)
-    if utils.is_primary(args) and not run.stop.signal:
+            return {}
+    metrics = finite_metrics(evaluator.compute(distributed=args.distributed))
+    if utils.is_primary(args):
         names = dict(top1='top-1', top5='top-5', map='mAP')
         percent = [f'{names.get(name, name)} {value:.2f}' for name, value in metrics.items() if name != 'loss']
         values = '  '.join([*percent, f'loss {metrics["loss"]:.4f}'])
@@ -260,7 +287,10 @@ def _validates_average(run: Run) -> bool:
 
 
 def evaluate(run: Run) -> dict[str, float] | None:
-    """Validates after an epoch, the averaged weights if there are any. Returns None if ``--val-interval`` skips it."""
+    """Validates after an epoch, the averaged weights if there are any. Returns None if ``--val-interval`` skips it.
+
+    The metrics are empty if a stop was requested.
+    """
     args, epoch = run.args, run.progress.epoch
     if args.distributed and args.dist_bn:
         for ema in (False, True) if run.task.has_ema() else (False,):
@@ -268,7 +298,7 @@ def evaluate(run: Run) -> dict[str, float] | None:
     if run.val_loader is None or ((epoch + 1) % args.val_interval and epoch + 1 < run.num_epochs):
         return None
     metrics = validate(run)
-    if _validates_average(run):
+    if metrics and _validates_average(run):
         metrics = validate(run, ema=True)
     return metrics
 
@@ -283,9 +313,9 @@ def fit(run: Run) -> int:
         0, or the number of the signal that stopped the run.
 
     Raises:
-        OptionError: The loss of the last epoch is NaN.
+        RunError: A loss or a weight is not finite, or the folder of the run cannot be written.
     """
-    args, unreadable, broken = run.args, set(), False
+    args, unreadable = run.args, set()
     if run.progress.rng:
         own = run.progress.rng[args.rank]
         run.progress.loss_sum = own.get('loss_sum', run.progress.loss_sum)
@@ -293,7 +323,9 @@ def fit(run: Run) -> int:
     while run.progress.epoch < run.num_epochs:
         epoch = run.progress.epoch
         seed_all(args.seed, args.rank, epoch)
-        loss = train_epoch(run)
+        title = f'Epoch {epoch}/{run.num_epochs}'
+        with closing(ProgressReport(args, len(run.train_loader), run.progress.batch, title)) as report:
+            loss = train_epoch(run, report)
         metrics = evaluate(run) if loss is not None else None
         if run.stop.requested():
             save_recovery(run)
@@ -308,25 +340,22 @@ def fit(run: Run) -> int:
         if run.saver is None:
             continue
         metrics = metrics or dict.fromkeys(run.task.create_evaluator().metric_names)
-        summary = run.output_dir / 'summary.csv'
-        utils.update_summary(epoch, OrderedDict(loss=loss), metrics, summary, lr=sum(rates) / len(rates))
-        broken = math.isnan(metrics['loss'] if metric is not None else loss)
-        run.saver.save_checkpoint(epoch, None if broken else metric)
+        evaluated = {f'eval_{name}': value for name, value in metrics.items()}
+        run.rows.append(dict(epoch=epoch, train_loss=loss, **evaluated, lr=sum(rates) / len(rates)))
+        run.saver.save_checkpoint(epoch, None if metric is None or math.isnan(metric) else metric)
+        write_summary(run.output_dir / 'summary.csv', run.rows)
         run.learning_states = []
         if set().union(*skipped) > unreadable:
             unreadable = set().union(*skipped)
             _logger.warning(
                 f'{len(unreadable)} unreadable images so far: replaced by others in training, left out of validation.'
             )
-    if broken:
-        best = '' if run.saver.best_metric is None else f'; the best epoch before is {run.saver.best_epoch}'
-        raise OptionError(f'the loss of the last epoch is NaN: lower --lr, or clip the gradients (--clip-grad 1){best}')
     if run.saver is not None and run.saver.best_metric is not None:
         best = f'{args.eval_metric} {run.saver.best_metric:.3f} after epoch {run.saver.best_epoch}'
         weights = ', of the averaged weights (--use-ema selects them)' if _validates_average(run) else ''
         _logger.info(f'Best {best}{weights}: {run.output_dir / "model_best.pth.tar"}')
     elif run.saver is not None:
-        _logger.info(f'Not validated: {run.output_dir / "last.pth.tar"}')
+        _logger.info(f'Not validated, or with outputs that are not finite: {run.output_dir / "last.pth.tar"}')
     return 0
 
 
@@ -378,6 +407,7 @@ def start(args: argparse.Namespace) -> Run:
         scheduler=scheduler,
         autocast=autocast,
         scaler=scaler,
+        losses=LossRecord(SKIPPED_UPDATES if scaler is not None else 0),
         output_dir=output_dir,
         train_loader=train_loader,
         val_loader=val_loader,
@@ -431,6 +461,7 @@ def restore(run: Run, checkpoint: str) -> None:
         _logger.info(f'Resumed from {checkpoint}')
     if args.start_epoch is not None:
         run.progress = Progress(args.start_epoch)
+        run.rows = [row for row in run.rows if row['epoch'] < args.start_epoch]
     updates = run.progress.epoch * run.updates_per_epoch - (-run.progress.batch // args.grad_accum_steps)
     if run.scheduler is not None and updates > 0 and args.sched != 'plateau':
         run.scheduler.step(run.progress.epoch)
@@ -438,7 +469,7 @@ def restore(run: Run, checkpoint: str) -> None:
     if not args.dry_run:
         name = f'{safe_model_name(args.model)}-{run.metadata["data_config"]["input_size"][-1]}'
         decreasing = args.eval_metric == 'loss'
-        run_folder.open_output_dir(run, name, checkpoint, run.progress.epoch, decreasing=decreasing)
+        run_folder.open_output_dir(run, name, checkpoint, decreasing=decreasing)
     engine.launch(run, args.torchcompile_mode, **dict(broadcast_buffers=False) if args.no_ddp_bb else {})
 
 

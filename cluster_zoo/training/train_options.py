@@ -7,7 +7,13 @@ import argparse
 from ..errors import OptionError
 from .parser import ParseKwargs, Parser
 from .recipes import RECIPES
-from .shared_options import LEFT_OUT, add_dataset_options, add_input_options, add_runtime_options
+from .shared_options import (
+    LEFT_OUT,
+    add_dataset_options,
+    add_input_options,
+    add_process_options,
+    add_runtime_options,
+)
 
 __all__ = ['add_centroid_learning_options', 'check_train_options', 'is_mixing', 'train_parser']
 
@@ -204,7 +210,8 @@ def _add_distillation_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group('run').add_argument
+    group = parser.add_argument_group('run')
+    add = group.add_argument
     add('--seed', type=int, default=42, metavar='N', help='random seed (default: 42)')
     add('--worker-seeding', default='all', choices=('all', 'part'), help='generators of a worker to seed')
     add(
@@ -236,11 +243,11 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add(
         '--use-multi-epochs-loader',
         action='store_true',
-        help='keep the loader iterator over epochs; resuming is not exact then',
+        help="timm's name of --persistent-workers",
     )
     add('--no-ddp-bb', action='store_true', help='do not broadcast buffers in distributed training')
     add('--synchronize-step', action='store_true', help='synchronize the device after each step')
-    add('--local_rank', '--local-rank', type=int, default=0, metavar='N', help='set by torch.distributed.launch')
+    add_process_options(group)
     add('--git-id', default='None', metavar='ID', help='recorded in args.yaml')
 
 
@@ -289,6 +296,7 @@ def check_train_options(args: argparse.Namespace) -> None:
     """Raises `OptionError` for values out of range and for options that exclude each other."""
     if args.multi_label and not args.sources.get('eval_metric'):
         args.eval_metric = 'map'
+    args.persistent_workers = args.persistent_workers or args.use_multi_epochs_loader or None
     without_validation = not args.val_split and not args.val_fraction
     odd = [size for size in (args.batch_size, *(args.train_batch_sizes or ())) if size % 2]
     rules = (
@@ -301,6 +309,8 @@ def check_train_options(args: argparse.Namespace) -> None:
         (args.train_batch_sizes and not args.train_img_sizes, '--train-batch-sizes needs --train-img-sizes'),
         (args.epochs < 1, '--epochs must be at least 1'),
         (args.checkpoint_hist < 1, '--checkpoint-hist must be at least 1'),
+        (args.log_interval < 1, '--log-interval must be at least 1'),
+        (args.dist_timeout is not None and args.dist_timeout <= 0, '--dist-timeout must be above 0'),
         (args.val_fraction is not None and not 0 < args.val_fraction < 1, '--val-fraction must be above 0, below 1'),
         (args.val_fraction and args.sources.get('val_split'), '--val-fraction and --val-split exclude each other'),
         (without_validation and args.sched == 'plateau', "--sched plateau needs validation: leave out --val-split ''"),

@@ -10,6 +10,7 @@ import argparse
 import csv
 import json
 import logging
+import math
 import signal
 import sys
 import time
@@ -38,6 +39,7 @@ from ..datasets import (
 )
 from ..errors import DataError, OptionError, UserError, print_error
 from ..weights import extract_state_dict, load_weights, weights_in_use
+from .divergence import finite_metrics
 from .loaders import data_root, dataset_options, drop_invalid, loader_options
 from .model import check_model_name, create_from_options
 from .parser import Parser
@@ -261,7 +263,9 @@ def run(args: argparse.Namespace, setup: Setup, input_size: tuple[int, ...]) -> 
                 _logger.info(f'{args.model} [{batch + 1:>4d}/{len(setup.loader)}]  {line}')
             else:
                 bar.set_postfix_str(line, refresh=False)
-    result = dict(evaluator.compute())
+    result = finite_metrics(evaluator.compute())
+    if math.isnan(result['loss']):
+        _logger.warning(f'{args.model}: some outputs are not finite, so the metrics are NaN')
     del result['loss']
     if setup.real_labels is not None:
         top1, *_, top5 = [*setup.real_labels.get_accuracy().values()] * 2

@@ -9,15 +9,13 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from timm import utils
 from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler.scheduler import Scheduler
 
-from cluster_zoo.errors import DataError
 from cluster_zoo.training.model import set_centroid_learning
 from cluster_zoo.training.optim import check_optimizer_name, optimizer_options
-from cluster_zoo.training.runtime import option_errors
+from cluster_zoo.training.runtime import in_first_process, option_errors
 
 from ..data.datasets import SegmentationDataset, create_dataset
 from ..data.transforms import eval_transform, train_transform
@@ -70,17 +68,12 @@ def check_data(args: argparse.Namespace, *datasets: SegmentationDataset) -> None
     """Reads all images and masks in the first process. An error is raised in all processes."""
     # On slow storage this takes longer than the time limit of the default process group.
     group = dist.new_group(backend='gloo', timeout=timedelta(days=1)) if args.distributed else None
-    message = [None]
-    if utils.is_primary(args):
-        try:
-            for dataset in datasets:
-                dataset.check(max(args.workers, 1))
-        except DataError as error:
-            message = [str(error)]
-    if args.distributed:
-        dist.broadcast_object_list(message, group=group)
-    if message[0] is not None:
-        raise DataError(message[0])
+
+    def check() -> None:
+        for dataset in datasets:
+            dataset.check(max(args.workers, 1))
+
+    in_first_process(args, check, group)
 
 
 def build_model(args: argparse.Namespace) -> Segmenter:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cluster_zoo.features import eval_mode
+from cluster_zoo.training.signals import StopRequest, worker_start
 
 from ..data.datasets import SegmentationDataset
 from .inference import predict
@@ -37,6 +38,7 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     overlays: OverlayWriter | None = None,
+    stop: StopRequest | None = None,
 ) -> dict[str, Any]:
     """Computes the metrics of a model on a dataset, at the size of the labels.
 
@@ -56,16 +58,17 @@ def evaluate(
         rank: Index of this process.
         world_size: Number of processes. All of them must call this function.
         overlays: Draws some of the predictions.
+        stop: Ends the evaluation early if a stop is requested.
 
     Returns:
         The metrics of `SegmentationMetrics.compute`; ``images``, the number of images; and ``images_per_second`` of all
-        processes, which includes data loading but not the first batch (warm-up).
+        processes, which includes data loading but not the first batch (warm-up). Empty if a stop was requested.
     """
     metrics = SegmentationMetrics(
         len(dataset.classes), dataset.classes, dataset.ignore_index, device, distributed=world_size > 1
     )
     indices = range(rank, len(dataset), world_size)
-    loader = DataLoader(dataset, batch_size=None, sampler=indices, num_workers=workers)
+    loader = DataLoader(dataset, batch_size=None, sampler=indices, num_workers=workers, worker_init_fn=worker_start())
     bar = tqdm(total=len(indices), desc='evaluate', leave=False, disable=rank > 0 or not sys.stderr.isatty())
     protocol = {'chunk': batch_size, **(protocol or {})}
     benchmark = torch.backends.cudnn.benchmark
@@ -75,11 +78,14 @@ def evaluate(
     try:
         with eval_mode(model), bar:
             for batch_indices, views, labels in _batches(zip(indices, loader), batch_size):
+                if stop is not None and stop.received:  # the processes do not have equally many batches to agree after
+                    break
                 labels, size = labels.to(device), labels.shape[-2:]
                 with autocast():
                     probabilities = (predict(model, images.to(device), size=size, **protocol) for images in views)
-                    predictions = reduce(Tensor.add_, probabilities).argmax(1)  # the sum has the argmax of the mean
-                metrics.update(predictions, labels)
+                    outputs = reduce(Tensor.add_, probabilities)
+                predictions = outputs.argmax(1)  # the sum has the argmax of the mean
+                metrics.update(predictions, labels, outputs)
                 if overlays is not None:
                     for index, prediction in zip(batch_indices, predictions):
                         overlays(index, prediction)
@@ -88,6 +94,8 @@ def evaluate(
                     start, timed_images = time.monotonic(), len(indices) - len(batch_indices)
     finally:
         torch.backends.cudnn.benchmark = benchmark
+    if stop is not None and stop.requested():
+        return {}
     results = metrics.compute()
     speed = world_size * timed_images / (time.monotonic() - start)
     return results | dict(images=len(dataset), images_per_second=speed)

@@ -44,18 +44,26 @@ class SegmentationMetrics:
         if len(set(self.classes)) != num_classes:
             raise ValueError(f'{num_classes} classes need distinct names, got {len(set(self.classes))}')
         # The dataset checks its labels, and the validation of torchmetrics is slower than counting.
-        self.confusion = confusion_matrix_class()(
+        confusion_class = confusion_matrix_class()  # raises an error without torchmetrics
+        from torchmetrics import SumMetric
+
+        self.confusion = confusion_class(
             num_classes, ignore_index=ignore_index, validate_args=False, sync_on_compute=distributed
         ).to(device)
+        self.broken = SumMetric(sync_on_compute=distributed).to(device)  # number of outputs that are not finite
 
-    def update(self, prediction: Tensor, labels: Tensor) -> None:
+    def update(self, prediction: Tensor, labels: Tensor, outputs: Tensor | None = None) -> None:
         """Adds images.
 
         Args:
             prediction: Predicted classes [B, H, W], 0..K-1.
             labels: True classes [B, H, W], 0..K-1 or `ignore_index`.
+            outputs: Outputs of the model that ``prediction`` is the argmax of. All metrics are NaN if one is not
+                finite, because the argmax of NaN is class 0.
         """
         self.confusion.update(prediction, labels)
+        if outputs is not None:
+            self.broken.update((~outputs.isfinite()).sum())
 
     def compute(self) -> dict[str, Any]:
         """Computes the metrics of all images, in percent.
@@ -63,9 +71,11 @@ class SegmentationMetrics:
         Returns:
             ``mIoU`` (mean over classes that occur or are predicted), ``aAcc`` (pixel accuracy), ``mAcc`` (mean accuracy
             of the classes that occur), and dictionaries ``IoU`` and ``Acc`` by class name. Metrics without pixels are
-            NaN, and are not part of the means.
+            NaN, and are not part of the means. All of them are NaN if an output was not finite.
         """
         counts = self.confusion.compute().double().cpu().reshape(len(self.classes), -1)  # a scalar for one class
+        if self.broken.compute() > 0:
+            counts = torch.full_like(counts, math.nan)
         hits, true, predicted = counts.diag(), counts.sum(1), counts.sum(0)
         iou, acc = 100 * hits / (true + predicted - hits), 100 * hits / true
         return dict(

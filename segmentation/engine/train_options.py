@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster_zoo.errors import OptionError
 from cluster_zoo.training.parser import ParseKwargs, Parser
-from cluster_zoo.training.shared_options import add_device_options
+from cluster_zoo.training.shared_options import add_device_options, add_process_options
 from cluster_zoo.training.train_options import add_centroid_learning_options
 
 from ..models.published_systems import SegmenterConfig, segmenter_config
@@ -37,7 +37,7 @@ _AT_LEAST = {
         'recovery_interval',
     ),
 }
-_ABOVE_0 = ('lr', 'head_lr_scale', 'clip_grad')
+_ABOVE_0 = ('lr', 'head_lr_scale', 'clip_grad', 'dist_timeout')
 
 
 _COMMON = (
@@ -199,7 +199,8 @@ def _add_schedule_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group('run').add_argument
+    group = parser.add_argument_group('run')
+    add = group.add_argument
     add('--seed', type=int, default=42, metavar='N', help='random seed (default: 42)')
     add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the model')
     add('--log-interval', type=int, default=50, metavar='N', help='iterations between log lines')
@@ -218,7 +219,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add('--experiment', default='', metavar='NAME', help='name of the run folder, a new one (default: time and model)')
     add('--overwrite', action='store_true', help='replace an earlier run of the same --experiment')
     add('--dry-run', action='store_true', help='build the run and print its options and images, then stop')
-    add('--local_rank', '--local-rank', type=int, default=0, metavar='N', help='set by torch.distributed.launch')
+    add_process_options(group)
 
 
 def train_parser(prog: str = 'segmentation/train.py') -> TrainParser:
