@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from cluster_zoo.training.files import newest_checkpoint
 from cluster_zoo.training.resume import get_rng_state, resume_command, seed_all, set_rng_state
 from cluster_zoo.training.signals import StopRequest
 
@@ -70,11 +69,3 @@ def test_resume_command(tmp_path):
     assert words[6:] == ['--output', str(folder.parent), '--experiment', 'run', '--resume', 'x.pth.tar']
     installed = shlex.split(resume_command(['-m', 'cluster_zoo', 'train'], argv, folder, 'x.pth.tar', 0))
     assert installed[:5] == [sys.executable, '-m', 'cluster_zoo', 'train', 'my data']
-
-
-def test_newest_checkpoint(tmp_path):
-    assert newest_checkpoint(tmp_path) == ''
-    for age, name in enumerate(('last.pth.tar', 'recovery-1-20.pth.tar', 'recovery-2-3.pth.tar', 'model_best.pth.tar')):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (age, age))
-    assert newest_checkpoint(tmp_path) == str(tmp_path / 'recovery-2-3.pth.tar')

@@ -173,12 +173,12 @@ def test_accumulated_batches_are_the_samples_of_a_larger_one(run, tmp_path, monk
 FULL = ['--iterations', 5, '--val-interval', 3, '--classifier', 'dnc', '--model-ema', '--warmup', 2]
 
 
-def _stop_before(monkeypatch, iteration):
-    """Sends a SIGTERM before an iteration, counted from 0."""
+def _stop_when_asked(monkeypatch, number):
+    """Sends a SIGTERM when the run asks whether to stop for the n-th time, counted from 0."""
     original, asked = StopRequest.requested, iter(range(10**6))
 
     def requested(self):
-        if next(asked) == iteration:
+        if next(asked) == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self)
 
@@ -194,17 +194,20 @@ def _assert_same_run(a, b):
 
 
 @pytest.mark.parametrize(
-    ('iteration', 'flags'),
+    ('asked', 'iteration', 'flags'),
+    # A run asks before each of 3 iterations, in the validation, before 2 iterations, in the validation
     [
-        (0, []),
-        (2, ['-j', 1]),
-        (3, ['--grad-accum-steps', 2, '-b', 2]),  # after a validation
-        (4, ['--amp', '--classifier', 'cond', '--auxiliary']),
+        (0, 0, []),
+        (2, 2, ['-j', 1]),
+        (3, 3, ['--model-ema']),  # within the validation
+        (4, 3, ['--grad-accum-steps', 2, '-b', 2]),  # after the validation
+        (5, 4, ['--amp', '--classifier', 'cond', '--auxiliary']),
+        (6, 5, ['-j', 1]),  # within the last validation
     ],
 )
-def test_resumed_run_ends_in_the_same_bits(run, tmp_path, monkeypatch, capsys, iteration, flags):
+def test_resumed_run_ends_in_the_same_bits(run, tmp_path, monkeypatch, capsys, asked, iteration, flags):
     assert run('whole', *FULL, *flags) == 0
-    undo = _stop_before(monkeypatch, iteration)
+    undo = _stop_when_asked(monkeypatch, asked)
     assert run('cut', *FULL, *flags) == 128 + signal.SIGTERM
     undo()
     message = capsys.readouterr().err
@@ -217,7 +220,7 @@ def test_resumed_run_ends_in_the_same_bits(run, tmp_path, monkeypatch, capsys, i
 
 def test_resume_auto(run, tmp_path, monkeypatch):
     flags = [*FULL, '--resume', 'auto', '--recovery-interval', 1]
-    undo = _stop_before(monkeypatch, 2)
+    undo = _stop_when_asked(monkeypatch, 2)
     assert run('a', *flags) == 128 + signal.SIGTERM
     undo()
     assert run('a', *flags) == 0

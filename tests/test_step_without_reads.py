@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 import segmentation.train
 from cluster_zoo.training.optim import build_optimizer
+from cluster_zoo.training.progress import ProgressReport
 from cluster_zoo.training.train_options import train_parser
 from segmentation.engine.build import build_optimizer as build_segmentation_optimizer
 from segmentation.engine.train_options import train_parser as segmentation_parser
@@ -133,7 +134,7 @@ def train_classifier(train, run, device='cpu', monkeypatch=None):
         images, target = (torch.empty(4, 3, 32, 32, device=device), torch.empty(4, dtype=torch.int64, device=device))
         run.train_loader = Batches(images, target)
         with fake_cuda(run, monkeypatch) if device == 'cuda' else mode:
-            assert train.train_epoch(run) is None
+            assert train.train_epoch(run, ProgressReport(run.args, 100)) is None
     assert run.updates == UPDATES and isinstance(run.progress.loss_sum, FakeTensor)
 
 
@@ -194,7 +195,7 @@ def test_loss_is_read_where_it_is_logged(train, image_folder):
     run.args.rank, run.optimizer = 0, build_optimizer(run.args, run.task)
     with mode, pytest.raises(ERRORS):
         run.train_loader = Batches(torch.empty(4, 3, 32, 32), torch.empty(4, dtype=torch.int64))
-        train.train_epoch(run)
+        train.train_epoch(run, ProgressReport(run.args, 100))
     assert run.updates == 2
 
 

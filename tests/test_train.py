@@ -666,27 +666,6 @@ def test_val_fraction_beside_a_validation_split(run, train, image_folder, caplog
     assert 'is not used' not in caplog.text
 
 
-def test_loss_becomes_nan(run, tmp_path, train, monkeypatch, capsys):
-    """An epoch whose loss is NaN is never the best, and the earlier best is named."""
-    original = train.train_epoch
-
-    def train_epoch(run):
-        if run.progress.epoch == 1:
-            next(run.task.parameters()).data.fill_(float('nan'))
-        return original(run)
-
-    monkeypatch.setattr(train, 'train_epoch', train_epoch)
-    assert run('a', '--epochs', 3, '--lr', 0.01) == 2
-    assert capsys.readouterr().err.endswith('(--clip-grad 1); the best epoch before is 0\n')
-    assert _load(tmp_path / 'a' / 'model_best.pth.tar')['epoch'] == 0
-    monkeypatch.undo()
-    assert run('b', '--epochs', 1, '--lr', 'nan') == 2
-    assert capsys.readouterr().err == (
-        'error: the loss of the last epoch is NaN: lower --lr, or clip the gradients (--clip-grad 1)\n'
-    )
-    assert not (tmp_path / 'b' / 'model_best.pth.tar').exists()
-
-
 def test_checkpoint_of_another_run_is_refused(run, tmp_path, capsys):
     assert run('a', '--epochs', 1, '--lr', 0.01) == 0
     last = tmp_path / 'a' / 'last.pth.tar'
@@ -704,7 +683,10 @@ def test_checkpoint_inside_an_epoch_needs_the_same_batches(run, train, tmp_path,
     assert run('a', '--epochs', 1, '--lr', 0.01) == 130
     undo()
     assert run('a', '--epochs', 1, '--lr', 0.01, '--resume', 'auto', '-b', 4) == 2
-    assert 'Keep the batch size' in capsys.readouterr().err
+    assert 'batch_size 8 -> 4). Keep --batch-size' in capsys.readouterr().err
+    for flag in (['--seed', 7], ['--grad-accum-steps', 2]):
+        assert run('a', '--epochs', 1, '--lr', 0.01, '--resume', 'auto', *flag) == 2
+        assert f'{flag[0].strip("-").replace("-", "_")} ' in capsys.readouterr().err
 
 
 def test_unreadable_validation_image_does_not_count(train, tmp_path, caplog, image_folder):
