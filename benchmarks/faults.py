@@ -21,10 +21,7 @@ The packages are imported once, and each process of a run is a fork. Linux only.
 """
 
 import argparse
-import contextlib
-import csv
 import datetime
-import errno
 import json
 import math
 import multiprocessing
@@ -33,13 +30,11 @@ import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -50,18 +45,17 @@ os.environ['OMP_NUM_THREADS'] = '1'  # before importing PyTorch, because a fork 
 import numpy as np
 import torch
 from PIL import Image
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / 'benchmarks')]
 
-
+from fault_processes import SIGNALS, Processes  # noqa: E402
 from measuring import machine, positive, print_table  # noqa: E402
+from run_folders import checkpoint_files, damages, differences, load, read_summary  # noqa: E402
 
 from cluster_zoo.training import train  # noqa: E402
 from segmentation import train as segmentation_train  # noqa: E402
 
-SIGNALS = dict(term=signal.SIGTERM, group=signal.SIGTERM, usr1=signal.SIGUSR1, hup=signal.SIGHUP)
 KINDS = ('kill', 'save', *SIGNALS)
 ACCUM = 2  # batches per update in classification
 SMALL = f'--img-size 32 --num-classes 3 --epochs 4 --grad-accum-steps {ACCUM} --lr 0.02 --warmup-epochs 0'
@@ -73,8 +67,6 @@ TASKS = dict(
     segmentation='--dataset folder --head fcn --backbone test_resnet --channels 8 --classifier dnc --crop 32 '
     f'--scale 48 40 -vb 4 --lr 0.001 --iterations 14 --val-interval 3 {COMMON}',
 )
-STATE = ('state_dict', 'state_dict_ema', 'metric', 'epoch')
-PATIENCE = 5.0  # seconds that a process has to end when another one was killed
 
 
 @dataclass
@@ -88,6 +80,14 @@ class Trial:
     faults: list[str] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)  # why the run has not survived
     seconds: float = 0.0
+
+    def start(self, folder: Path, timeout: float, watch: dict[str, Any] | None = None) -> Processes:
+        """Returns the processes that start or resume the run, see `Processes`."""
+        is_segmentation = self.task == 'segmentation'
+        main = segmentation_train.main if is_segmentation else train.main
+        data = folder.parent / ('masks' if is_segmentation else 'images')
+        argv = [str(data), *TASKS[self.task].split(), '--output', str(folder)]
+        return Processes(main, argv, self.processes, folder, timeout, watch)
 
 
 @dataclass
@@ -108,191 +108,6 @@ class Reference:
         return progress['epoch'] * per_epoch + math.ceil(progress['batch'] / ACCUM)
 
 
-# --- the processes of a run -------------------------------------------------------------------------------------------
-
-
-class Processes:
-    """Context manager that runs the training processes of a trial in a process group of their own.
-
-    Args:
-        trial: The trial.
-        folder: Its folder. The run folder is ``run`` therein.
-        timeout: Seconds after which waiting raises TimeoutError.
-        watch: Arguments of `watch_files` in the first process; None to not watch.
-    """
-
-    def __init__(self, trial: Trial, folder: Path, timeout: float, watch: dict[str, Any] | None = None) -> None:
-        self.trial, self.folder, self.watch, self.timeout = trial, folder, watch, timeout
-        self.pids: list[int] = []
-        self.statuses: dict[int, int] = {}  # by rank
-
-    def __enter__(self) -> 'Processes':
-        for path in (*self.folder.glob('updates-*'), self.folder / 'operations', self.folder / 'log'):
-            path.unlink(missing_ok=True)
-        with socket.socket() as free:
-            free.bind(('127.0.0.1', 0))
-            port = free.getsockname()[1]
-        self.deadline = time.monotonic() + self.timeout
-        for rank in range(self.trial.processes):
-            pid = os.fork()
-            if pid == 0:
-                self.run_process(rank, port)
-            self.pids.append(pid)
-            os.setpgid(pid, self.pids[0])
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.signal_group(signal.SIGKILL)
-        for rank, pid in enumerate(self.pids):
-            if rank not in self.statuses:
-                os.waitpid(pid, 0)
-
-    def run_process(self, rank: int, port: int) -> None:
-        """Trains in this process and ends it."""
-        status = 1
-        try:
-            for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
-                signal.signal(number, handler)
-            log = os.open(self.folder / 'log', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            if self.trial.processes > 1:
-                world = str(self.trial.processes)
-                os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
-                os.environ |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-            updates = os.open(self.folder / f'updates-{rank}', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            register_optimizer_step_post_hook(lambda *_: os.write(updates, b'.'))
-            if rank == 0 and self.watch is not None:
-                watch_files(self.folder, **self.watch)
-            sys.argv = ['train.py']
-            main = segmentation_train.main if self.trial.task == 'segmentation' else train.main
-            data = self.folder.parent / ('masks' if self.trial.task == 'segmentation' else 'images')
-            status = main([str(data), *TASKS[self.trial.task].split(), '--output', str(self.folder)])
-        except SystemExit as error:
-            status = error.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-
-    def updates(self) -> int:
-        """Returns the number of updates so far in the first process."""
-        path = self.folder / 'updates-0'
-        return path.stat().st_size if path.exists() else 0
-
-    def operations(self) -> list[str]:
-        """Returns the operations on files so far, if they are watched."""
-        path = self.folder / 'operations'
-        return path.read_text().splitlines() if path.exists() else []
-
-    def log(self) -> str:
-        return (self.folder / 'log').read_text(errors='replace')
-
-    def wait(self, condition: Callable[[], bool] = lambda: False) -> bool:
-        """Waits for a condition or the end of all processes. Returns whether the condition is true."""
-        while True:
-            for rank, pid in enumerate(self.pids):
-                if rank not in self.statuses and (ended := os.waitpid(pid, os.WNOHANG))[0]:
-                    self.statuses[rank] = os.waitstatus_to_exitcode(ended[1])
-            if condition():
-                return True
-            if len(self.statuses) == len(self.pids):
-                return False
-            if time.monotonic() > self.deadline:
-                raise TimeoutError(f'hang after {self.updates()} updates, exit status {self.statuses}')
-            time.sleep(0.003)
-
-    def wait_as_launcher(self) -> None:
-        """Waits for the end. If a process fails, the others are ended, as by torchrun."""
-        if not self.wait(lambda: any(self.statuses.values())):
-            return
-        for rank, pid in enumerate(self.pids):
-            if rank not in self.statuses:
-                os.kill(pid, signal.SIGTERM)
-        end = time.monotonic() + PATIENCE
-        if self.wait(lambda: time.monotonic() > end or len(self.statuses) == len(self.pids)):
-            self.signal_group(signal.SIGKILL)
-            self.wait()
-
-    def members(self) -> list[int]:
-        """Returns the processes of the group: those that train, and the workers of their loaders."""
-        found = []
-        for path in Path('/proc').glob('[0-9]*/stat'):
-            try:
-                state, _, group = path.read_text().rpartition(')')[2].split()[:3]
-            except OSError:  # it has ended
-                continue
-            if int(group) == self.pids[0] and state != 'Z':
-                found.append(int(path.parent.name))
-        return sorted(found)
-
-    def signal_group(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pids[0], number)
-
-    def strike(self, kind: str, rng: random.Random) -> str:
-        """Sends the signal of a kind of fault. Returns what it was, for the user."""
-        number, targets = SIGNALS.get(kind, signal.SIGKILL), self.pids
-        name, updates = signal.Signals(number).name, self.updates()
-        if kind == 'group' or (kind == 'kill' and rng.random() < 0.5):
-            self.signal_group(number)
-            return f'{name} to all processes after {updates} updates'
-        targets = self.members() if kind == 'kill' else self.pids
-        pid = rng.choice(targets)
-        os.kill(pid, number)
-        process = f'process {self.pids.index(pid)}' if pid in self.pids else 'a worker'
-        return f'{name} to {process} after {updates} updates'
-
-
-def watch_files(folder: Path, fatal: int | None = None, torn: bool = False, links: bool = True) -> None:
-    """Writes the operations on files of the run folder to a file, and kills this process at one of them.
-
-    Args:
-        folder: Folder of the trial.
-        fatal: Number of the operation at which to kill, from 1; None for none.
-        torn: Whether to kill within the operation, when the file is half written, where that is possible.
-        links: Whether hard links work.
-    """
-    prefix, count, save = f'{folder / "run"}/', 0, torch.save
-    record = os.open(folder / 'operations', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-
-    def operation(name: str, path: Any, tear: Callable[[], object] = lambda: None) -> None:
-        nonlocal count
-        if fatal and count >= fatal:  # `tear` opens the file
-            return
-        count += 1
-        os.write(record, f'{name} {Path(path).name}\n'.encode())
-        if count == fatal:
-            if torn:
-                tear()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def audit(event: str, args: tuple[Any, ...]) -> None:
-        if event in ('os.rename', 'os.link', 'os.remove') and str(args[0]).startswith(prefix):
-            if event == 'os.link' and not links:
-                raise OSError(errno.EPERM, 'no hard links')
-            operation(event, args[0])
-        elif event == 'open' and str(args[0]).startswith(prefix) and args[2] & (os.O_WRONLY | os.O_RDWR):
-            truncates = args[2] & os.O_TRUNC
-            operation('open', args[0], lambda: truncates and open(args[0], 'w').close())
-
-    def watched_save(content: Any, file: Any, *args: Any, **options: Any) -> None:
-        path = str(getattr(file, 'name', file))
-
-        def tear() -> None:
-            save(content, file, *args, **options)
-            os.truncate(path, os.path.getsize(path) // 2)
-
-        if path.startswith(prefix):
-            operation('torch.save', path, tear)
-        save(content, file, *args, **options)
-
-    torch.save = watched_save
-    sys.addaudithook(audit)
-
-
 # --- trials -----------------------------------------------------------------------------------------------------------
 
 
@@ -304,7 +119,7 @@ def run_reference(task: str, processes: int, root: Path, timeout: float) -> Refe
     """
     folder = root / f'reference-{task}-{processes}'
     folder.mkdir()
-    with Processes(Trial(task, processes, '', 0), folder, timeout, watch={}) as run:
+    with Trial(task, processes, '', 0).start(folder, timeout, watch={}) as run:
         run.wait(lambda: run.updates() > 0)
         start = time.monotonic()
         run.wait()
@@ -321,7 +136,7 @@ def run_trial(trial: Trial, reference: Reference, root: Path, seed: int, timeout
     folder = root / f'{trial.number}-{trial.kind}-{trial.task}-{trial.processes}'
     planned, watch = rng.choice([1, 1, 1, 2, 3]), dict(links=rng.random() > 1 / 3)
     try:
-        while not trial.faults:  # a run may end before the time of its fault
+        while not (trial.faults or trial.reasons):  # a run may end before the time of its fault
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             while not run_until_fault(trial, reference, folder, rng, timeout, watch, len(trial.faults) < planned):
@@ -350,7 +165,7 @@ def run_until_fault(
     if trial.kind == 'save':
         operation = rng.randint(1, reference.operations) if strikes else None
         watch = dict(watch, fatal=operation, torn=rng.random() < 0.5)
-    with Processes(trial, folder, timeout, watch if trial.kind == 'save' else None) as run:
+    with trial.start(folder, timeout, watch if trial.kind == 'save' else None) as run:
         if trial.kind != 'save' and strikes and run.wait(lambda: run.updates() > 0):
             moment = time.monotonic() + rng.uniform(0, reference.seconds)
             if run.wait(lambda: time.monotonic() > moment):
@@ -391,7 +206,8 @@ def errors_of_stop(trial: Trial, reference: Reference, run: Processes, first: in
     """
     number, log, late = SIGNALS[trial.kind], run.log(), run.updates() - sent
     if 'Traceback' in log:
-        yield 'traceback: ' + next((line for line in log.splitlines() if re.match(r'\w*(\.\w+)*Error', line)), '')
+        error = next((line for line in log.splitlines() if re.match(r'[\w.]*Error', line)), '')
+        yield f'traceback: {re.sub(r"[[].*[]] ", "", error)[:60]}'
     statuses = set(run.statuses.values())
     if late <= 2 and statuses <= {0, -number, 128 + number} and not differences(run.folder / 'run', reference.folder):
         return  # the run was at its end
@@ -406,77 +222,6 @@ def errors_of_stop(trial: Trial, reference: Reference, run: Processes, first: in
         yield f'the checkpoint is {(first or 0) + sent - saved} updates older than the signal'
     if not any('train.py' in line and '--resume' in line for line in log.splitlines()):
         yield 'the command that resumes is not printed'
-
-
-# --- files of a run ---------------------------------------------------------------------------------------------------
-
-
-def read_summary(folder: Path) -> list[dict[str, str]]:
-    path = folder / 'summary.csv'
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Returns the checkpoints of a run folder without temporary files."""
-    return sorted(path for path in folder.glob('*.pth.tar') if 'tmp' not in path.name)
-
-
-def load(path: Path) -> Any:
-    """Returns a checkpoint, or the first line of the error of an unreadable one."""
-    try:
-        return torch.load(path, weights_only=True)
-    except Exception as error:
-        return str(error).partition('\n')[0] or type(error).__name__
-
-
-def same(a: Any, b: Any) -> bool:
-    """Returns whether two nested values are equal to the bit."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def damages(folder: Path) -> Iterator[str]:
-    """Yields what must not be in a run folder at any time: unreadable checkpoints, no last one after an epoch."""
-    for path in checkpoint_files(folder):
-        if isinstance(load(path), str):
-            yield f'{path.name} is unreadable after the fault'
-    if any(folder.glob('checkpoint-*')) and not (folder / 'last.pth.tar').exists():
-        yield 'no last.pth.tar after the fault'
-
-
-def differences(folder: Path, reference: Path) -> list[str]:
-    """Returns how the folder of a finished run differs from that of the uninterrupted run."""
-    reasons = [f'{path.name} is left' for path in sorted(folder.glob('*tmp*'))]
-    rows, expected = read_summary(folder), read_summary(reference)
-    if rows != expected:
-        numbers = ([next(iter(row.values())) for row in each] for each in (rows, expected))
-        reasons.append('summary.csv has rows {}, expected {}'.format(*map(' '.join, numbers)))
-    checkpoints = {path.name: load(path) for path in checkpoint_files(folder)}
-    reasons += [f'{name} is unreadable: {each}' for name, each in checkpoints.items() if isinstance(each, str)]
-    for name, keys in dict(last=(*STATE, 'optimizer', 'progress', 'learned'), model_best=STATE).items():
-        found, wanted = checkpoints.get(f'{name}.pth.tar', 'missing'), load(reference / f'{name}.pth.tar')
-        if found == 'missing':
-            reasons.append(f'{name}.pth.tar is missing')
-        elif isinstance(found, dict) and isinstance(wanted, dict):
-            differ = [key for key in keys if not same(found.get(key), wanted.get(key))]
-            reasons += [f'{name}.pth.tar has another {", ".join(differ)}'] if differ else []
-    best, last = checkpoints.get('model_best.pth.tar'), checkpoints.get('last.pth.tar')
-    if rows and isinstance(best, dict):
-        metric = next(name for name in ('eval_top1', 'mIoU') if name in rows[0])
-        row = max(rows, key=lambda row: float(row[metric]))  # the first of equals
-        if (best['epoch'], best['metric']) != (int(next(iter(row.values()))), float(row[metric])):
-            reasons.append('model_best.pth.tar is not the best row of summary.csv')
-    if isinstance(last, dict):
-        listed = [Path(name).name for name, _ in last.get('saver', {}).get('checkpoint_files', [])]
-        reasons += [f'{name} is listed, but missing' for name in listed if name not in checkpoints]
-    return reasons
 
 
 # --- the campaign -----------------------------------------------------------------------------------------------------
