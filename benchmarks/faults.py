@@ -58,14 +58,17 @@ from segmentation import train as segmentation_train  # noqa: E402
 
 KINDS = ('kill', 'save', *SIGNALS)
 ACCUM = 2  # batches per update in classification
-SMALL = f'--img-size 32 --num-classes 3 --epochs 4 --grad-accum-steps {ACCUM} --lr 0.02 --warmup-epochs 0'
-COMMON = '-b 4 -j 1 --device cpu --model-ema --recovery-interval 2 --log-interval 1 --resume auto --experiment run'
-TASKS = dict(
-    classification=f'--model test_resnet --mixup 0.2 --checkpoint-hist 2 {SMALL} {COMMON}',
-    centroids='--model dnc_resnet18 --model-kwargs channels=(8,8,8,8) layers=(1,1,1,1) --recipe timm '
+SMALL = f'--img-size 32 --num-classes 3 --epochs 4 --grad-accum-steps {ACCUM} --warmup-epochs 0 --recovery-interval 1'
+COMMON = (
+    '-b 4 -j 1 --device cpu --model-ema --model-ema-decay 0.5 --no-model-ema-warmup --checkpoint-hist 2 '
+    '--log-interval 1 --resume auto --experiment run'
+)
+TASKS = dict(  # with a best checkpoint that changes several times
+    classification=f'--model test_resnet --mixup 0.2 --lr 0.05 --seed 2 {SMALL} {COMMON}',
+    centroids='--model dnc_resnet18 --model-kwargs channels=(8,8,8,8) layers=(1,1,1,1) --recipe timm --lr 0.01 '
     f'--centroid-memory 40 --centroid-momentum 0.9 {SMALL} {COMMON}',
     segmentation='--dataset folder --head fcn --backbone test_resnet --channels 8 --classifier dnc --crop 32 '
-    f'--scale 48 40 -vb 4 --lr 0.001 --iterations 14 --val-interval 3 {COMMON}',
+    f'--scale 48 40 --lr 0.003 -vb 4 --iterations 14 --val-interval 3 --recovery-interval 2 --seed 2 {COMMON}',
 )
 
 
@@ -236,8 +239,8 @@ def write_data(root: Path) -> None:
         for index in range(count):
             color, mask = index % 3, np.zeros((40, 48), np.uint8)
             mask[8:32, 10:30] = color
-            pixels = rng.integers(0, 200, (40, 48, 3))
-            pixels[8:32, 10:30, color] += 50
+            pixels = rng.integers(0, 150, (40, 48, 3))
+            pixels[8:32, 10:30, color] += 100
             image = Image.fromarray(pixels.astype(np.uint8))
             pairs = {f'images/{split}/{color}': image, f'masks/{name}/images': image}
             for folder, content in (pairs | {f'masks/{name}/masks': Image.fromarray(mask)}).items():

@@ -66,13 +66,10 @@ def differences(folder: Path, reference: Path) -> list[str]:
         elif isinstance(found, dict) and isinstance(wanted, dict):
             differ = [key for key in keys if not same(found.get(key), wanted.get(key))]
             reasons += [f'{name}.pth.tar has another {", ".join(differ)}'] if differ else []
-    best, last = checkpoints.get('model_best.pth.tar'), checkpoints.get('last.pth.tar')
+    best = checkpoints.get('model_best.pth.tar')
     if rows and isinstance(best, dict):
         metric = next(name for name in ('eval_top1', 'mIoU') if name in rows[0])
         row = max(rows, key=lambda row: float(row[metric]))  # the first of equals
         if (best['epoch'], best['metric']) != (int(next(iter(row.values()))), float(row[metric])):
             reasons.append('model_best.pth.tar is not the best row of summary.csv')
-    if isinstance(last, dict):
-        listed = [Path(name).name for name, _ in last.get('saver', {}).get('checkpoint_files', [])]
-        reasons += [f'{name} is listed, but missing' for name in listed if name not in checkpoints]
     return reasons

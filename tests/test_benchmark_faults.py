@@ -25,9 +25,8 @@ def run_folders():
 
 def write_checkpoint(path: Path, epoch: int, metric: float, **entries: object) -> None:
     weights, averaged = (dict(weight=torch.full((3,), float(epoch))) for _ in range(2))
-    listed = [('checkpoint-1.pth.tar', 60.0), ('checkpoint-0.pth.tar', 50.0)]
     state = dict(state_dict=weights, state_dict_ema=averaged, epoch=epoch, metric=metric, optimizer=dict(lr=[0.1]))
-    torch.save(dict(state, progress=dict(epoch=epoch + 1), saver=dict(checkpoint_files=listed), **entries), path)
+    torch.save(dict(state, progress=dict(epoch=epoch + 1), **entries), path)
 
 
 @pytest.fixture
@@ -67,7 +66,6 @@ def truncate(path: Path) -> None:
         (lambda cut: write_checkpoint(cut / 'last.pth.tar', 2, 60.0, learned=[1]), 'last.pth.tar has another learned'),
         (lambda cut: (cut / 'last.pth.tar').unlink(), 'last.pth.tar is missing'),
         (lambda cut: truncate(cut / 'checkpoint-0.pth.tar'), 'checkpoint-0.pth.tar is unreadable'),
-        (lambda cut: (cut / 'checkpoint-1.pth.tar').unlink(), 'checkpoint-1.pth.tar is listed, but missing'),
         (
             lambda cut: (cut / 'summary.csv').write_text('epoch,eval_top1\n0,50.0\n2,60.0\n'),
             'summary.csv has rows 0 2, expected 0 1 2',
