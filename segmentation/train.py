@@ -37,6 +37,7 @@ from torch.utils.data import DataLoader
 
 from cluster_zoo.errors import OptionError
 from cluster_zoo.training import engine, run_folder
+from cluster_zoo.training.loggers import check_loggers
 from cluster_zoo.training.progress import ProgressReport, count_update, log_options
 from cluster_zoo.training.resume import seed_all
 from cluster_zoo.training.runtime import build_precision, option_errors, set_up_device, set_up_processes
@@ -261,6 +262,7 @@ def write_summary(run: Run, metrics: dict[str, Any], lr: float) -> None:
         if is_new:
             writer.writeheader()
         writer.writerow(row)
+    run.loggers.log({name: value for name, value in row.items() if name != 'iteration'}, run.iteration)
 
 
 class Report(ProgressReport):
@@ -294,6 +296,7 @@ class Report(ProgressReport):
 def start(args: argparse.Namespace) -> Run:
     """Builds all parts of a run and restores it from ``--resume``."""
     confusion_matrix_class()  # before the training, which needs torchmetrics only to validate
+    check_loggers(args)
     run_folder.check_output_dir(args, _OUTPUT)
     set_up_device(args, tf32=True)
     if args.device == 'cpu' and args.sync_bn:

@@ -24,6 +24,7 @@ from timm.task import TrainingTask
 
 from ..errors import CheckpointError, UserError, one_line, print_error
 from ..weights import check_architecture, read_checkpoint, training_metadata
+from .loggers import LOGGER_OPTIONS, Loggers
 from .parser import Parser
 from .resume import gather_states, resume_command
 from .runtime import option_errors
@@ -48,6 +49,7 @@ _MAY_DIFFER = (
     *('resume', 'output', 'experiment', 'config', 'data', 'data_dir', 'device', 'workers', 'log_interval'),
     *('pin_mem', 'persistent_workers'),
     *('pretrained', 'pretrained_path', 'initial_checkpoint', 'recovery_interval', 'checkpoint_hist'),
+    *LOGGER_OPTIONS,
 )
 _MAX_INITIAL = 0.01  # fraction of the initial weights in an average above which its decay is warmed up
 
@@ -66,6 +68,7 @@ class TrainingRun:
     output_dir: Path
     saver: utils.CheckpointSaver | None = None
     stop: StopRequest | None = None
+    loggers: Loggers = field(default_factory=Loggers)
     updates: int = 0  # of this process, since it was started or resumed
     started: float = 0.0  # time of the first of them
     learning_states: list[Any] = field(default_factory=list)  # of the centroids in each process, for a checkpoint
@@ -244,7 +247,7 @@ def run_training(
         run = start(parser.resolve(argv))
         if run.args.dry_run:
             return 0
-        with StopRequest() as run.stop:
+        with StopRequest() as run.stop, run.loggers:
             number = fit(run)
     except UserError as error:
         # Until the run is built, all processes raise the same error.

@@ -16,6 +16,7 @@ from timm import utils
 
 from ..errors import OptionError
 from .engine import TrainingRun, run_options
+from .loggers import LOGGER_FILES, Loggers
 from .resume import newest_checkpoint
 from .runtime import option_errors
 
@@ -24,7 +25,7 @@ __all__ = ['check_output_dir', 'checkpoint_to_resume', 'open_output_dir', 'outpu
 _logger = logging.getLogger(__name__)
 
 # What a run writes to its folder; the first two are results
-_RUN_FILES = ('summary.csv', '*.pth.tar', 'args.yaml', 'train-batch-*.jpg', 'overlays')
+_RUN_FILES = ('summary.csv', '*.pth.tar', 'args.yaml', 'train-batch-*.jpg', 'overlays', *LOGGER_FILES)
 
 
 def output_dir(args: argparse.Namespace, parent: str) -> Path:
@@ -81,6 +82,7 @@ def open_output_dir(run: TrainingRun, name: str, checkpoint: str, first: int, **
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (run.output_dir / 'args.yaml').write_text(yaml.safe_dump(run_options(run.args), default_flow_style=False))
     utils.trim_summary(run.output_dir / 'summary.csv', first)
+    run.loggers = Loggers(args, run.output_dir, run_options(args), first)
     run.saver = utils.CheckpointSaver(
         model=None,
         task=run,

@@ -30,6 +30,7 @@ from ..errors import OptionError
 from ..weights import training_metadata
 from . import engine, run_folder
 from .loaders import build_datasets, build_loaders, build_mixup, check_data_dir, drop_invalid
+from .loggers import check_loggers
 from .model import build_model
 from .optim import build_optimizer, build_scheduler, build_task, shorten_warmup
 from .progress import ProgressReport, count_update, log_options
@@ -309,7 +310,9 @@ def fit(run: Run) -> int:
             continue
         metrics = metrics or dict.fromkeys(run.task.create_evaluator().metric_names)
         summary = run.output_dir / 'summary.csv'
-        utils.update_summary(epoch, OrderedDict(loss=loss), metrics, summary, lr=sum(rates) / len(rates))
+        lr = sum(rates) / len(rates)
+        utils.update_summary(epoch, OrderedDict(loss=loss), metrics, summary, lr=lr)
+        run.loggers.log(dict(train_loss=loss, **{f'eval_{name}': metrics[name] for name in metrics}, lr=lr), epoch)
         broken = math.isnan(metrics['loss'] if metric is not None else loss)
         run.saver.save_checkpoint(epoch, None if broken else metric)
         run.learning_states = []
@@ -342,6 +345,7 @@ def skipped_images(run: Run) -> list[str]:
 def start(args: argparse.Namespace) -> Run:
     """Builds all parts of a run and restores it from ``--resume``."""
     check_train_options(args)
+    check_loggers(args)
     run_folder.check_output_dir(args, _OUTPUT)
     check_data_dir(args)
     set_up_runtime(args, tf32=True)

@@ -7,7 +7,7 @@ import argparse
 from ..errors import OptionError
 from .parser import ParseKwargs, Parser
 from .recipes import RECIPES
-from .shared_options import LEFT_OUT, add_dataset_options, add_input_options, add_runtime_options
+from .shared_options import LEFT_OUT, add_dataset_options, add_input_options, add_logger_options, add_runtime_options
 
 __all__ = ['add_centroid_learning_options', 'check_train_options', 'is_mixing', 'train_parser']
 
@@ -277,6 +277,7 @@ def train_parser(prog: str = 'train.py') -> Parser:
     _add_distillation_options(parser)
     add_runtime_options(parser)
     _add_run_options(parser)
+    add_logger_options(parser)
     return parser
 
 
