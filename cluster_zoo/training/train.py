@@ -37,6 +37,7 @@ from .progress import ProgressReport, count_update, log_options
 from .resume import gather_states, get_buffers, get_rng_state, seed_all, set_buffers, set_rng_state
 from .runtime import build_precision, model_dtype, option_errors, set_up_processes, set_up_runtime
 from .saved_options import held_out_images
+from .streaming import check_batches
 from .train_options import check_train_options, train_parser
 
 __all__ = ['main']
@@ -132,6 +133,7 @@ def epoch_batches(run: Run) -> Iterator[tuple[int, Any]]:
     if progress.rng:
         set_rng_state(progress.rng[args.rank])
     yield from enumerate(batches, start=progress.batch)
+    check_batches(progress.batch, len(loader), args.dataset, args.train_split)
 
 
 def to_device(run: Run, images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
