@@ -6,11 +6,10 @@ with several labels, splits that are stored as ``train.tar`` and ``val.tar``, al
 """
 
 import copy
-import functools
+import inspect
 import logging
 import os
 import tarfile
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,13 +19,14 @@ import numpy as np
 import timm.data
 import torch
 from PIL import Image
-from timm.data.readers.img_extensions import get_img_extensions, set_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
 
 from .errors import DataError
+from .images import IMAGE_FORMATS, decode_image, image_extensions
 from .label_files import LabelFileReader
+from .readers import class_labels, empty_class_folders, open_reader, unused_files
 
 __all__ = [
     'IMAGE_FORMATS',
@@ -45,24 +45,14 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-# Formats that contain only pixels. EPS is left out because Pillow runs it with Ghostscript.
-IMAGE_FORMATS = (
-    'JPEG', 'PNG', 'WEBP', 'GIF', 'TIFF', 'BMP', 'AVIF', 'JPEG2000', 'MPO', 'PPM', 'ICO', 'QOI', 'PCX', 'SGI', 'TGA',
-)  # fmt: skip
-
 _BUNDLED = {'cluster_zoo/cifar10_sample': Path(__file__).parent / 'assets' / 'cifar10_sample.tar'}
 _STREAMED = ('wds', 'hfids', 'tfds')
+_OTHERS = (*_STREAMED, 'torch', 'hfds')  # neither a folder nor an archive
 _TRAIN = ('train', 'training')
 _EVAL = ('val', 'valid', 'validation', 'eval', 'evaluation')
-# Errors of the readers and of Pillow for a missing, truncated or damaged file
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, tarfile.TarError, Image.DecompressionBombError)
+# Errors of the readers and of `decode_image` for a missing, truncated or damaged file
+_UNREADABLE = (OSError, ValueError, EOFError, tarfile.TarError)
 _MAX_CONSECUTIVE = 10  # unreadable images; more mean that a disk is missing or an archive is truncated
-
-
-def image_extensions() -> set[str]:
-    """Returns the file name extensions of the image formats that Pillow can read here, such as ``'.jpg'``."""
-    Image.init()
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS}
 
 
 class ImageDataset(timm.data.ImageDataset):
@@ -141,12 +131,8 @@ class ImageDataset(timm.data.ImageDataset):
         try:
             file, target, *features = self.reader[index]
             with file:
-                if self.load_bytes:
-                    return file.read(), target, *features
-                Image.init()
-                image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
-                image.load()
-                return image.convert(self.input_img_mode) if self.input_img_mode else image, target, *features
+                image = file.read() if self.load_bytes else decode_image(file, self.input_img_mode)
+            return image, target, *features
         except _UNREADABLE as error:
             message = f'{self._name(index)} is not a readable image ({error})'
             if self.strict:
@@ -209,54 +195,51 @@ def create_dataset(
         # Opens the archive again for each image, so that loader workers share no file position.
         name, root, search_split = '', _BUNDLED[name], False
         kwargs['cache_tarfiles'] = False
-    data_dir = root
-    if prefix not in (*_STREAMED, 'torch', 'hfds'):
-        root, search_split = find_split(root, split, search_split), False
-    options: dict[str, Any] = dict(strict=strict, replace_unreadable=replace_unreadable)
-    options |= dict(class_map=kwargs.get('class_map'))
+    options = dict(strict=strict, replace_unreadable=replace_unreadable, class_map=kwargs.get('class_map'))
+    options |= dict(input_img_mode=kwargs.get('input_img_mode', 'RGB'))
+    local = prefix not in _OTHERS
+    path = find_split(root, split, search_split) if local else None
     if label_files:
-        if name or not Path(root).is_dir():
-            raise DataError(f'{name or root} is not a folder of images, whose labels CSV files can name.')
-        reader = LabelFileReader(root, data_dir, label_files, kwargs.get('class_map'))
-        return ImageDataset(str(root), reader=reader, input_img_mode=kwargs.get('input_img_mode', 'RGB'), **options)
-    try:
-        with _all_extensions():
-            dataset = timm.data.create_dataset(
-                name, None if root is None else str(root), split, search_split=search_split, **kwargs
-            )
-    except ImportError as error:
-        raise DataError(f'{name} needs a package that is not installed: {_install(prefix, error.name)}') from error
-    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError, tarfile.TarError) as error:
-        if 'lease install' in str(error):  # of a reader of timm
-            raise DataError(f'{name} needs a package that is not installed: {_install(prefix)}') from error
-        reason = ' '.join(str(error).split()).partition('. Supported image extensions')[0] or type(error).__name__
-        raise DataError(f'Cannot open the {split} split of {name or root}: {reason}') from error
+        if name or not path.is_dir():
+            raise DataError(f'{name or path} is not a folder of images, whose labels CSV files can name.')
+        return ImageDataset(str(path), reader=LabelFileReader(path, root, label_files, options['class_map']), **options)
+    with _data_errors(name or path, split, prefix):
+        if local:
+            reader = open_reader(str(path), **_reader_options(kwargs))
+            return ImageDataset(str(path), reader=reader, load_bytes=kwargs.get('load_bytes', False), **options)
+        dataset = timm.data.create_dataset(
+            name, None if root is None else str(root), split, search_split=search_split, **kwargs
+        )
     if not isinstance(dataset, timm.data.ImageDataset):
         return dataset
-    return ImageDataset(
-        str(root),
-        reader=dataset.reader,
-        load_bytes=dataset.load_bytes,
-        input_img_mode=dataset.input_img_mode,
-        additional_features=dataset.additional_features,
-        **options,
-    )
+    return ImageDataset(str(root), reader=dataset.reader, additional_features=dataset.additional_features, **options)
+
+
+def _reader_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of ``timm.data.create_dataset`` that are those of a reader of local files."""
+    others = inspect.signature(timm.data.create_dataset).parameters.keys() - {'class_map'}
+    return {name: value for name, value in options.items() if value is not None and name not in others}
+
+
+@contextmanager
+def _data_errors(source: str | Path, split: str, prefix: str = '') -> Iterator[None]:
+    """Replaces the errors of timm and its readers by a DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except ImportError as error:
+        raise DataError(f'{source} needs a package that is not installed: {_install(prefix, error.name)}') from error
+    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError, tarfile.TarError) as error:
+        if 'lease install' in str(error):  # of a reader of timm
+            raise DataError(f'{source} needs a package that is not installed: {_install(prefix)}') from error
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise DataError(f'Cannot open the {split} split of {source}: {reason}') from error
 
 
 def _install(prefix: str, package: str | None = None) -> str:
     extra = "'cluster_zoo[datasets]'" if prefix in ('hfds', 'hfids', 'wds') else package or prefix
     return f'pip install {extra}'
-
-
-@contextmanager
-def _all_extensions() -> Iterator[None]:
-    """Makes timm's readers of folders and archives list all image formats."""
-    previous = get_img_extensions()
-    set_img_extensions(sorted({*previous, *image_extensions()}))
-    try:
-        yield
-    finally:
-        set_img_extensions(previous)
 
 
 def find_split(root: str | os.PathLike | None, split: str, search_split: bool = True) -> Path:
@@ -270,8 +253,8 @@ def find_split(root: str | os.PathLike | None, split: str, search_split: bool = 
     root = Path(root)
     if not root.exists():
         raise DataError(f'The data directory {root} does not exist.')
-    if root.is_file() and root.suffix != '.tar':
-        raise DataError(f'{root} is a file, expected a folder or a .tar of images with one subfolder per class.')
+    if not root.is_dir() and not (root.is_file() and root.suffix == '.tar'):
+        raise DataError(f'{root} is neither a folder nor a .tar of images with one subfolder per class.')
     if root.is_file() or not search_split:
         return root
     split = split.split('[')[0]
@@ -410,9 +393,9 @@ def check_dataset(
         )
     if hidden := [name for name in names.values() if name.startswith('.')]:
         raise DataError(f'{reader.root} has images in hidden folders ({_shorten(hidden)}): remove these folders.')
-    empty = _empty_class_folders(reader) if split or not mapped else []
+    empty = empty_class_folders(reader) if split or not mapped else []
     if mapped and split.split('[')[0] in _TRAIN and not isinstance(reader, LabelFileReader):
-        present = _labels(reader)
+        present = class_labels(reader)
         empty += [name for index, name in names.items() if index not in present]
     if empty:
         fix = 'add images' if split else 'number the classes with --class-map FILE'
@@ -436,70 +419,9 @@ def check_dataset(
             f'{where} numbers its classes differently from the training split: {_shorten(wrong)}. '
             'Use the same class folders in both.'
         )
-    if unused := _unused_files(dataset):
+    if unused := unused_files(reader):
         kinds = ', '.join(f'{count} {kind}' for kind, count in unused.most_common())
         _logger.info(f'{reader.root}: {unused.total()} files are not used: {kinds}.')
-
-
-def _labels(reader: Any) -> set[int]:
-    if isinstance(reader, ReaderImageFolder):
-        return {label for _, label in reader.samples}
-    return set(reader.targets.tolist() if isinstance(reader, ReaderImageInTar) else reader.iter_targets())
-
-
-def _empty_class_folders(reader: Any) -> list[str]:
-    """Returns class folders without images. timm skips them, which shifts the indices of all later classes."""
-
-    def is_image(path: Path) -> bool:
-        return path.suffix.lower() in extensions
-
-    extensions = image_extensions()
-    if isinstance(reader, ReaderImageFolder):
-        root = Path(reader.root)
-        filled = {Path(path).parent for path, _ in reader.samples} - {root}
-        siblings = {folder for parent in {folder.parent for folder in filled} for folder in parent.iterdir()} - filled
-        # A class map may leave out folders with images.
-        empty = [folder for folder in siblings if folder.is_dir() and not any(map(is_image, folder.rglob('*')))]
-        empty = [folder.relative_to(root) for folder in empty]
-    elif isinstance(reader, ReaderImageInTar):
-        members = [(Path(name), is_dir) for name, is_dir in _archive_members(reader.root)]
-        filled = {Path(inner.name) for _, _, inner in reader.samples if inner}
-        filled |= {path.parent for path, _ in members if is_image(path)}
-        filled |= {parent for folder in filled for parent in folder.parents}
-        empty = [path for path, is_dir in members if (is_dir or path.suffix.lower() == '.tar') and path not in filled]
-    else:
-        return []
-    return sorted(str(folder) for folder in empty if not folder.name.startswith('.'))
-
-
-@functools.lru_cache(maxsize=1)
-def _archive_members(path: str) -> list[tuple[str, bool]]:
-    """Returns the names in an archive, and whether they are folders."""
-    with tarfile.open(path) as archive:
-        return [(info.name, info.isdir()) for info in archive]
-
-
-def _unused_files(dataset: Dataset) -> Counter[str]:
-    """Counts the files in the folder or archive of a dataset that it does not contain, by kind."""
-    reader = getattr(dataset, 'reader', None)
-    if isinstance(reader, ReaderImageFolder | LabelFileReader):
-        used = {path for path, _ in reader.samples}
-        walk = os.walk(reader.root, followlinks=True)
-        names = [os.path.join(parent, file) for parent, _, files in walk for file in files]
-        names = [name for name in names if name not in used]
-    elif isinstance(reader, ReaderImageInTar) and os.path.isfile(reader.root):
-        used = {member.name for member, _, inner in reader.samples if inner is None}
-        names = [name for name, is_dir in _archive_members(reader.root) if not is_dir and name not in used]
-    else:
-        return Counter()
-    kinds = Counter(os.path.splitext(name)[1].lower() or 'without extension' for name in names if _is_visible(name))
-    kinds.pop('.tar', None)  # of a class
-    images = sum(kinds.pop(kind) for kind in image_extensions() & kinds.keys())
-    return kinds + Counter({'images without a class': images})
-
-
-def _is_visible(path: str) -> bool:
-    return not os.path.basename(path).startswith('.')
 
 
 def class_names(dataset: Dataset) -> dict[int, str]:

@@ -13,14 +13,70 @@ from typing import BinaryIO
 import torch
 from PIL import Image, ImageOps
 
-from .datasets import IMAGE_FORMATS
 from .errors import ImageError
 
-__all__ = ['check_sides', 'read_image', 'reason', 'to_rgb']
+__all__ = [
+    'IMAGE_FORMATS',
+    'check_sides',
+    'decode_image',
+    'image_extensions',
+    'open_image',
+    'read_image',
+    'reason',
+    'to_rgb',
+]
 
+# Formats that contain only pixels. EPS is left out because Pillow runs it with Ghostscript.
+IMAGE_FORMATS = (
+    'JPEG', 'PNG', 'WEBP', 'GIF', 'TIFF', 'BMP', 'AVIF', 'JPEG2000', 'MPO', 'PPM', 'ICO', 'QOI', 'PCX', 'SGI', 'TGA',
+)  # fmt: skip
 STANDARD_INPUT = '-'
 MAX_BYTES = 64 * 2**20  # of standard input or a pipe
 MAX_RATIO = 100  # of the sides
+
+
+def image_extensions() -> set[str]:
+    """Returns the file name extensions of the image formats that Pillow can read here, such as ``'.jpg'``."""
+    Image.init()
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS}
+
+
+def open_image(file: BinaryIO) -> Image.Image:
+    """Opens an image of one of `IMAGE_FORMATS` without decoding it.
+
+    Raises:
+        ImageError: The file has no such format. Damaged headers may raise other errors.
+    """
+    Image.init()
+    try:
+        return Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
+    except Image.UnidentifiedImageError as error:
+        raise ImageError('not an image, or an unsupported format') from error
+
+
+def decode_image(file: BinaryIO, mode: str | None = 'RGB') -> Image.Image:
+    """Decodes an image of a dataset, the first of several frames.
+
+    As in timm, EXIF orientation, transparency and color profiles are ignored. 16-bit channels are scaled to 8 bits.
+
+    Args:
+        file: The image file.
+        mode: Pillow's mode of the result; empty for the mode of the image.
+
+    Raises:
+        ImageError: The image is damaged or too narrow, or has an unsupported format.
+    """
+    try:
+        image = open_image(file)
+        check_sides(image)
+        image.load()
+        if not mode:
+            return image
+        return (image if _is_deep(mode) else _to_8_bits(image)).convert(mode)
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise many types of errors for damaged files
+        raise ImageError(reason(error)) from error
 
 
 def read_image(name: str, max_pixels: int | None = None) -> Image.Image:
@@ -60,14 +116,10 @@ def _read_stream(stream: BinaryIO, name: str) -> bytes:
 
 
 def _decode(file: BinaryIO, max_pixels: int | None) -> Image.Image:
-    Image.init()
     with warnings.catch_warnings():
         # Pillow warns about odd metadata and large images. It raises an error above 179 million pixels.
         warnings.simplefilter('ignore')
-        try:
-            image = Image.open(file, formats=[name for name in IMAGE_FORMATS if name in Image.OPEN])
-        except Image.UnidentifiedImageError as error:
-            raise ImageError('not an image, or an unsupported format') from error
+        image = open_image(file)
         if max_pixels and image.width * image.height > max_pixels:
             raise ImageError(f'{image.width} x {image.height} pixels, more than {max_pixels / 1e6:g} million')
         image.load()
@@ -82,8 +134,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     with contextlib.suppress(Exception):  # an image with damaged metadata is still readable
         image = ImageOps.exif_transpose(image)
-    if image.mode.startswith('I') or image.mode == 'F':
-        image = _to_8_bits(image)
+    image = _to_8_bits(image)
     if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
@@ -96,8 +147,14 @@ def check_sides(image: Image.Image) -> None:
         raise ImageError(f'too narrow: {image.width} x {image.height} pixels')
 
 
+def _is_deep(mode: str) -> bool:
+    return mode.startswith('I') or mode == 'F'
+
+
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Scales 16-bit integers and floats in 0 .. 1 to 8 bits, where Pillow would clip both at 255."""
+    if not _is_deep(image.mode):
+        return image
     pixels = torch.frombuffer(bytearray(image.convert('F').tobytes()), dtype=torch.float32)
     low, high = pixels.aminmax()
     scale = 1 if image.mode == 'F' else 65535

@@ -71,7 +71,8 @@ class LabelFileReader(Reader):
         class_to_idx: Index of each label.
 
     Raises:
-        DataError: An image does not exist, a label is not in the class map, or no row names an image of this split.
+        DataError: An image does not exist or is no file, a label is not in the class map, or no row names an image of
+            this split.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class LabelFileReader(Reader):
             target[[known[label] for label in labels[name]]] = 1.0
             self.samples.append((str(path), target))
         if missing:
-            raise DataError(f'{source}: {len(missing)} images do not exist, such as {missing[0]}.')
+            raise DataError(f'{source}: {len(missing)} images do not exist or are no files, such as {missing[0]}.')
         if not self.samples:
             raise DataError(f'{source} names no images in {root}: names must be relative to {data_dir}.')
 

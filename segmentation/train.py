@@ -39,6 +39,7 @@ from cluster_zoo.errors import OptionError
 from cluster_zoo.training import engine, run_folder
 from cluster_zoo.training.divergence import SKIPPED_UPDATES, LossRecord
 from cluster_zoo.training.files import write_summary
+from cluster_zoo.training.loggers import check_loggers
 from cluster_zoo.training.progress import ProgressReport, count_update, log_options
 from cluster_zoo.training.resume import seed_all
 from cluster_zoo.training.runtime import build_precision, option_errors, set_up_device, set_up_processes
@@ -261,6 +262,7 @@ def finish_validation(run: Run, metrics: dict[str, Any]) -> None:
     save(run, metrics['mIoU'])
     if run.saver is not None:
         write_summary(run.output_dir / 'summary.csv', run.rows)
+        run.loggers.log(run.rows[-1])
 
 
 @contextmanager
@@ -319,6 +321,7 @@ class Report(ProgressReport):
 def start(args: argparse.Namespace) -> Run:
     """Builds all parts of a run and restores it from ``--resume``."""
     confusion_matrix_class()  # before the training, which needs torchmetrics only to validate
+    check_loggers(args)
     run_folder.check_output_dir(args, _OUTPUT)
     set_up_device(args, tf32=True)
     if args.device == 'cpu' and args.sync_bn:

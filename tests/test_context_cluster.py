@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from parity_cases import recipe, save_released, worst_error
-from reference import cluster_map
+from reference import bins, cluster_map
 
 import cluster_zoo  # noqa: F401  registers the models
 from cluster_zoo.layers.cluster_mixer import ClusterMixer
@@ -65,6 +65,9 @@ def _identity_convolutions(mixer):
     ((9, 3), 2, 4),  # regions without real points
     ((1, 1), 2, 1),
     ((1, 5), 4, 3),
+    ((1, 9), 3, 1),  # equal centers
+    ((2, 7), 5, 1),
+    ((5, 14), 7, 2),  # equal centers, also in padded regions
 ])  # fmt: skip
 def test_mixer_matches_loops_on_any_size(size, proposals, regions, weighted):
     torch.manual_seed(0)
@@ -115,6 +118,42 @@ def test_padding_does_not_depend_on_the_batch_and_trains():
     torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-4, atol=1e-5)
     model(x).square().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize('size', [(32, 224), (160, 32)])
+@pytest.mark.parametrize('name, proposals, hooked', [
+    ('coc_tiny', 3, False),
+    ('coc_tiny', 2, True),
+    ('coc_tiny2', (4, 2, 7, 4), True),
+    ('fec_small', (4, 4, 2, 2), True),
+])  # fmt: skip
+def test_equal_centers_do_not_depend_on_rounding(name, proposals, hooked, size, monkeypatch):
+    """The last map has one row or column. Every decision is that of float64, for a batch and for its images alone."""
+    torch.manual_seed(0)
+    kwargs = dict(TINY, dims=(32, 64, 64, 96), num_heads=(4, 4, 4, 8), head_dim=24, mlp_ratios=(1, 1, 1, 1))
+    model = timm.create_model(name, **kwargs, proposals=proposals).eval().requires_grad_(False)
+    _set_layer_scales(model, 0.5)
+    x = torch.randn(4, 3, *size)
+    exact = copy.deepcopy(model).double()(x.double())
+    if hooked:  # the mixer calls its convolutions
+        for module in model.modules():
+            if isinstance(module, ClusterMixer):
+                module.f.register_forward_hook(lambda *args: None)
+    for kernels in ('auto', 'plain'):
+        monkeypatch.setenv('CLUSTER_ZOO_KERNELS', kernels)
+        for logits in (model(x), torch.cat([model(image) for image in x.split(1)])):
+            torch.testing.assert_close(logits.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('proposals, size', [(2, (1, 9)), (3, (7, 1)), (5, (2, 3)), (7, (3, 2))])
+def test_no_point_joins_a_center_that_is_equal_to_an_earlier_one(proposals, size, dtype, memory_format):
+    torch.manual_seed(0)
+    mixer = ClusterMixer(64, 8, 24, proposals).to(dtype)
+    index = mixer.assign(torch.randn(4, 64, *size).to(dtype, memory_format=memory_format))
+    windows = [(rows, columns) for rows in bins(size[0], proposals) for columns in bins(size[1], proposals)]
+    assert {windows.index(window) for window in windows}.issuperset(index.unique().tolist())
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])

@@ -7,7 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cluster_zoo.layers.grids import equal_bins, mean_centers, mean_grid, merge, pad_to_multiple, partition, point_mask
+from cluster_zoo.layers.grids import (
+    distinct_bins,
+    equal_bins,
+    mean_centers,
+    mean_grid,
+    merge,
+    pad_to_multiple,
+    partition,
+    point_mask,
+)
 
 
 @pytest.mark.parametrize('regions', [1, 2, 4])
@@ -37,7 +46,10 @@ def test_mean_grid_is_adaptive_average_pooling(size, bins):
     torch.testing.assert_close(mean_grid(size, 1, bins, x)[0] @ points, expected, rtol=1e-12, atol=1e-12)
     centers, point_mask, center_mask = mean_centers(points, size, 1, bins)
     torch.testing.assert_close(centers, expected, rtol=1e-12, atol=1e-12)
-    assert point_mask is None and center_mask is None
+    equal = bins >= 2 * min(size)
+    assert point_mask is None and (center_mask is not None) == equal
+    if equal:
+        assert int(center_mask[0].sum()) == len(torch.unique(mean_grid(size, 1, bins, x)[0], dim=0))
 
 
 @pytest.mark.parametrize('n', range(1, 30))
@@ -69,6 +81,26 @@ def test_masks_of_padded_centers():
     centers, point_mask, center_mask = mean_centers(points, (5, 4), 2, 2)
     assert point_mask.shape == (12, 6) and torch.equal(point_mask, (points[..., 0] > 0))
     assert torch.equal(center_mask.unsqueeze(-1).expand_as(centers), centers > 0)
+
+
+@pytest.mark.parametrize('regions', [1, 2, 3, 7])
+@pytest.mark.parametrize('bins', range(1, 9))
+def test_distinct_bins(bins, regions):
+    for size in range(1, 20):
+        weights = mean_grid((size, 1), regions, bins, torch.zeros(()))
+        rows = [row.nonzero().flatten().tolist() for row in weights.flatten(0, 1)]
+        expected = [
+            bool(row) and row not in rows[i - i % bins**2 : i]  # not equal to an earlier one of the region
+            for i, row in enumerate(rows)
+        ]
+        assert distinct_bins((size, 1), regions, bins, torch.zeros(())).flatten().tolist() == expected
+        assert distinct_bins((size, size), 1, bins, torch.zeros(())).all() == (bins < 2 * size)
+
+
+def test_centers_that_all_differ_have_no_mask():
+    """So that the clustering of most sizes does not compute masks."""
+    for size, bins in itertools.product([(7, 7), (14, 28), (2, 3)], [1, 2, 3]):
+        assert mean_centers(torch.zeros(2, size[0] * size[1], 3), size, 1, bins)[1:] == (None, None)
 
 
 def test_point_mask():

@@ -1,5 +1,6 @@
 """The Triton kernels against the plain functions in float64: on a GPU, otherwise in Triton's interpreter."""
 
+import copy
 import functools
 import os
 import sys
@@ -144,6 +145,16 @@ def test_center_masks():
     assert torch.equal(index[0].long(), expected[0])
     _assert_close(score[0], value[0], 1e-6)
     assert (index[1] == 0).all() and (score[1] == 0).all()  # no center may be chosen: a finite score
+
+
+@pytest.mark.parametrize('size, proposals', [((1, 9), 2), ((7, 1), 3), ((3, 2), 7)])
+def test_equal_centers_of_a_mixer(size, proposals, monkeypatch):
+    torch.manual_seed(0)
+    mixer, x = ClusterMixer(64, 8, 24, proposals).to(DEVICE), _random(3, 64, *size)
+    expected = copy.deepcopy(mixer).double()(x)
+    monkeypatch.setenv('CLUSTER_ZOO_KERNELS', 'triton')
+    for out in (mixer(x.float()), torch.cat([mixer(one) for one in x.float().split(1)])):
+        _assert_close(out, expected, 1e-5)
 
 
 def test_padded_sets_have_finite_gradients():

@@ -96,7 +96,7 @@ def test_hold_out_keeps_combinations_of_labels_in_both_parts(tmp_path):
         ('file,labels\ntrain/a.png,sea,sky\n', 'line 2: .* with ; between labels'),
         ('file,labels\ntrain/a.png,sea\n./train/a.png,sky\n', 'line 3: train/a.png has labels already'),
         ('file,labels\ntrain/a.png,\n', 'no file has a label'),
-        ('file,labels\ntrain/a.png,sea\ntrain/x.png,sea\n', '1 images do not exist, such as'),
+        ('file,labels\ntrain/a.png,sea\ntrain/x.png,sea\n', '1 images do not exist or are no files, such as'),
         ('file,labels\na.png,sea\n', 'names must be relative to'),
         ('file,labels\n../a.png,sea\n', 'names must be relative to'),
         ('', "must start with the line 'file,labels'"),

@@ -85,6 +85,28 @@ def _bin_weights(size: int, regions: int, bins: int, like: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True).clamp_min(1)
 
 
+def distinct_bins(size: tuple[int, int], regions: int, bins: int, like: Tensor) -> Tensor:
+    """Mask of the bins of `mean_grid` that contain real points and are not equal to an earlier bin: bool [r * r, M].
+
+    Equal bins give equal centers, whose scores differ by rounding alone. Only the first of them may be chosen, as in
+    exact arithmetic. Bins over n positions without padding are equal only if 2 n <= g.
+    """
+    rows = _is_distinct(size[0], regions, bins, like)
+    columns = _is_distinct(size[1], regions, bins, like)
+    # [r, 1, g, 1] x [1, r, 1, g] -> [r * r, g * g]
+    return (rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+def _is_distinct(size: int, regions: int, bins: int, like: Tensor) -> Tensor:
+    """`distinct_bins` along one axis, [r, g]."""
+    n = (size + regions - 1) // regions
+    real = (size - n * torch.arange(regions, device=like.device)).unsqueeze(1)
+    i = torch.arange(-1, bins, device=like.device)  # from the bin before the first one
+    start, stop = i * n // bins, torch.minimum(((i + 1) * n + bins - 1) // bins, real)
+    both = start + stop  # neither decreases, so that the sums of two bins are equal only if the bins are
+    return (both[:, 1:] > both[:, :-1]) & (stop > start)[:, 1:]
+
+
 def equal_bins(n: int, bins: int) -> tuple[int, int]:
     """Length and stride of the bins of `mean_grid` over n positions, zeros if they are not equal."""
     starts, stops = [i * n // bins for i in range(bins + 1)], [-(-i * n // bins) for i in range(bins + 1)]
@@ -106,24 +128,27 @@ def mean_centers(
         size, regions, bins: See `mean_grid`.
 
     Returns:
-        The mean grid of every region, [B * r * r, M, C]; point mask, bool [B * r * r, N], and center mask, bool
-        [B * r * r, M], or None if no point is padded.
+        The mean grid of every region, [B * r * r, M, C]; point mask, bool [B * r * r, N], None if no point is padded;
+        and center mask, bool [B * r * r, M], see `distinct_bins`, None if all centers may be chosen.
     """
     if divides(size, regions):
         h, w = size[0] // regions, size[1] // regions
+        distinct: Tensor | None = None
+        if bins >= 2 * h or bins >= 2 * w:
+            distinct = distinct_bins((h, w), 1, bins, points).expand(points.shape[0], -1)
         if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript skips this branch only if it has no other condition
             if not torch.compiler.is_compiling():
                 grid = points.unflatten(1, (h, w)).permute(0, 3, 1, 2)
                 if points.device.type == 'cpu':
-                    return F.adaptive_avg_pool2d(grid, bins).permute(0, 2, 3, 1).flatten(1, 2), None, None
+                    return F.adaptive_avg_pool2d(grid, bins).permute(0, 2, 3, 1).flatten(1, 2), None, distinct
                 # While torch.jit.trace records, h and w are tensors
                 windows = (0,) if torch.jit.is_tracing() else equal_bins(h, bins) + equal_bins(w, bins)
                 if all(windows):
                     means = F.avg_pool2d(grid, windows[::2], windows[1::2])
-                    return means.permute(0, 2, 3, 1).flatten(1, 2), None, None
+                    return means.permute(0, 2, 3, 1).flatten(1, 2), None, distinct
         weights = mean_grid((h, w), 1, bins, points)
-        return torch.bmm(weights.expand(points.shape[0], -1, -1), points), None, None
+        return torch.bmm(weights.expand(points.shape[0], -1, -1), points), None, distinct
     images = points.shape[0] // (regions * regions)
     weights = mean_grid(size, regions, bins, points).repeat(images, 1, 1)
     mask = point_mask(size, regions, 1, points).repeat(images, 1)
-    return torch.bmm(weights, points), mask, weights.sum(-1) > 0
+    return torch.bmm(weights, points), mask, distinct_bins(size, regions, bins, points).repeat(images, 1)

@@ -26,6 +26,7 @@ from ..errors import CheckpointError, OptionError, RunError, UserError, one_line
 from ..weights import check_architecture, read_checkpoint, training_metadata
 from .divergence import LossRecord, has_finite_weights
 from .files import CheckpointSaver, newest_checkpoint, unlock
+from .loggers import LOGGER_OPTIONS, Loggers
 from .parser import Parser
 from .resume import gather_states, resume_command
 from .runtime import option_errors
@@ -51,6 +52,7 @@ _MAY_DIFFER = (
     *('resume', 'output', 'experiment', 'config', 'data', 'data_dir', 'device', 'workers', 'log_interval'),
     *('pin_mem', 'persistent_workers'),
     *('pretrained', 'pretrained_path', 'initial_checkpoint', 'recovery_interval', 'checkpoint_hist'),
+    *LOGGER_OPTIONS,
 )
 _MAX_INITIAL = 0.01  # fraction of the initial weights in an average above which its decay is warmed up
 
@@ -72,6 +74,7 @@ class TrainingRun:
     losses: LossRecord = field(default_factory=LossRecord)
     rows: list[dict[str, Any]] = field(default_factory=list)  # of summary.csv
     saver_state: dict[str, Any] | None = None  # of the checkpoint that the run was resumed from
+    loggers: Loggers = field(default_factory=Loggers)
     updates: int = 0  # of this process, since it was started or resumed
     started: float = 0.0  # time of the first of them
     learning_states: list[Any] = field(default_factory=list)  # of the centroids in each process, for a checkpoint
@@ -284,7 +287,7 @@ def run_training(
         run = start(parser.resolve(argv))
         if run.args.dry_run:
             return 0
-        with StopRequest(run.args.dist_timeout) as run.stop:
+        with StopRequest(run.args.dist_timeout) as run.stop, run.loggers:
             number = _fit(run, fit)
     except UserError as error:
         # Until the run is built, all processes raise the same error.

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Collection
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..errors import DataError, OptionError
 from .posterize import allow_zero_bits
 from .runtime import model_dtype, option_errors
 from .signals import worker_start
+from .streaming import shard_workers
 from .train_options import is_mixing
 
 __all__ = [
@@ -205,6 +207,8 @@ def build_loaders(
         # With new workers in each epoch, their generators do not depend on the epoch that a run was resumed at.
         persistent_workers=bool(args.persistent_workers),
     )
+    workers = partial(shard_workers, name=args.dataset, workers=args.workers, processes=args.world_size)
+    options['num_workers'] = workers(train, split=args.train_split)
     with option_errors('training data', KeyError):
         train_loader = create_loader(
             AugMixDataset(train, num_splits=args.aug_splits) if args.aug_splits > 1 else train,
@@ -229,6 +233,7 @@ def build_loaders(
     allow_zero_bits(train_loader.dataset)
     val_loader = None
     if val is not None:
+        options['num_workers'] = workers(val, split=args.val_split)
         val_loader = create_loader(
             val,
             batch_size=args.validation_batch_size or args.batch_size,

@@ -16,6 +16,7 @@ from timm import utils
 from ..errors import OptionError
 from .engine import TrainingRun, run_options
 from .files import CheckpointSaver, lock, newest_checkpoint, start_summary, write_text
+from .loggers import LOGGER_FILES, Loggers
 from .runtime import in_first_process, option_errors
 
 __all__ = ['check_output_dir', 'checkpoint_to_resume', 'open_output_dir', 'output_dir']
@@ -23,7 +24,10 @@ __all__ = ['check_output_dir', 'checkpoint_to_resume', 'open_output_dir', 'outpu
 _logger = logging.getLogger(__name__)
 
 # What a run writes to its folder; the first two are results
-_RUN_FILES = ('summary.csv', '*.pth.tar', 'summary-*.csv', 'args.yaml', 'train-batch-*.jpg', 'overlays')
+_RUN_FILES = (
+    *('summary.csv', '*.pth.tar', 'summary-*.csv', 'args.yaml', 'train-batch-*.jpg', 'overlays'),
+    *LOGGER_FILES,
+)
 
 
 def output_dir(args: argparse.Namespace, parent: str) -> Path:
@@ -64,7 +68,7 @@ def open_output_dir(run: TrainingRun, name: str, checkpoint: str, **options: Any
         **options: Arguments of timm's ``CheckpointSaver``.
 
     Raises:
-        OptionError: The folder cannot be written, or another run writes to it.
+        OptionError: The folder cannot be written, another run writes to it, or a logger does not start.
     """
     run.output_dir = in_first_process(run.args, lambda: _create(run, name))
     continues = bool(checkpoint) and Path(checkpoint).resolve().parent == run.output_dir.resolve()
@@ -88,6 +92,7 @@ def open_output_dir(run: TrainingRun, name: str, checkpoint: str, **options: Any
     if continues:
         run.saver.restore(checkpoint, run.saver_state)
     start_summary(run.output_dir / 'summary.csv', run.rows)
+    run.loggers = Loggers(run.args, run.output_dir, run_options(run.args), run.rows)
 
 
 def _create(run: TrainingRun, name: str) -> Path:

@@ -11,13 +11,14 @@ __all__ = [
     'add_dataset_options',
     'add_device_options',
     'add_input_options',
+    'add_logger_options',
     'add_process_options',
     'add_runtime_options',
 ]
 
 LEFT_OUT = (
     "Options of timm's scripts that are not supported: the NaFlex loader (--naflex-*), which needs models that take "
-    'patches, and Weights & Biases logging (--log-wandb, --wandb-*); summary.csv has the same values.'
+    'patches.'
 )
 
 
@@ -136,3 +137,14 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGr
     add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='further model arguments')
     add('--device-modules', nargs='+', metavar='MODULE', help='Python modules to import for a device backend')
     return group
+
+
+def add_logger_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the loggers that get the rows of ``summary.csv``."""
+    add = parser.add_argument_group('logging').add_argument
+    add('--log-tensorboard', action='store_true', help='write TensorBoard events to the run folder')
+    add('--log-wandb', action='store_true', help='log to Weights & Biases')
+    add('--log-trackio', action='store_true', help='log to Trackio')
+    add('--wandb-project', metavar='NAME', help='project of --log-wandb and --log-trackio')
+    add('--wandb-tags', nargs='+', default=[], metavar='TAG', help='tags of the run of --log-wandb')
+    add('--wandb-resume-id', default='', metavar='ID', help='continue this run (default: the one of the run folder)')

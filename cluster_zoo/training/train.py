@@ -31,12 +31,14 @@ from . import engine, run_folder
 from .divergence import SKIPPED_UPDATES, LossRecord, finite_metrics
 from .files import write_summary
 from .loaders import build_datasets, build_loaders, build_mixup, check_data_dir, drop_invalid
+from .loggers import check_loggers
 from .model import build_model
 from .optim import build_optimizer, build_scheduler, build_task, shorten_warmup
 from .progress import ProgressReport, count_update, log_options
 from .resume import gather_states, get_buffers, get_rng_state, seed_all, set_buffers, set_rng_state
 from .runtime import build_precision, model_dtype, option_errors, set_up_processes, set_up_runtime
 from .saved_options import held_out_images
+from .streaming import check_batches
 from .train_options import check_train_options, train_parser
 
 __all__ = ['main']
@@ -148,6 +150,7 @@ def epoch_batches(run: Run) -> Iterator[tuple[int, Any]]:
     if progress.rng:
         set_rng_state(progress.rng[args.rank])
     yield from enumerate(batches, start=progress.batch)
+    check_batches(progress.batch, len(loader), args.dataset, args.train_split)
 
 
 def to_device(run: Run, images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -344,6 +347,7 @@ def fit(run: Run) -> int:
         run.rows.append(dict(epoch=epoch, train_loss=loss, **evaluated, lr=sum(rates) / len(rates)))
         run.saver.save_checkpoint(epoch, None if metric is None or math.isnan(metric) else metric)
         write_summary(run.output_dir / 'summary.csv', run.rows)
+        run.loggers.log(run.rows[-1])
         run.learning_states = []
         if set().union(*skipped) > unreadable:
             unreadable = set().union(*skipped)
@@ -371,6 +375,7 @@ def skipped_images(run: Run) -> list[str]:
 def start(args: argparse.Namespace) -> Run:
     """Builds all parts of a run and restores it from ``--resume``."""
     check_train_options(args)
+    check_loggers(args)
     run_folder.check_output_dir(args, _OUTPUT)
     check_data_dir(args)
     set_up_runtime(args, tf32=True)

@@ -11,6 +11,7 @@ from .shared_options import (
     LEFT_OUT,
     add_dataset_options,
     add_input_options,
+    add_logger_options,
     add_process_options,
     add_runtime_options,
 )
@@ -284,6 +285,7 @@ def train_parser(prog: str = 'train.py') -> Parser:
     _add_distillation_options(parser)
     add_runtime_options(parser)
     _add_run_options(parser)
+    add_logger_options(parser)
     return parser
 
 

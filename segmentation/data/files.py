@@ -4,13 +4,13 @@ import io
 import os
 import tarfile
 from pathlib import Path, PurePosixPath
-from typing import NoReturn
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from cluster_zoo.datasets import IMAGE_FORMATS
-from cluster_zoo.errors import DataError
+from cluster_zoo.errors import DataError, ImageError
+from cluster_zoo.files import members, walk
+from cluster_zoo.images import open_image
 
 __all__ = ['Archive', 'Folder', 'open_files', 'read_image', 'read_labels']
 
@@ -29,17 +29,12 @@ class Folder:
         return sorted(path.name for path in (self.root / folder).iterdir() if path.is_dir() and path.name[0] != '.')
 
     def below(self, folder: str) -> list[str]:
-        """Returns the sorted paths of all files in a folder and its subfolders, which may be links.
+        """Returns the sorted paths of all files in a folder and its subfolders, which may be links; see `walk`.
 
         Raises:
             DataError: A folder cannot be listed.
         """
-
-        def fail(error: OSError) -> NoReturn:
-            raise DataError(f'{error.filename} cannot be listed: {error.strerror}') from error
-
-        walk = os.walk(self.root / folder, onerror=fail, followlinks=True)
-        paths = (Path(parent, name) for parent, _, names in walk for name in names)
+        paths = (Path(parent, name) for parent, names, _ in walk(self.root / folder) for name in names)
         return sorted(path.relative_to(self.root).as_posix() for path in paths if path.name[0] != '.')
 
     def read(self, path: str) -> bytes:
@@ -61,8 +56,8 @@ class Archive:
         self._offsets: dict[str, tuple[int, int]] = {}  # offset and size
         self._folders = {''}
         try:
-            with tarfile.open(root, 'r:') as archive:
-                for member in archive:
+            with open(root, 'rb') as file:
+                for member in members(file):
                     self._add(member)
         except (OSError, tarfile.TarError) as error:
             raise DataError(
@@ -110,7 +105,11 @@ def open_files(root: str | os.PathLike) -> Folder | Archive:
     path = Path(root)
     if not path.exists():
         raise DataError(f'the data directory {root} does not exist')
-    return Folder(path) if path.is_dir() else Archive(path)
+    if path.is_dir():
+        return Folder(path)
+    if not path.is_file():
+        raise DataError(f'the data directory {root} is neither a folder nor a tar')
+    return Archive(path)
 
 
 def read_image(files: Folder | Archive, path: str) -> Image.Image:
@@ -144,12 +143,10 @@ def read_labels(files: Folder | Archive, path: str) -> np.ndarray:
 def _decode(files: Folder | Archive, path: str) -> tuple[Image.Image, object]:
     """Returns an image, and the mode of the stored pixels, which Pillow forgets after decoding."""
     try:
-        Image.init()
-        formats = [name for name in IMAGE_FORMATS if name in Image.OPEN]
-        image = Image.open(io.BytesIO(files.read(path)), formats=formats)
+        image = open_image(io.BytesIO(files.read(path)))
         stored_mode = image.tile[0][3] if image.tile else None
         image.load()
-    except UnidentifiedImageError:
+    except ImageError:
         raise DataError(f'{files.root / path} is not an image of a known format') from None
     except Exception as error:  # decoders fail with any error on damaged files
         raise DataError(f'{files.root / path} is not a readable image ({error})') from error

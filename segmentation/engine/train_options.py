@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster_zoo.errors import OptionError
 from cluster_zoo.training.parser import ParseKwargs, Parser
-from cluster_zoo.training.shared_options import add_device_options, add_process_options
+from cluster_zoo.training.shared_options import add_device_options, add_logger_options, add_process_options
 from cluster_zoo.training.train_options import add_centroid_learning_options
 
 from ..models.published_systems import SegmenterConfig, segmenter_config
@@ -242,5 +242,6 @@ def train_parser(prog: str = 'segmentation/train.py') -> TrainParser:
     add_test_options(parser)
     add_device_options(parser)
     _add_run_options(parser)
+    add_logger_options(parser)
     parser.set_defaults(dataset='folder')
     return parser
