@@ -43,7 +43,7 @@ from cluster_zoo.training.loggers import check_loggers
 from cluster_zoo.training.progress import ProgressReport, count_update, log_options
 from cluster_zoo.training.resume import seed_all
 from cluster_zoo.training.runtime import build_precision, option_errors, set_up_device, set_up_processes
-from cluster_zoo.training.signals import worker_start
+from cluster_zoo.training.signals import keep_workers
 from segmentation.data.datasets import SegmentationDataset
 from segmentation.data.sampling import IterationSampler, SeededDataset
 from segmentation.engine import inference
@@ -141,9 +141,9 @@ def training_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
         sampler=sampler,
         num_workers=args.workers,
         pin_memory=torch.device(args.device).type == 'cuda',
-        worker_init_fn=worker_start(),
         generator=torch.Generator(),  # without it, starting the loader would advance the global generator
     )
+    keep_workers(loader)
     layout = dict(memory_format=torch.channels_last) if args.channels_last else {}
     for images, labels in loader:
         yield images.to(args.device, non_blocking=True, **layout), labels.to(args.device, non_blocking=True)

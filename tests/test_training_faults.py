@@ -284,6 +284,24 @@ def test_signal_to_all_processes_of_a_run(script, tmp_path, number):
     assert torch.load(checkpoint, weights_only=True)['progress']
 
 
+def test_signal_to_a_loading_process_that_starts():
+    """PyTorch lets SIGTERM end such a process before it calls ``worker_init_fn``."""
+    code = '''
+import os, signal
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
+from cluster_zoo.training.signals import StopRequest, keep_workers
+
+set_handlers = signal_handling._set_worker_signal_handlers
+signal_handling._set_worker_signal_handlers = lambda: (set_handlers(), os.kill(os.getpid(), signal.SIGTERM))
+loader = DataLoader(range(4), num_workers=2)
+keep_workers(loader)
+with StopRequest() as stop:
+    assert len(list(loader)) == 4 and not stop.received
+'''
+    subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT, timeout=120)
+
+
 def test_signal_during_the_agreement_is_not_lost(tmp_path, monkeypatch):
     reduce = dist.all_reduce
 
@@ -308,21 +326,15 @@ def test_signal_during_the_agreement_is_not_lost(tmp_path, monkeypatch):
 # Several processes
 
 
-def _torchrun(script, line, **options):
+def _torchrun(script, line, *flags, **environment):
     with socket.socket() as free:
         free.bind(('localhost', 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        '-m',
-        'torch.distributed.run',
-        '--nproc-per-node=2',
-        f'--master-port={port}',
-        script.path,
-    ]
-    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    options = dict(cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) | options
-    return subprocess.Popen([*command, *line], **options)
+    flags = flags or [f'--master-port={port}']
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', *flags, script.path, *line]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1', **environment}
+    options = dict(cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(command, **options)
 
 
 def _children(pid):
@@ -362,6 +374,30 @@ def test_processes_of_a_launcher(image_folder, masks, tmp_path, fault):
     else:
         assert len(errors) == 1 and 'does not answer' in errors[0] and '--resume auto' in errors[0]
         assert fault == 'process killed' or '(rank 1)' in errors[0]
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_torchrun_restarts_a_run(image_folder, masks, tmp_path):
+    script = _script('classification', image_folder, masks, tmp_path)
+    line = script.line('a', '-b', 4, '--log-interval', 1, '--epochs', 4, '--resume', 'auto', '--recovery-interval', 1)
+    restarts = ('--standalone', '--max-restarts=1')
+    process, log = _torchrun(script, line, *restarts, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1'), ''
+    for text in process.stderr:
+        log += text
+        if text.startswith('Train: 1') and 'Resumed at' not in log:
+            os.kill(_children(process.pid)[1], signal.SIGKILL)
+    process.stderr.close()
+    assert process.wait() == 0, log
+    assert log.count('Resumed at epoch 1') == 1 and [row['epoch'] for row in _summary(tmp_path / 'a')] == list('0123')
+
+
+def test_restarts_that_would_hang(image_folder, tmp_path, monkeypatch, capsys):
+    script = _script('classification', image_folder, None, tmp_path)
+    monkeypatch.setenv('TORCHELASTIC_USE_AGENT_STORE', 'True')
+    monkeypatch.setenv('TORCHELASTIC_MAX_RESTARTS', '3')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert script.run('a') == 2
+    assert 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1' in _error(capsys) and not (tmp_path / 'a').exists()
 
 
 def _diverge(rank, world, line, folder):

@@ -18,7 +18,7 @@ from ..datasets import check_dataset, create_dataset, find_split, hold_out, unre
 from ..errors import DataError, OptionError
 from .posterize import allow_zero_bits
 from .runtime import model_dtype, option_errors
-from .signals import worker_start
+from .signals import keep_workers
 from .streaming import shard_workers
 from .train_options import is_mixing
 
@@ -243,8 +243,7 @@ def build_loaders(
             **options,
         )
     for loader in filter(None, (train_loader, val_loader)):
-        loader = getattr(loader, 'loader', loader)  # in timm's prefetcher
-        loader.worker_init_fn = worker_start(loader.worker_init_fn)
+        keep_workers(getattr(loader, 'loader', loader))  # in timm's prefetcher
     if len(train_loader) == 0:
         raise DataError(
             f'the {len(train)} images of the {args.train_split} split do not fill one batch of {args.batch_size} on '

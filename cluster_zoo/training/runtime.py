@@ -162,7 +162,11 @@ def set_up_processes(args: argparse.Namespace) -> None:
     """Joins the process group of a launcher, if there is one, and sets up logging and the defaults of the device.
 
     Only the first process logs information. Sets ``args.distributed``, ``world_size``, ``rank`` and ``local_rank``.
+
+    Raises:
+        OptionError: The launcher would restart the processes so that they do not find each other.
     """
+    _check_restarts()
     utils.init_distributed_device(args)
     if args.distributed and args.dist_timeout:
         # torch 2.11 has the second name only
@@ -172,6 +176,20 @@ def set_up_processes(args: argparse.Namespace) -> None:
     logging.getLogger().setLevel(logging.INFO if utils.is_primary(args) else logging.ERROR)
     logging.getLogger('timm.utils.checkpoint_saver').setLevel(logging.WARNING)  # it lists all checkpoints every time
     set_device_defaults(args)
+
+
+def _check_restarts() -> None:
+    """Refuses ``torchrun --max-restarts`` with a store that still has the addresses of the processes before a restart.
+
+    The new processes would wait for them: https://github.com/pytorch/pytorch/issues/135712
+    """
+    environ = os.environ
+    keeps_store = environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
+    if keeps_store and environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0' and environ.get('WORLD_SIZE') != '1':
+        raise OptionError(
+            'torchrun --max-restarts: restarted processes would wait for those before. Set the environment variable '
+            'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, and start torchrun with --standalone or --rdzv-backend=c10d'
+        )
 
 
 def model_dtype(args: argparse.Namespace) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
@@ -13,10 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 from ..errors import RunError, one_line
 
-__all__ = ['StopRequest', 'is_process_error', 'worker_start']
+__all__ = ['StopRequest', 'is_process_error', 'keep_workers']
 
 # Ctrl-C; Slurm, Docker and launchers; the end of a terminal; Slurm's --signal
 _SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
@@ -104,8 +106,6 @@ def is_process_error(error: Exception) -> bool:
 def stay_in_training(training: torch.Tensor, start: Callable[[int], None] | None, worker: int) -> None:
     """Starts a data loading process, which ignores the signals of `StopRequest` during training.
 
-    A scheduler sends a signal to all processes of a job, and without its workers a run could not finish the update.
-
     Args:
         training: In shared memory: whether a training runs. After it, signals end the process.
         start: Function to call, a ``worker_init_fn``.
@@ -119,10 +119,30 @@ def stay_in_training(training: torch.Tensor, start: Callable[[int], None] | None
 
     for number in _SIGNALS:
         signal.signal(number, receive)
+    if hasattr(signal, 'pthread_sigmask'):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
     if start is not None:
         start(worker)
 
 
-def worker_start(start: Callable[[int], None] | None = None) -> Callable[[int], None]:
-    """Returns a ``worker_init_fn`` for the loaders of a training, see `stay_in_training`."""
-    return partial(stay_in_training, _training, start)
+def keep_workers(loader: DataLoader) -> None:
+    """Makes the processes of a loader ignore the signals of `StopRequest` during training.
+
+    A scheduler sends a signal to all processes of a job, and without its workers a run could not finish the update.
+    """
+    loader.worker_init_fn = partial(stay_in_training, _training, loader.worker_init_fn)
+    if loader.num_workers and multiprocessing.get_start_method() == 'fork':
+        loader.multiprocessing_context = _WorkerContext()
+
+
+if hasattr(multiprocessing.context, 'ForkContext'):
+
+    class _Worker(multiprocessing.context.ForkProcess):
+        """Process whose signals wait for `stay_in_training`, because SIGTERM ends a new worker of PyTorch."""
+
+        def run(self) -> None:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+            super().run()
+
+    class _WorkerContext(multiprocessing.context.ForkContext):
+        Process = _Worker

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cluster_zoo.features import eval_mode
-from cluster_zoo.training.signals import StopRequest, worker_start
+from cluster_zoo.training.signals import StopRequest, keep_workers
 
 from ..data.datasets import SegmentationDataset
 from .inference import predict
@@ -68,7 +68,8 @@ def evaluate(
         len(dataset.classes), dataset.classes, dataset.ignore_index, device, distributed=world_size > 1
     )
     indices = range(rank, len(dataset), world_size)
-    loader = DataLoader(dataset, batch_size=None, sampler=indices, num_workers=workers, worker_init_fn=worker_start())
+    loader = DataLoader(dataset, batch_size=None, sampler=indices, num_workers=workers)
+    keep_workers(loader)
     bar = tqdm(total=len(indices), desc='evaluate', leave=False, disable=rank > 0 or not sys.stderr.isatty())
     protocol = {'chunk': batch_size, **(protocol or {})}
     benchmark = torch.backends.cudnn.benchmark
