@@ -167,7 +167,7 @@ def test_resumed_stream_ends_in_the_same_bits(train, data, tmp_path, monkeypatch
     def requested(self):
         asked.append(self)
         if len(asked) == 10:  # within the second epoch: 6 batches, and once more at the end
-            self.signal = signal.SIGINT
+            self._received = signal.SIGINT
         return original(self)
 
     def run(*flags):

@@ -149,8 +149,11 @@ def epoch_batches(run: Run) -> Iterator[tuple[int, Any]]:
         next(batches)  # advances the generators of the workers
     if progress.rng:
         set_rng_state(progress.rng[args.rank])
-    yield from enumerate(batches, start=progress.batch)
-    check_batches(progress.batch, len(loader), args.dataset, args.train_split)
+    count = progress.batch
+    for batch in batches:
+        yield count, batch
+        count += 1
+    check_batches(count, len(loader), args.dataset, args.train_split)
 
 
 def to_device(run: Run, images: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
