@@ -19,7 +19,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from cluster_zoo.training.divergence import SKIPPED_UPDATES, LossRecord
 from cluster_zoo.training.files import write_summary
 from cluster_zoo.training.loggers import check_loggers
 from cluster_zoo.training.progress import ProgressReport, count_update, log_options
-from cluster_zoo.training.resume import seed_all
+from cluster_zoo.training.resume import gather_states, seed_all
 from cluster_zoo.training.runtime import build_precision, option_errors, set_up_device, set_up_processes
 from cluster_zoo.training.signals import keep_workers
 from segmentation.data.datasets import SegmentationDataset
@@ -70,7 +70,8 @@ class Run(engine.TrainingRun):
     train_data: SegmentationDataset
     val_data: SegmentationDataset
     iteration: int = 0
-    loss_sum: Tensor | float = 0.0  # since the last validation
+    loss_sum: Tensor | float = 0.0  # since the last validation, of this process
+    loss_sums: list[float] = field(default_factory=list)  # of all processes, for a checkpoint
     num_losses: int = 0  # of iterations in `loss_sum`
     lr: float = 0.0  # of the last iteration
 
@@ -80,8 +81,8 @@ class Run(engine.TrainingRun):
         return self.args.batch_size * self.args.grad_accum_steps * self.args.world_size
 
     def extra_state(self) -> dict[str, Any]:
-        progress = dict(iteration=self.iteration, loss_sum=float(self.loss_sum), num_losses=self.num_losses, lr=self.lr)
-        return dict(progress=progress, crops=self.crops)
+        names = ('iteration', 'loss_sums', 'num_losses', 'lr')
+        return dict(progress={name: getattr(self, name) for name in names}, crops=self.crops)
 
     def position(self) -> str:
         return f'iteration {self.iteration}'
@@ -97,7 +98,7 @@ def save(run: Run, metric: float | None = None, recovery: bool = False) -> None:
     """Saves a checkpoint. All processes have to call this, because each has centroid memories of its own."""
     engine.check_finite(run)
     run.gather_learning_states()
-    run.loss_sum = reduced(run, run.loss_sum)  # all processes continue from the same value, as after resuming
+    run.loss_sums = gather_states(float(run.loss_sum), run.stop.group)
     if run.saver is not None and recovery:
         run.saver.save_recovery(run.iteration)
     elif run.saver is not None:
@@ -110,8 +111,10 @@ def resume(run: Run, path: str) -> None:
     checkpoint = engine.load_checkpoint_state(run, path)
     if 'progress' not in checkpoint:
         raise OptionError(f'--resume {path} is not a checkpoint of this script')
-    for name in ('iteration', 'loss_sum', 'num_losses', 'lr'):
-        setattr(run, name, checkpoint['progress'][name])
+    progress = checkpoint['progress']
+    run.iteration, run.num_losses, run.lr = progress['iteration'], progress['num_losses'], progress['lr']
+    sums = progress['loss_sums']
+    run.loss_sum = sums[run.args.rank] if len(sums) == run.args.world_size else sum(sums) / len(sums)
     if (crops := checkpoint.get('crops', run.crops)) != run.crops:
         _logger.warning(
             f'--resume {path}: the saved run has {crops} crops per iteration, this run has {run.crops} (--batch-size x '

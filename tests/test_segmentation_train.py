@@ -256,10 +256,11 @@ def test_resume_says_that_other_batches_are_other_samples(run, tmp_path, caplog)
 
 
 def _in_a_process(rank: int, world: int, line: list[str], folder: str) -> None:
-    """Two runs with the environment of torchrun. The second starts in the middle of the first."""
+    """Runs with the environment of torchrun: a whole one, one from its middle on, one that saves less often."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='localhost')
-    for name, flags in dict(a=[], b=['--resume', f'{folder}/a/recovery-4-0.pth.tar']).items():
+    runs = dict(a=[], b=['--resume', f'{folder}/a/recovery-4-0.pth.tar'], c=['--recovery-interval', '0'])
+    for name, flags in runs.items():
         with socket.socket() as free:
             free.bind(('localhost', 0))
             port = Path(folder, f'port-{name}')
@@ -284,6 +285,7 @@ def test_two_processes_resume_to_the_same_bits(data, tmp_path):
     for key in ('state_dict', 'state_dict_ema', 'optimizer', 'learned', 'progress'):
         assert_same(first[key], second[key])
     assert _summary(tmp_path / 'a')[1:] == _summary(tmp_path / 'b')
+    assert _summary(tmp_path / 'a') == _summary(tmp_path / 'c')
 
 
 def test_processes_wait_for_the_data_check(data, tmp_path, monkeypatch):
