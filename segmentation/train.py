@@ -285,9 +285,8 @@ def batch_size_errors(args: argparse.Namespace) -> Iterator[None]:
 
 
 def base_lr(run: Run) -> float:
-    """Returns the learning rate without the scale of a layer."""
-    group = run.optimizer.param_groups[0]
-    return group['lr'] / group['lr_scale']
+    """Returns the learning rate of parameters without a factor."""
+    return run.scheduler.rate(run.iteration, run.args.lr)
 
 
 class Report(ProgressReport):

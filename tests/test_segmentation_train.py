@@ -138,7 +138,7 @@ def test_learns(run, tmp_path, classifier):
         ['--amp', '--channels-last', '--clip-grad', 1],
         ['--opt', 'momentum', '--schedule', 'cosine_restarts', '--periods', 1, 1, '--restart-weights', 1, 0.5],
         ['--model-ema', '--model-ema-warmup', '--auxiliary', '--classifier', 'cond'],
-        ['--layer-decay', 0.9, '--no-norm-decay', '--schedule', 'cosine', '--grad-checkpointing'],
+        ['--layer-decay', 0.9, '--norm-decay', 'none', '--schedule', 'cosine', '--grad-checkpointing'],
         ['--test-mode', 'slide', '--test-crop', 32, '--test-stride', 16, '--test-scale', 60, 50],
     ],
 )
@@ -327,7 +327,7 @@ def test_published_systems_synchronize_batch_norm(segmenter, device, distributed
 def test_published_system_gives_the_defaults(monkeypatch):
     config = segmenter_config('condnet_r101_pascal_context_59')
     args = train_parser().resolve(['data', '--segmenter', config.name, '--lr', '0.5'])
-    assert (args.lr, args.head_lr_scale, args.weight_decay, args.no_norm_decay) == (0.5, 10.0, 1e-4, False)
+    assert (args.lr, args.head_lr_scale, args.weight_decay, args.norm_decay) == (0.5, 10.0, 1e-4, 'all')
     assert (args.opt, args.crop, args.scale, args.iterations) == ('momentum', [480], [520, 520], 80_000)
     assert (args.dataset, args.test_mode, args.test_crop) == ('pascal_context_59', 'slide', [480])
     assert (args.guidance_weight, args.auxiliary_weight, args.batch_size) == (0.2, 0.4, 16)

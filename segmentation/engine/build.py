@@ -100,7 +100,7 @@ def syncs_batch_norm(args: argparse.Namespace) -> bool:
 def build_optimizer(args: argparse.Namespace, model: Segmenter) -> tuple[torch.optim.Optimizer, Scheduler]:
     """Builds the optimizer, with parameter groups by learning rate and weight decay, and its schedule."""
     check_optimizer_name(args.opt)
-    groups = parameter_groups(model, args.weight_decay, not args.no_norm_decay, args.layer_decay, args.head_lr_scale)
+    groups = parameter_groups(model, args.weight_decay, args.norm_decay, args.layer_decay, args.head_lr_scale)
     with option_errors(f'--opt {args.opt}', TypeError):
         options = optimizer_options(args)
         optimizer = create_optimizer_v2(groups, args.opt, args.lr, args.weight_decay, args.momentum, **options)

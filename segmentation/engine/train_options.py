@@ -17,13 +17,13 @@ from cluster_zoo.training.shared_options import add_device_options, add_logger_o
 from cluster_zoo.training.train_options import add_centroid_learning_options
 
 from ..models.published_systems import SegmenterConfig, segmenter_config
-from .optim import SCHEDULES
+from .optim import NORM_DECAYS, SCHEDULES
 from .shared_options import add_data_options, add_model_options, add_test_options, config_options
 
 # Fields of SegmenterConfig with the names of options
 _SAME = (
     *('iterations', 'lr', 'momentum', 'weight_decay', 'schedule', 'power', 'min_lr', 'warmup', 'head_lr_scale'),
-    *('guidance_weight', 'auxiliary_weight'),
+    *('norm_decay', 'guidance_weight', 'auxiliary_weight'),
 )
 
 # Lower bounds of numbers
@@ -80,7 +80,6 @@ def published_defaults(config: SegmenterConfig) -> dict[str, Any]:
         'crop': [config.crop],
         'scale': list(config.scale),
         'opt': dict(sgd='momentum').get(config.optimizer, config.optimizer),  # timm's sgd has Nesterov momentum
-        'no_norm_decay': not config.decay_norms,
         'periods': list(config.periods) or None,
         'restart_weights': list(config.restart_weights) or None,
     }
@@ -172,10 +171,11 @@ def _add_optimizer_options(parser: argparse.ArgumentParser) -> None:
     add('--momentum', type=float, default=0.9, metavar='M', help='momentum')
     add('--weight-decay', type=float, default=1e-4, metavar='F', help='weight decay (default: 1e-4)')
     add(
-        '--no-norm-decay',
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help='no weight decay of norms, position embeddings, class tokens and biases',
+        '--norm-decay',
+        choices=NORM_DECAYS,
+        default='all',
+        help='weight decay of norms, position embeddings and tokens: of all; of those in the heads only; of none, nor '
+        'of biases (default: all)',
     )
     add('--layer-decay', type=float, metavar='F', help='layer-wise learning rate decay')
     add('--head-lr-scale', type=float, default=1.0, metavar='F', help='learning rate factor of the heads')
