@@ -47,7 +47,7 @@ from cluster_zoo.training.signals import worker_start
 from segmentation.data.datasets import SegmentationDataset
 from segmentation.data.sampling import IterationSampler, SeededDataset
 from segmentation.engine import inference
-from segmentation.engine.build import build_datasets, build_model, build_optimizer
+from segmentation.engine.build import build_datasets, build_loss, build_model, build_optimizer
 from segmentation.engine.evaluation import evaluate
 from segmentation.engine.metrics import confusion_matrix_class, table
 from segmentation.engine.overlays import OverlayWriter
@@ -334,7 +334,9 @@ def start(args: argparse.Namespace) -> Run:
     model = build_model(args)
     optimizer, scheduler = build_optimizer(args, model)
     device = torch.device(args.device)
-    task = SegmentationTask(model, args.guidance_weight, args.auxiliary_weight, train_data.ignore_index, device)
+    criterion = build_loss(args, train_data)
+    weights = args.guidance_weight, args.auxiliary_weight
+    task = SegmentationTask(model, *weights, train_data.ignore_index, device, criterion=criterion)
     autocast, scaler = build_precision(args)
     engine.set_up_ema(args, task, args.iterations)
     name = args.segmenter or f'{args.head}_{args.backbone}'

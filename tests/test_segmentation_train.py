@@ -88,7 +88,11 @@ def test_run_folder(run, tmp_path, caplog):
     assert [row['iteration'] for row in rows] == ['2', '4', '5']
     assert set(rows[0]) == {'iteration', 'train_loss', 'mIoU', 'aAcc', 'mAcc', 'lr'}
     # Learning rates of iterations 1 (within warm-up), 3 and 4
-    expected = [1e-3 * (1e-6 + (1 - 1e-6) / 2), 1e-3 * (1 - 3 / 5) ** 0.9, 1e-3 * (1 - 4 / 5) ** 0.9]
+    expected = [
+        1e-3 * (1 - 1 / 5) ** 0.9 * (1e-6 + (1 - 1e-6) / 2),
+        1e-3 * (1 - 3 / 5) ** 0.9,
+        1e-3 * (1 - 4 / 5) ** 0.9,
+    ]
     assert [float(row['lr']) for row in rows] == pytest.approx(expected)
     assert _load(folder / 'model_best.pth.tar')['metric'] == max(float(row['mIoU']) for row in rows)
     assert [len(list((folder / 'overlays' / n).glob('*.png'))) for n in ('2', '4', '5')] == [2, 2, 2]
@@ -96,7 +100,7 @@ def test_run_folder(run, tmp_path, caplog):
     assert (options['head'], options['backbone'], options['num_classes']) == ('fcn', 'test_resnet', 3)
     lines = [record.message for record in caplog.records if record.message.startswith('Train:')]
     assert [line.split()[1] for line in lines] == ['2/5', '4/5', '5/5']
-    assert re.fullmatch(r'Train: 2/5  loss \S+  lr 5.000e-04  \S+ img/s  [\d:]+ left', lines[0])
+    assert re.fullmatch(r'Train: 2/5  loss \S+  lr 4.090e-04  \S+ img/s  [\d:]+ left', lines[0])
     tests = [record.message for record in caplog.records if record.message.startswith('EMA after')]
     assert len(tests) == 3 and re.search(r'^ground +\S+ +\S+$', tests[0], re.MULTILINE)
 
@@ -138,6 +142,7 @@ def test_learns(run, tmp_path, classifier):
         ['--amp', '--channels-last', '--clip-grad', 1],
         ['--opt', 'momentum', '--schedule', 'cosine_restarts', '--periods', 1, 1, '--restart-weights', 1, 0.5],
         ['--model-ema', '--model-ema-warmup', '--auxiliary', '--classifier', 'cond'],
+        ['--loss', 'ce', 'lovasz', '--class-weights', 'balanced', '--auxiliary'],
         ['--layer-decay', 0.9, '--norm-decay', 'none', '--schedule', 'cosine', '--grad-checkpointing'],
         ['--test-mode', 'slide', '--test-crop', 32, '--test-stride', 16, '--test-scale', 60, 50],
     ],

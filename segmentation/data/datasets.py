@@ -119,6 +119,15 @@ class SegmentationDataset(Dataset):
         if self.numbered and len(self.classes) > 1 and set().union(*results) == {0, IGNORE_INDEX}:
             raise DataError(_only_0_and_255(self.files))
 
+    def count_pixels(self, workers: int = 1) -> np.ndarray:
+        """Returns the number of pixels of each class, int64 [K], in all masks, which it reads."""
+
+        def count(sample: _Sample) -> np.ndarray:
+            labels = self.tables[sample.suffix][read_labels(self.files, sample.mask)].astype(np.int64)
+            return np.bincount(labels[(labels >= 0) & (labels != IGNORE_INDEX)], minlength=len(self.classes))
+
+        return sum(thread_map(count, self.samples, max_workers=workers, desc='Counting pixels', disable=None))
+
     def _read(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         sample = self.samples[index]
         image = F.to_image(read_image(self.files, sample.image))

@@ -7,6 +7,7 @@ system of ``--segmenter``, the ``--config`` file and the command line.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from cluster_zoo.training.shared_options import add_device_options, add_logger_o
 from cluster_zoo.training.train_options import add_centroid_learning_options
 
 from ..models.published_systems import SegmenterConfig, segmenter_config
+from .losses import LOSSES
 from .optim import NORM_DECAYS, SCHEDULES
 from .shared_options import add_data_options, add_model_options, add_test_options, config_options
 
@@ -34,7 +36,7 @@ _AT_LEAST = {
     ),
     0: (
         *('workers', 'warmup', 'warmup_ratio', 'weight_decay', 'guidance_weight', 'auxiliary_weight', 'overlays'),
-        'recovery_interval',
+        *('recovery_interval', 'focal_gamma'),
     ),
 }
 _ABOVE_0 = ('lr', 'head_lr_scale', 'clip_grad', 'dist_timeout')
@@ -97,11 +99,32 @@ def _bounds(args: argparse.Namespace) -> Iterator[tuple[bool, str]]:
         yield value is not None and not value > 0, f'{flags[name]} must be above 0'
 
 
+def _loss_rules(args: argparse.Namespace) -> Iterator[tuple[bool, str]]:
+    """Yields whether the options of the loss are invalid, and the message."""
+    for name, flag in (('focal', 'focal_gamma'), ('tversky', 'tversky_weights')):
+        shown = f'--{flag.replace("_", "-")}'
+        yield flag in args.given and name not in args.loss, f'{shown} needs --loss {name}'
+    yield len({*args.loss}) < len(args.loss), f'--loss {" ".join(args.loss)}: name each loss once'
+    both = {'ce', 'ohem'} <= {*args.loss}
+    yield both, '--loss ce ohem: ohem is the cross-entropy of hard pixels; name one of them'
+    valid = all(0 <= weight < math.inf for weight in args.tversky_weights) and sum(args.tversky_weights) > 0
+    yield not valid, '--tversky-weights must be at least 0, and one above 0'
+    if args.class_weights is not None:
+        yield args.loss == ['lovasz'], '--class-weights: lovasz has no class weights; add another --loss or omit them'
+        if args.class_weights != ['balanced']:
+            try:
+                fails = not all(0 < float(weight) < math.inf for weight in args.class_weights)
+            except ValueError:
+                fails = True
+            yield fails, '--class-weights takes balanced, or a number above 0 for each class'
+
+
 def _check(args: argparse.Namespace) -> None:
     ranges = (args.scale, args.ratio)
     rules = (
         (not args.data, 'no data given: name the folder of the dataset (DATA), or its .tar'),
         *_bounds(args),
+        *_loss_rules(args),
         (args.layer_decay is not None and not 0 < args.layer_decay <= 1, '--layer-decay must be above 0, at most 1'),
         (not 0 <= args.model_ema_decay < 1, '--model-ema-decay must be at least 0, below 1'),
         (not 0 <= args.seed < 2**32, '--seed must be at least 0, below 2**32'),
@@ -181,6 +204,36 @@ def _add_optimizer_options(parser: argparse.ArgumentParser) -> None:
     add('--head-lr-scale', type=float, default=1.0, metavar='F', help='learning rate factor of the heads')
     add('--clip-grad', type=float, metavar='F', help='clip gradients (default: no clipping)')
     add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='gradient clipping mode')
+    _add_loss_options(parser)
+
+
+def _add_loss_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('loss').add_argument
+    add(
+        '--loss',
+        nargs='+',
+        choices=LOSSES,
+        default=['ce'],
+        metavar='NAME',
+        help='one or the sum of several: ce (cross-entropy), ohem (cross-entropy of hard pixels), focal, lovasz and '
+        'tversky (default: ce)',
+    )
+    add(
+        '--class-weights',
+        nargs='+',
+        metavar='F',
+        help='balanced, for weights by the inverse frequency of the classes, or one number for each class; not for '
+        'lovasz',
+    )
+    add('--focal-gamma', type=float, default=2.0, metavar='F', help='exponent of focal (default: 2)')
+    add(
+        '--tversky-weights',
+        type=float,
+        nargs=2,
+        default=[0.5, 0.5],
+        metavar='F',
+        help='weights of false positives and false negatives of tversky (default: 0.5 0.5, the Dice loss)',
+    )
     add('--guidance-weight', type=float, default=0.2, metavar='F', help='weight of the guidance loss of cond')
     add('--auxiliary-weight', type=float, default=0.4, metavar='F', help='weight of the loss of the --auxiliary head')
 
