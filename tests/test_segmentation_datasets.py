@@ -43,8 +43,24 @@ TREES = {
         '.png',
         {0: 255, 1: 0, 59: 58},
     ),
+    'pascal_voc': (
+        ('JPEGImages', 'JPEGImages'),
+        ('SegmentationClass', 'SegmentationClass'),
+        '.jpg',
+        '.png',
+        {0: 0, 20: 20, 255: 255},
+    ),
+    'coco_stuff': (
+        ('images/train2017', 'images/val2017'),
+        ('annotations/train2017', 'annotations/val2017'),
+        '.jpg',
+        '.png',
+        {0: 0, 10: 10, 12: 11, 91: 80, 181: 170, 255: 255},
+    ),
 }
+LISTINGS = {'pascal_context_59': 'ImageSets/SegmentationContext', 'pascal_voc': 'ImageSets/Segmentation'}
 COUNTS = {'folder': 3, 'camvid': 11, 'ade20k': 150, 'cityscapes': 19, 'pascal_context_59': 59}
+COUNTS |= {'pascal_voc': 21, 'coco_stuff': 171}
 
 
 def _encoded(array, form, **options):
@@ -70,9 +86,9 @@ def _write(root, name):
         for seed, stem in enumerate(stems):
             written[f'{images[split]}/{stem}{image_ending}'] = _image(seed, 'JPEG' if 'jpg' in image_ending else 'PNG')
             written[f'{masks[split]}/{stem}{mask_ending}'] = _mask(list(labels))
-    if name == 'pascal_context_59':
-        written['ImageSets/SegmentationContext/train.txt'] = b'a\nb\n'
-        written['ImageSets/SegmentationContext/val.txt'] = b'c\n'
+    if name in LISTINGS:
+        written[f'{LISTINGS[name]}/train.txt'] = b'a\nb\n'
+        written[f'{LISTINGS[name]}/val.txt'] = b'c\n'
     for path, data in written.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(data)
@@ -85,7 +101,7 @@ def _tar(path, root, prefix=''):
     return path
 
 
-@pytest.fixture(params=DATASETS)
+@pytest.fixture(params=[name for name in DATASETS if name != 'loveda'])  # has two folders for each split
 def name(request):
     return request.param
 
@@ -196,7 +212,8 @@ def test_unknown_labels(name, tree):
     unknown = f'{beyond}, 200'
     message = _message(error)
     assert message.startswith(f'{root / masks[0] / f"b{ending}"} has label {unknown};')
-    assert f' 0-{beyond - 1}, 255: ' in message
+    known = '91-181' if name == 'coco_stuff' else f'0-{beyond - 1}'
+    assert f' {known}, 255: ' in message
     assert ('--num-classes' if name == 'folder' else '--dataset') in message
 
 
@@ -207,6 +224,44 @@ def test_cityscapes_prefers_train_ids(tree):
     dataset = create_dataset('cityscapes', root, 'train')
     assert dataset[0][1].unique().tolist() == [0, 18, 255]
     assert dataset[1][1].flatten()[:3].tolist() == [0, 18, 255]
+
+
+def test_coco_stuff_prefers_train_ids(tree):
+    root = tree('coco_stuff')
+    (root / 'annotations/train2017/b_labelTrainIds.png').write_bytes(_mask([0, 11, 170, 255]))
+    dataset = create_dataset('coco_stuff', root, 'train')
+    assert dataset[0][1].unique().tolist() == [0, 10, 11, 80, 170, 255]
+    assert dataset[1][1].unique().tolist() == [0, 11, 170, 255]
+
+
+def test_loveda(tmp_path):
+    for part in ('Train/Urban', 'Train/Rural', 'Val/Urban', 'Val/Rural'):
+        for kind, data in (('images_png', _image(form='PNG')), ('masks_png', _mask([0, 1, 7]))):
+            (tmp_path / 'LoveDA' / part / kind).mkdir(parents=True)
+            (tmp_path / 'LoveDA' / part / kind / f'{len(part)}.png').write_bytes(data)
+    for split in ('train', 'val'):
+        dataset = create_dataset('loveda', tmp_path, split)
+        folders = [f'LoveDA/{split.capitalize()}/{part}/images_png' for part in ('Urban', 'Rural')]
+        assert [str(Path(dataset.name(index)).parent) for index in range(len(dataset))] == folders
+        assert dataset[1][1].unique().tolist() == [0, 6, 255]
+    assert dataset.classes[6] == 'agricultural' and dataset.colours[6].tolist() == [255, 195, 128]
+    (tmp_path / 'LoveDA/Val/Rural/masks_png').rename(tmp_path / 'moved')
+    message = _refused('loveda', tmp_path, 'val')
+    assert 'no folder LoveDA/Val/Rural/masks_png' in message
+
+
+@pytest.mark.parametrize('suffix', ['.tif', '.TIFF'])
+def test_tiff_masks(folder, suffix):
+    labels = np.resize(np.array([0, 1, 2, 255], np.uint16), (HEIGHT, WIDTH))
+    (folder / 'train/masks/b.png').unlink()
+    Image.fromarray(labels).save(folder / f'train/masks/b{suffix}', 'TIFF')
+    (folder / 'classes.txt').unlink()
+    dataset = create_dataset('folder', folder, 'train')
+    assert np.array_equal(dataset[1][1].numpy(), labels)
+    assert len(dataset.classes) == 3
+    Image.fromarray(labels.astype(np.float32)).save(folder / f'train/masks/b{suffix}', 'TIFF')
+    message = _refused('folder', folder, 'train', num_classes=3, check=True)
+    assert f'b{suffix} has fractions (F)' in message
 
 
 def test_hidden_files_are_ignored(folder, caplog):
@@ -516,8 +571,8 @@ def test_camvid_without_a_test_split(tree):
 def test_empty_split(name, tree):
     root = tree(name)
     images, _, ending, _, _ = TREES[name]
-    (root / 'ImageSets/SegmentationContext').mkdir(parents=True, exist_ok=True)
-    (root / 'ImageSets/SegmentationContext/train.txt').write_text('')
+    if name in LISTINGS:
+        (root / LISTINGS[name] / 'train.txt').write_text('')
     for stem in 'ab':
         (root / images[0] / f'{stem}{ending}').unlink()
     assert 'has no images of split' in _refused(name, root, 'train')
@@ -537,14 +592,16 @@ def test_all_masks_are_missing(tree):
     root = tree('folder')
     for path in root.glob('*/masks/*.png'):
         path.unlink()
-    assert _refused('folder', root, 'train').startswith('2 of 2 images have no mask (NAME.png in ')
+    assert _refused('folder', root, 'train').startswith(
+        '2 of 2 images have no mask (NAME.png or NAME.tif or NAME.tiff in '
+    )
 
 
 @pytest.mark.parametrize('found', ['b.jpg', 'b_mask.png', 'b.npy'])
 def test_masks_of_other_names_and_formats(folder, found):
     (folder / 'train/masks/b.png').rename(folder / 'train/masks' / found)
     message = _refused('folder', folder, 'train')
-    assert message.startswith('1 of 2 images have no mask (NAME.png in ')
+    assert message.startswith('1 of 2 images have no mask (NAME.png or NAME.tif or NAME.tiff in ')
     assert f'found {found}' in message and ('JPEG' in message) == found.endswith('jpg')
 
 

@@ -180,6 +180,8 @@ def test_arguments_override_the_config():
 def test_names():
     assert set(list_segmenters()) == set(CONFIGS)
     assert list_segmenters('*coc_small*') == [f'semantic_fpn_coc_small_{centers}' for centers in (4, 25, 49)]
+    assert list_segmenters('coc_small') == list_segmenters('*coc_small*')
+    assert len(list_segmenters('coc')) == 6 and list_segmenters('coc*') == []
     assert list_segmenters('nothing') == []
     with pytest.raises(OptionError, match=r"'condnet_r50_ade' \(did you mean condnet_r50_ade20k"):
         segmenter_config('condnet_r50_ade')
@@ -200,9 +202,9 @@ def test_command_prints_table():
 
 def test_filter_without_match():
     root = Path(__file__).parents[1]
-    run = subprocess.run([sys.executable, '-m', 'segmentation', 'coc'], cwd=root, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, '-m', 'segmentation', 'cocs'], cwd=root, capture_output=True, text=True)
     assert run.returncode == 2 and run.stdout == ''
-    assert "'coc'" in run.stderr
+    assert "'cocs'" in run.stderr
 
 
 def test_table_has_empty_cells_for_missing_results():

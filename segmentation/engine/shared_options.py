@@ -64,8 +64,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         '-d',
         '--dataset',
         metavar='NAME',
-        help='folder, camvid, ade20k, cityscapes or pascal_context_59 (default: folder, or that of '
-        '--segmenter or, in validate, of the checkpoint)',
+        help='folder, camvid, ade20k, cityscapes, pascal_context_59, pascal_voc, coco_stuff or loveda (default: '
+        'folder, or that of --segmenter or, in validate, of the checkpoint)',
     )
     add(
         '--remap',

@@ -206,9 +206,10 @@ def list_segmenters(filter: str = '') -> list[str]:
     """Returns the names of the published systems, in natural order.
 
     Args:
-        filter: Pattern such as ``'*coc*'``; '' for all names.
+        filter: Part of a name such as ``'coc'``, or a pattern of whole names such as ``'*_25'``; '' for all names.
     """
-    return sorted((name for name in CONFIGS if fnmatchcase(name, filter or '*')), key=natural_key)
+    pattern = filter if set(filter) & set('*?[') else f'*{filter}*'
+    return sorted((name for name in CONFIGS if fnmatchcase(name, pattern)), key=natural_key)
 
 
 def segmenter_config(name: str) -> SegmenterConfig:
