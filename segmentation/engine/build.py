@@ -21,6 +21,7 @@ from cluster_zoo.training.runtime import in_first_process, option_errors
 
 from ..data.datasets import SegmentationDataset, create_dataset
 from ..data.transforms import eval_transform, train_transform
+from ..models.backbones import fixed_size_message
 from ..models.segmenter import Segmenter, create_segmenter
 from .losses import PixelLoss
 from .optim import create_schedule, parameter_groups
@@ -111,6 +112,7 @@ def build_model(args: argparse.Namespace) -> Segmenter:
     pretrained = True if args.pretrained_backbone == 'timm' else args.pretrained_backbone or False
     with option_errors('model', TypeError):
         model = create_segmenter(pretrained_backbone=pretrained, checkpoint_path=args.checkpoint, **arguments)
+    _check_sizes(args, model)
     set_centroid_learning(model, args)
     if args.grad_checkpointing:
         with option_errors('--grad-checkpointing', AttributeError):
@@ -118,6 +120,16 @@ def build_model(args: argparse.Namespace) -> Segmenter:
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     model.to(device=args.device, memory_format=layout)
     return convert_sync_batchnorm(model) if syncs_batch_norm(args) else model
+
+
+def _check_sizes(args: argparse.Namespace, model: Segmenter) -> None:
+    """Raises OptionError if crops or test images can be larger than the fixed size of a backbone."""
+    img_size = getattr(model.backbone, 'img_size', None)
+    if img_size is None:
+        return
+    test = args.test_crop if args.test_mode == 'slide' else args.test_scale
+    if test is None or max(*args.crop, *test) > min(img_size):
+        raise OptionError(fixed_size_message(img_size))
 
 
 def syncs_batch_norm(args: argparse.Namespace) -> bool:
