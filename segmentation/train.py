@@ -49,6 +49,7 @@ from segmentation.data.sampling import IterationSampler, SeededDataset
 from segmentation.engine import inference
 from segmentation.engine.build import build_datasets, build_loss, build_model, build_optimizer
 from segmentation.engine.evaluation import evaluate
+from segmentation.engine.losses import PixelLoss
 from segmentation.engine.metrics import confusion_matrix_class, table
 from segmentation.engine.overlays import OverlayWriter
 from segmentation.engine.shared_options import test_protocol
@@ -320,6 +321,7 @@ class Report(ProgressReport):
 def start(args: argparse.Namespace) -> Run:
     """Builds all parts of a run and restores it from ``--resume``."""
     confusion_matrix_class()  # before the training, which needs torchmetrics only to validate
+    PixelLoss(args.loss)  # before the data is read, for the error without its library
     check_loggers(args)
     run_folder.check_output_dir(args, _OUTPUT)
     set_up_device(args, tf32=True)

@@ -44,7 +44,19 @@ _ABOVE_0 = ('lr', 'head_lr_scale', 'clip_grad', 'dist_timeout')
 
 _COMMON = (
     *('data', 'dataset', 'segmenter', 'head', 'backbone', 'classifier', 'pretrained_backbone', 'num_classes', 'crop'),
-    *('iterations', 'batch_size', 'lr', 'opt', 'amp', 'device', 'workers', 'val_interval', 'overlays', 'experiment'),
+    *(
+        'iterations',
+        'batch_size',
+        'lr',
+        'opt',
+        'loss',
+        'amp',
+        'device',
+        'workers',
+        'val_interval',
+        'overlays',
+        'experiment',
+    ),
     *('resume', 'dry_run'),
 )
 
@@ -215,8 +227,7 @@ def _add_loss_options(parser: argparse.ArgumentParser) -> None:
         choices=LOSSES,
         default=['ce'],
         metavar='NAME',
-        help='one or the sum of several: ce (cross-entropy), ohem (cross-entropy of hard pixels), focal, lovasz and '
-        'tversky (default: ce)',
+        help='ce (cross-entropy), ohem, focal, lovasz or tversky, or the sum of several (default: ce)',
     )
     add(
         '--class-weights',
@@ -244,7 +255,7 @@ def _add_schedule_options(parser: argparse.ArgumentParser) -> None:
     add('--lr', type=float, default=1e-4, metavar='LR', help='learning rate (default: 1e-4)')
     add('--schedule', default='poly', choices=SCHEDULES, help='default: poly')
     add('--power', type=float, default=0.9, metavar='F', help='exponent of poly (default: 0.9)')
-    add('--min-lr', type=float, default=0.0, metavar='LR', help='final learning rate')
+    add('--min-lr', type=float, default=0.0, metavar='LR', help='final learning rate, of all parameters')
     add('--periods', type=int, nargs='+', metavar='N', help='iterations of each period of cosine_restarts')
     add('--restart-weights', type=float, nargs='+', metavar='F', help='initial rate of each, as a fraction of --lr')
     add('--warmup', type=int, default=0, metavar='N', help='iterations of linear warm-up')

@@ -43,7 +43,7 @@ class SegmenterConfig:
     norm_decay: str = 'heads'  # which norms, position embeddings and tables, and tokens decay: 'all' or 'heads'
     schedule: str = 'poly'  # lr to min_lr by (1 - step / iterations) ** power; or 'cosine_restarts'
     power: float = 1.0
-    min_lr: float = 0.0
+    min_lr: float = 0.0  # of all parameters: head_lr_scale does not apply
     periods: tuple[int, ...] = ()  # of 'cosine_restarts', iterations
     restart_weights: tuple[float, ...] = ()  # initial learning rate of each period, as a fraction of lr
     warmup: int = 1500  # iterations of linear warm-up from 1e-6 * lr
@@ -53,7 +53,7 @@ class SegmenterConfig:
     test_mode: str = 'whole'  # or 'slide', windows of size crop
     test_stride: int = 0  # distance of the windows, pixels
     test_pad: bool = False  # pad images smaller than a window
-    test_multiple: int = 1  # round the sides of test images up to a multiple, pixels
+    test_multiple: int = 1  # a second resize rounds the sides of test images up to a multiple, pixels
     miou: float | None = None  # published mIoU at a single scale, %
     miou_ms: float | None = None  # with scales 0.5, 0.75, 1, 1.25, 1.5 and 1.75 and flips, %
     source: str | None = None  # address of the authors' checkpoint or of its folder
