@@ -65,7 +65,7 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         '--dataset',
         metavar='NAME',
         help='folder, camvid, ade20k, cityscapes, pascal_context_59, pascal_voc, coco_stuff or loveda (default: '
-        'folder, or that of --segmenter or, in validate, of the checkpoint)',
+        'that of the model, else folder)',
     )
     add(
         '--remap',
