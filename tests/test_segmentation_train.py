@@ -416,7 +416,7 @@ def test_published_dataset_only_with_its_system():
     system = ['data', '--segmenter', 'region_proxy_vit_l16_cityscapes']
     assert train_parser().resolve(system).dataset == 'cityscapes'
     assert train_parser().resolve([*system, '--dataset', 'folder']).dataset == 'folder'
-    assert '(default: folder' in ' '.join(train_parser().format_help().split())
+    assert '(default: that of the model, else folder)' in ' '.join(train_parser().format_help().split())
 
 
 @pytest.mark.parametrize(
