@@ -25,7 +25,7 @@ declare -A rows=(
 order=(semantic_fpn-{resnet18,coc_tiny,fec_small,coc_tiny-cond,coc_tiny-dnc} region_proxy-vit_tiny)
 recipe=(
     --dataset camvid --crop 256 --scale 480 360 --ratio 0.5 2 --test-multiple 32
-    --lr 1e-3 --weight-decay 0.05 --no-norm-decay --clip-grad 5 --power 0.9 --channels-last
+    --lr 1e-3 --weight-decay 0.05 --norm-decay none --clip-grad 5 --power 0.9 --channels-last
     --amp --amp-dtype bfloat16 --resume auto
 )
 case $kind in

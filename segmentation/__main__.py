@@ -36,10 +36,15 @@ def markdown_table(filter: str = '') -> str:
 def main() -> None:
     """Runs the command."""
     parser = argparse.ArgumentParser(prog='python -m segmentation', description='List the published systems.')
-    parser.add_argument('filter', nargs='?', default='', help="pattern of names, such as '*coc*' (default: all)")
+    parser.add_argument(
+        'filter',
+        nargs='?',
+        default='',
+        help="part of a name, such as coc, or a pattern of names, such as '*_25' (default: all)",
+    )
     args = parser.parse_args()
     if not list_segmenters(args.filter):
-        parser.error(f'no published system matches {args.filter!r}; * matches any part of a name')
+        parser.error(f'no published system matches {args.filter!r}; python -m segmentation lists all')
     try:
         print(markdown_table(args.filter), flush=True)
     except BrokenPipeError:  # the reader has ended, as in `python -m segmentation | head`

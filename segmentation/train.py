@@ -47,8 +47,9 @@ from cluster_zoo.training.signals import keep_workers
 from segmentation.data.datasets import SegmentationDataset
 from segmentation.data.sampling import IterationSampler, SeededDataset
 from segmentation.engine import inference
-from segmentation.engine.build import build_datasets, build_model, build_optimizer
+from segmentation.engine.build import build_datasets, build_loss, build_model, build_optimizer
 from segmentation.engine.evaluation import evaluate
+from segmentation.engine.losses import PixelLoss
 from segmentation.engine.metrics import confusion_matrix_class, table
 from segmentation.engine.overlays import OverlayWriter
 from segmentation.engine.shared_options import test_protocol
@@ -288,9 +289,8 @@ def batch_size_errors(args: argparse.Namespace) -> Iterator[None]:
 
 
 def base_lr(run: Run) -> float:
-    """Returns the learning rate without the scale of a layer."""
-    group = run.optimizer.param_groups[0]
-    return group['lr'] / group['lr_scale']
+    """Returns the learning rate of parameters without a factor."""
+    return run.scheduler.rate(run.iteration, run.args.lr)
 
 
 class Report(ProgressReport):
@@ -324,6 +324,7 @@ class Report(ProgressReport):
 def start(args: argparse.Namespace) -> Run:
     """Builds all parts of a run and restores it from ``--resume``."""
     confusion_matrix_class()  # before the training, which needs torchmetrics only to validate
+    PixelLoss(args.loss)  # before the data is read, for the error without its library
     check_loggers(args)
     run_folder.check_output_dir(args, _OUTPUT)
     set_up_device(args, tf32=True)
@@ -338,7 +339,9 @@ def start(args: argparse.Namespace) -> Run:
     model = build_model(args)
     optimizer, scheduler = build_optimizer(args, model)
     device = torch.device(args.device)
-    task = SegmentationTask(model, args.guidance_weight, args.auxiliary_weight, train_data.ignore_index, device)
+    criterion = build_loss(args, train_data)
+    weights = args.guidance_weight, args.auxiliary_weight
+    task = SegmentationTask(model, *weights, train_data.ignore_index, device, criterion=criterion)
     autocast, scaler = build_precision(args)
     engine.set_up_ema(args, task, args.iterations)
     name = args.segmenter or f'{args.head}_{args.backbone}'

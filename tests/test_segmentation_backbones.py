@@ -4,13 +4,16 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import torchvision
 from parity_cases import recipe, reference_results, relative_error
 from timm.layers import LayerNorm2d
 
 import cluster_zoo  # noqa: F401  registers the models
-from cluster_zoo.errors import CheckpointError
+from cluster_zoo.errors import CheckpointError, OptionError
 from segmentation import create_segmenter
+from segmentation.engine.build import build_model
+from segmentation.engine.train_options import train_parser
 from segmentation.models.backbones import Pyramid, create_backbone
 from segmentation.models.conversion import convert_segmenter
 
@@ -269,3 +272,85 @@ def test_every_pyramid_parameter_is_used():
         backbone: Pyramid = create_backbone(name)
         sum(level.square().sum() for level in backbone(torch.randn(2, 3, 32, 32))).backward()
         assert not [name for name, parameter in backbone.named_parameters() if parameter.grad is None]
+
+
+# ---- Backbones whose attention depends on the size ----
+
+WINDOWED = {
+    'swinv2_tiny_window8_256': (dict(embed_dim=24, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8)), 32),
+    'swinv2_cr_tiny_ns_224': (dict(embed_dim=24, depths=(2, 1, 1, 1), num_heads=(1, 2, 4, 8)), 32),
+    'maxvit_rmlp_pico_rw_256': ({}, 256),
+    'hiera_tiny_224': (dict(stages=(1, 1, 1, 1)), 224),
+}
+
+
+@pytest.mark.parametrize('name', WINDOWED)
+@torch.no_grad()
+def test_images_are_padded_to_windows(name):
+    """Images of any size, or up to that of the model, give the maps of timm's model on an image with a zero border."""
+    options, divisor = WINDOWED[name]
+    torch.manual_seed(0)
+    model = create_segmenter('fcn', name, 3, channels=8, dropout=0.0, **options).eval()
+    assert model.backbone.divisor == divisor
+    for height, width in ((64, 64), (90, 130), (divisor, divisor)):
+        images = torch.randn(1, 3, height, width)
+        assert model(images).shape == (1, 3, height, width)
+        padded = F.pad(images, (0, -width % divisor, 0, -height % divisor))
+        last = model.backbone.model.forward_intermediates(padded, intermediates_only=True)[-1]
+        logits = model.head([model.backbone.norms[-1](last)] * 4)['logits']
+        expected = F.interpolate(logits, size=padded.shape[2:], mode='bilinear')[..., :height, :width]
+        torch.testing.assert_close(model(images), expected)
+
+
+@pytest.mark.parametrize('size', [(64, 64), (100, 132), (90, 120)])
+@torch.no_grad()
+def test_detection_backbone_of_fec(size):
+    """The published detectors have 7 x 7 centers, regions in the first two stages and in the first pooling."""
+    options = dict(proposals=7, regions=(2, 2, 1, 1), pool_regions=(2, 1, 1))
+    backbone = create_backbone('fec_small', **options).eval()
+    pools = [stage.downsample for stage in backbone.model.stages[1:]]
+    assert [pool.regions for pool in pools] == [2, 1, 1]
+    images = torch.randn(1, 3, *size)
+    levels = backbone(images)
+    assert [level.shape[1] for level in levels] == [32, 64, 196, 320]
+    plain = create_backbone('fec_small', **options | dict(pool_regions=1)).eval()
+    plain.load_state_dict(backbone.state_dict())
+    for level, other, same in zip(levels, plain(images), (True, False, False, False)):
+        assert level.shape == other.shape and torch.equal(level, other) == same
+
+
+def test_backbone_of_a_fixed_size():
+    options = dict(stages=(1, 1, 1, 1))
+    backbone = create_backbone('hiera_tiny_224', **options)
+    assert backbone.img_size == (224, 224)
+    with pytest.raises(OptionError, match=r'224 x 224 pixels only.*--crop 224 --test-mode slide.*img_size=N') as error:
+        backbone(torch.randn(1, 3, 256, 256))
+    assert '\n' not in str(error.value)
+    larger = create_backbone('hiera_tiny_224', img_size=256, **options)
+    assert (larger.img_size, larger.divisor) == ((256, 256), 256)
+    assert larger(torch.randn(1, 3, 256, 256))[0].shape[2:] == (64, 64)
+    # A model that timm marks, too, but accepts any size
+    assert create_backbone('twins_svt_small').img_size is None
+
+
+@pytest.mark.parametrize(
+    ('flags', 'valid'),
+    [
+        ([], False),
+        (['--crop', 224], False),
+        (['--crop', 224, '--test-mode', 'slide', '--test-crop', 256], False),
+        (['--crop', 224, '--test-mode', 'slide', '--test-crop', 224], True),
+        (['--crop', 96, 224, '--test-scale', 200, 100], True),
+        (['--crop', 96, '--test-scale', 300, 100], False),
+    ],
+)
+def test_training_with_a_fixed_size(flags, valid):
+    line = ['data', '--head', 'fcn', '--backbone', 'hiera_tiny_224', '--num-classes', 3, '--channels', 8]
+    args = train_parser().resolve(list(map(str, [*line, '--model-kwargs', 'stages=(1,1,1,1)', *flags])))
+    args.device = 'cpu'
+    args.distributed = False
+    if valid:
+        build_model(args)
+    else:
+        with pytest.raises(OptionError, match='--crop 224'):
+            build_model(args)

@@ -5,16 +5,19 @@ import re
 import numpy as np
 import pytest
 from torchvision.datasets import Cityscapes
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 from cluster_zoo.errors import DataError
 from segmentation.data import classes
+from segmentation.data.layouts import LAYOUTS
 
 
-@pytest.mark.parametrize('known', ['ADE20K', 'CAMVID', 'CITYSCAPES', 'PASCAL_CONTEXT_59'])
+@pytest.mark.parametrize('known', sorted(name.upper() for name in LAYOUTS if name != 'folder'))
 def test_names_and_colours(known):
     names, colours = getattr(classes, known)
     assert len(names) == len(set(names)) == len(colours)
-    assert all(re.fullmatch(r'[a-z]+( [a-z]+)*', name) for name in names)
+    assert all(re.fullmatch(r'[a-z]+([ -][a-z]+)*', name) for name in names)
     assert colours.dtype == np.uint8
     assert len({tuple(colour) for colour in colours.tolist()} - {(0, 0, 0)}) == len(names)
 
@@ -29,6 +32,24 @@ def test_cityscapes_matches_torchvision():
 
 def test_pascal_context_is_sorted():
     assert classes.PASCAL_CONTEXT_59.names == tuple(sorted(classes.PASCAL_CONTEXT_59.names))
+
+
+def test_voc_matches_torchvision():
+    _, *names = FCN_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1.meta['categories']
+    assert classes.PASCAL_VOC.names == ('background', *names)
+    assert classes.PASCAL_VOC.colours[1:].tolist() == classes.pascal_colours(20).tolist()
+
+
+def test_things_of_coco_stuff_match_torchvision():
+    """Ids 1 to 90 are those of COCO's things, of which torchvision marks the unused ones."""
+    things = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta['categories']  # by id
+    used = [id for id in range(1, 91) if things[id] != 'N/A']
+    assert classes.COCO_STUFF.names[:80] == tuple(things[id] for id in used)
+    assert [classes.COCO_STUFF_IDS[id - 1] for id in used] == list(range(80))
+    # Stuff has the ids 92 (banner) to 182 (wood)
+    assert [classes.COCO_STUFF_IDS[id - 1] for id in range(92, 183)] == list(range(80, 171))
+    assert (classes.COCO_STUFF.names[80], classes.COCO_STUFF.names[-1]) == ('banner', 'wood')
+    assert len(classes.COCO_STUFF_IDS) == 171
 
 
 def test_pascal_colours():

@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from cluster_zoo.errors import DataError
@@ -147,6 +148,42 @@ def test_palette_masks(saved, bits):
     image = Image.frombytes('P', (10, 6), labels.tobytes())
     image.putpalette([200, 0, 0, 0, 200, 0] + [7] * 762)
     assert np.array_equal(read_labels(saved(image, format='PNG', bits=bits), 'x'), labels)
+
+
+@pytest.mark.parametrize('dtype', ['>u1', '<u2', '>u2', '<i4', '<u4'])  # Pillow swaps compressed '>i4'
+@pytest.mark.parametrize('compression', [None, 'zlib'])
+def test_tiff_masks(tmp_path, dtype, compression):
+    labels = LABELS.astype(dtype) + (300 if np.dtype(dtype).itemsize > 1 else 0)
+    tifffile.imwrite(tmp_path / 'x', labels, compression=compression, byteorder=dtype[0])
+    assert read_labels(open_files(tmp_path), 'x').tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize('bits', [1, 2, 4])
+def test_tiff_masks_of_few_bits(tmp_path, bits):
+    rows = [[(row + 3 * column) % 2**bits for column in range(16)] for row in range(6)]
+    packed = np.array([int(''.join(f'{v:0{bits}b}' for v in row), 2) for row in rows], object)
+    data = b''.join(int(value).to_bytes(2 * bits, 'big') for value in packed)
+    # Width, height, bits, no compression, black is 0, offset, rows per strip, bytes of the strip
+    entries = [(256, 16), (257, 6), (258, bits), (259, 1), (262, 1), (273, 110), (278, 6), (279, len(data))]
+    directory = struct.pack('<H', 8) + b''.join(struct.pack('<HHII', tag, 4, 1, value) for tag, value in entries)
+    (tmp_path / 'x').write_bytes(b'II*\0' + struct.pack('<I', 8) + directory + bytes(4) + data)
+    assert read_labels(open_files(tmp_path), 'x').tolist() == rows
+
+
+@pytest.mark.parametrize(
+    ('labels', 'message'),
+    [
+        (np.array([[0, 70_000]], np.int32), 'x has labels 0 to 70000: labels are 0 to 65535'),
+        (np.array([[-1, 3]], np.int32), 'x has labels -1 to 3'),
+        (np.zeros((1, 2), np.float32), r'x has fractions \(F\)'),
+        (np.zeros((2, 4, 5), np.uint8), 'x has 2 pages'),
+    ],
+)
+def test_invalid_tiff_masks(tmp_path, labels, message):
+    tifffile.imwrite(tmp_path / 'x', labels, photometric='minisblack')
+    with pytest.raises(DataError, match=message) as error:
+        read_labels(open_files(tmp_path), 'x')
+    assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA'])

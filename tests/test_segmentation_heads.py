@@ -142,6 +142,18 @@ def test_centroids_are_updated_by_their_pixels():
     assert moved.tolist() == [True, False, False, False]
 
 
+def test_initial_region_proxy():
+    """As in the authors' code: Kaiming for all convolutions, 0.02 for the classes, zero biases."""
+    torch.manual_seed(0)
+    head = RegionProxy([192, 256], 150)
+    fan_out = 9 * 4 * 4  # of the last convolution, which has no ReLU
+    weight = head.affinity[1].weight
+    assert weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.03)
+    assert weight.abs().max() > 3 * weight.std()  # normal, not uniform
+    assert head.classifier.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    assert not head.classifier.bias.any() and not head.affinity[1].bias.any()
+
+
 @torch.no_grad()
 def test_region_proxy_equals_loop():
     torch.manual_seed(0)

@@ -1,12 +1,13 @@
 """Learning rates per iteration, compared with formulas, and parameter groups."""
 
 import math
+import re
 
 import pytest
 import torch
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
-from segmentation import create_segmenter
+from segmentation import create_segmenter, segmenter_config
 from segmentation.engine.optim import SCHEDULES, create_schedule, parameter_groups
 
 LR = 0.02
@@ -64,15 +65,27 @@ def test_cosine_restarts():
 
 @pytest.mark.parametrize('name', SCHEDULES)
 def test_warmup(name):
-    found = rates(name, 50, warmup=10, warmup_ratio=1e-6)
-    assert found[:10] == pytest.approx([LR * (1e-6 + (1 - 1e-6) * n / 10) for n in range(10)], rel=1e-9)
-    assert found[10:] == rates(name, 50)[10:]
+    found, plain = rates(name, 50, warmup=10, warmup_ratio=1e-6), rates(name, 50)
+    assert found[:10] == pytest.approx([plain[n] * (1e-6 + (1 - 1e-6) * n / 10) for n in range(10)], rel=1e-9)
+    assert found[10:] == plain[10:]
 
 
 @pytest.mark.parametrize('name', SCHEDULES)
 def test_scaled_groups(name):
     options = dict(min_lr=1e-3, warmup=5)
-    assert rates(name, 20, scale=10.0, **options) == pytest.approx([10 * lr for lr in rates(name, 20, **options)])
+    # The group's own rate falls to the same floor
+    expected = [10 * lr for lr in rates(name, 20, min_lr=1e-4, warmup=5)]
+    assert rates(name, 20, scale=10.0, **options) == pytest.approx(expected)
+
+
+def test_floor_is_absolute():
+    """The last iterations of CondNet's head on Pascal Context: a rate of 1e-2 that falls to 1e-4, not to 1e-3."""
+    group = dict(params=[torch.nn.Parameter(torch.zeros(1))], lr_scale=10.0)
+    schedule = create_schedule('poly', create_optimizer_v2([group], 'sgd', lr=1e-3), 80_000, power=0.9, min_lr=1e-4)
+    for step, expected in ((0, 1e-2), (40_000, 9.9e-3 * 0.5**0.9 + 1e-4), (80_000, 1e-4)):
+        schedule.step_update(step)
+        assert schedule.optimizer.param_groups[0]['lr'] == pytest.approx(expected, rel=1e-12)
+    assert schedule.rate(80_000, 1e-3) == 1e-4
 
 
 @pytest.mark.parametrize('name', SCHEDULES)
@@ -120,7 +133,7 @@ def test_one_group_by_default(model):
 
 
 def test_head_scale_and_no_decay_of_norms(model):
-    found = settings(model, parameter_groups(model, 0.01, decay_norms=False, head_lr_scale=10.0))
+    found = settings(model, parameter_groups(model, 0.01, norm_decay='none', head_lr_scale=10.0))
     for name, (scale, decay) in found.items():
         assert scale == (1.0 if name.startswith('backbone.') else 10.0), name
         kept = name.endswith('.bias') or any(part in name for part in ('norm', 'pos_embed', 'cls_token', '.bn'))
@@ -128,9 +141,32 @@ def test_head_scale_and_no_decay_of_norms(model):
     assert {decay for _, decay in found.values()} == {0.0, 0.01}
 
 
+# Kinds of parameters that do not decay in the authors' training; mmcv's key 'norm' does not match the 'bn' of a decoder
+UNDECAYED = {
+    'region_proxy_vit_ti16_ade20k': r'backbone\..*(norm\d?\.(weight|bias)|pos_embed|cls_token)',
+    'region_proxy_vit_b16_ade20k': r'backbone\..*(norm\d?\.(weight|bias)|pos_embed|cls_token|dist_token)',
+    'region_proxy_r26_s32_ade20k': r'backbone\..*(norm\d?\.(weight|bias)|pos_embed|cls_token)',
+    'condnet_swin_base_ade20k': r'backbone\..*(norm(s\.)?\d?\.(weight|bias)|relative_position_bias_table)',
+    'condnet_r50_ade20k': 'nothing',
+    'semantic_fpn_coc_small_4': 'nothing',
+}
+
+
+@pytest.mark.parametrize('name', UNDECAYED)
+def test_published_weight_decay(name):
+    config = segmenter_config(name)
+    with torch.device('meta'):
+        model = create_segmenter(name)
+    found = settings(model, parameter_groups(model, config.weight_decay, config.norm_decay))
+    expected = {parameter for parameter in found if re.fullmatch(UNDECAYED[name], parameter)}
+    assert {parameter for parameter, (_, decay) in found.items() if decay == 0} == expected
+    if config.norm_decay == 'heads':
+        assert len(expected) > 20 and any('.bn.' in parameter for parameter in found.keys() - expected)
+
+
 def test_layer_decay_equals_timm(model):
     expected = param_groups_layer_decay(model, 0.05, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay())
-    found = settings(model, parameter_groups(model, 0.05, decay_norms=False, layer_decay=0.5))
+    found = settings(model, parameter_groups(model, 0.05, norm_decay='none', layer_decay=0.5))
     assert found == settings(model, expected)
     assert len({scale for scale, _ in found.values()}) == 5  # stem, three blocks, and the rest
     head = {scale for name, (scale, _) in found.items() if not name.startswith('backbone.')}

@@ -141,6 +141,27 @@ def test_parameters_of_condnet(name):
     assert count(build(name)) - count(build(name, classifier='plain')) == filters
 
 
+def test_published_tests():
+    """RegionProxy slides by 512 on Cityscapes and by the window on ADE20K; CondNet on ADE20K tests whole images."""
+    for name in list_segmenters('region_proxy_*'):
+        config = segmenter_config(name)
+        assert (config.crop, config.test_stride) in (
+            [(768, 512)] if config.dataset == 'cityscapes' else [(512, 512), (640, 640)]
+        )
+    for name in ('condnet_r50_ade20k', 'condnet_r101_ade20k', 'condnet_swin_base_ade20k'):
+        assert (segmenter_config(name).test_mode, segmenter_config(name).test_stride) == ('whole', 0)
+
+
+def test_files_of_condnet():
+    sources = {name: segmenter_config(name).source for name in list_segmenters('condnet_*')}
+    assert sources == {
+        'condnet_r50_ade20k': 'https://drive.google.com/file/d/1ngWFxzHgdKyHGKRzzHpM5qixb1nZQouI',
+        'condnet_r101_ade20k': 'https://drive.google.com/file/d/1LbMbEBkVuHFkKj3o1HSeTbRO4GzlA_ym',
+        'condnet_r101_pascal_context_59': 'https://drive.google.com/file/d/1LjtqG_dcwseCJDx17ENj4o4EUlovk8EX',
+        'condnet_swin_base_ade20k': None,
+    }
+
+
 def test_resnets_of_condnet():
     """Checks output stride 8 and the deep stem."""
     for name in ('condnet_r50_ade20k', 'condnet_r101_pascal_context_59'):
@@ -159,6 +180,8 @@ def test_arguments_override_the_config():
 def test_names():
     assert set(list_segmenters()) == set(CONFIGS)
     assert list_segmenters('*coc_small*') == [f'semantic_fpn_coc_small_{centers}' for centers in (4, 25, 49)]
+    assert list_segmenters('coc_small') == list_segmenters('*coc_small*')
+    assert len(list_segmenters('coc')) == 6 and list_segmenters('coc*') == []
     assert list_segmenters('nothing') == []
     with pytest.raises(OptionError, match=r"'condnet_r50_ade' \(did you mean condnet_r50_ade20k"):
         segmenter_config('condnet_r50_ade')
@@ -179,9 +202,9 @@ def test_command_prints_table():
 
 def test_filter_without_match():
     root = Path(__file__).parents[1]
-    run = subprocess.run([sys.executable, '-m', 'segmentation', 'coc'], cwd=root, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, '-m', 'segmentation', 'cocs'], cwd=root, capture_output=True, text=True)
     assert run.returncode == 2 and run.stdout == ''
-    assert "'coc'" in run.stderr
+    assert "'cocs'" in run.stderr
 
 
 def test_table_has_empty_cells_for_missing_results():

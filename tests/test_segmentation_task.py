@@ -61,7 +61,7 @@ def test_loss_of_a_plain_classifier():
     model = tiny()
     images, labels = batch()
     result = SegmentationTask(model)(images, labels)
-    assert set(result) == {'loss', 'output', 'cross_entropy'}
+    assert set(result) == {'loss', 'output', 'pixel_loss'}
     torch.testing.assert_close(result['loss'], F.cross_entropy(result['output'], labels, ignore_index=255))
     assert result['output'].shape == (2, K, 40, 52)
 
@@ -80,7 +80,7 @@ def test_loss_of_a_conditional_classifier(backbone):
     torch.testing.assert_close(result['loss'], expected)
     torch.testing.assert_close(result['guidance_loss'], dice)
     other = SegmentationTask(copy.deepcopy(twin), guidance_weight=1.0, auxiliary_weight=0.0)(images, labels)
-    torch.testing.assert_close(other['loss'], result['cross_entropy'] + dice)
+    torch.testing.assert_close(other['loss'], result['pixel_loss'] + dice)
 
 
 def test_loss_is_float32_under_autocast():
@@ -124,7 +124,7 @@ def test_contrast_loss_uses_resized_labels():
     result = SegmentationTask(model)(images, labels)
     expected = head.contrast_loss(model.labels_at(labels, tuple(head._seen.shape[1:3])))
     torch.testing.assert_close(result['contrast_loss'], expected)
-    torch.testing.assert_close(result['loss'], result['cross_entropy'] + 0.3 * expected)
+    torch.testing.assert_close(result['loss'], result['pixel_loss'] + 0.3 * expected)
 
 
 @pytest.mark.parametrize('compiled', [False, True])

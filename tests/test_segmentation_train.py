@@ -88,7 +88,11 @@ def test_run_folder(run, tmp_path, caplog):
     assert [row['iteration'] for row in rows] == ['2', '4', '5']
     assert set(rows[0]) == {'iteration', 'train_loss', 'mIoU', 'aAcc', 'mAcc', 'lr'}
     # Learning rates of iterations 1 (within warm-up), 3 and 4
-    expected = [1e-3 * (1e-6 + (1 - 1e-6) / 2), 1e-3 * (1 - 3 / 5) ** 0.9, 1e-3 * (1 - 4 / 5) ** 0.9]
+    expected = [
+        1e-3 * (1 - 1 / 5) ** 0.9 * (1e-6 + (1 - 1e-6) / 2),
+        1e-3 * (1 - 3 / 5) ** 0.9,
+        1e-3 * (1 - 4 / 5) ** 0.9,
+    ]
     assert [float(row['lr']) for row in rows] == pytest.approx(expected)
     assert _load(folder / 'model_best.pth.tar')['metric'] == max(float(row['mIoU']) for row in rows)
     assert [len(list((folder / 'overlays' / n).glob('*.png'))) for n in ('2', '4', '5')] == [2, 2, 2]
@@ -96,7 +100,7 @@ def test_run_folder(run, tmp_path, caplog):
     assert (options['head'], options['backbone'], options['num_classes']) == ('fcn', 'test_resnet', 3)
     lines = [record.message for record in caplog.records if record.message.startswith('Train:')]
     assert [line.split()[1] for line in lines] == ['2/5', '4/5', '5/5']
-    assert re.fullmatch(r'Train: 2/5  loss \S+  lr 5.000e-04  \S+ img/s  [\d:]+ left', lines[0])
+    assert re.fullmatch(r'Train: 2/5  loss \S+  lr 4.090e-04  \S+ img/s  [\d:]+ left', lines[0])
     tests = [record.message for record in caplog.records if record.message.startswith('EMA after')]
     assert len(tests) == 3 and re.search(r'^ground +\S+ +\S+$', tests[0], re.MULTILINE)
 
@@ -138,7 +142,8 @@ def test_learns(run, tmp_path, classifier):
         ['--amp', '--channels-last', '--clip-grad', 1],
         ['--opt', 'momentum', '--schedule', 'cosine_restarts', '--periods', 1, 1, '--restart-weights', 1, 0.5],
         ['--model-ema', '--model-ema-warmup', '--auxiliary', '--classifier', 'cond'],
-        ['--layer-decay', 0.9, '--no-norm-decay', '--schedule', 'cosine', '--grad-checkpointing'],
+        ['--loss', 'ce', 'lovasz', '--class-weights', 'balanced', '--auxiliary'],
+        ['--layer-decay', 0.9, '--norm-decay', 'none', '--schedule', 'cosine', '--grad-checkpointing'],
         ['--test-mode', 'slide', '--test-crop', 32, '--test-stride', 16, '--test-scale', 60, 50],
     ],
 )
@@ -329,7 +334,7 @@ def test_published_systems_synchronize_batch_norm(segmenter, device, distributed
 def test_published_system_gives_the_defaults(monkeypatch):
     config = segmenter_config('condnet_r101_pascal_context_59')
     args = train_parser().resolve(['data', '--segmenter', config.name, '--lr', '0.5'])
-    assert (args.lr, args.head_lr_scale, args.weight_decay, args.no_norm_decay) == (0.5, 10.0, 1e-4, False)
+    assert (args.lr, args.head_lr_scale, args.weight_decay, args.norm_decay) == (0.5, 10.0, 1e-4, 'all')
     assert (args.opt, args.crop, args.scale, args.iterations) == ('momentum', [480], [520, 520], 80_000)
     assert (args.dataset, args.test_mode, args.test_crop) == ('pascal_context_59', 'slide', [480])
     assert (args.guidance_weight, args.auxiliary_weight, args.batch_size) == (0.2, 0.4, 16)
@@ -413,7 +418,7 @@ def test_published_dataset_only_with_its_system():
     system = ['data', '--segmenter', 'region_proxy_vit_l16_cityscapes']
     assert train_parser().resolve(system).dataset == 'cityscapes'
     assert train_parser().resolve([*system, '--dataset', 'folder']).dataset == 'folder'
-    assert '(default: folder' in ' '.join(train_parser().format_help().split())
+    assert '(default: that of the model, else folder)' in ' '.join(train_parser().format_help().split())
 
 
 @pytest.mark.parametrize(

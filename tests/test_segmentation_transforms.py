@@ -114,6 +114,18 @@ def test_images_are_resized_bilinearly_without_antialiasing(scale, size):
     assert error.max() <= 1 and error.mean() < 0.4  # rounded to integers once per axis
 
 
+def test_second_resize_to_a_multiple():
+    """Semantic FPN of Context Cluster first fits an image into 2048 x 512, then resizes it to multiples of 32."""
+    pixels = torch.randint(0, 256, (3, 60, 100), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    resized = EvaluationResize((90, 50), 32)(tv_tensors.Image(pixels))
+    assert resized.shape[1:] == (64, 96)
+    first = np.floor(_bilinear(pixels.double().numpy(), 50, 83) + 0.5)
+    error = np.abs(resized.double().numpy() - _bilinear(first, 64, 96))
+    assert error.max() <= 2 and error.mean() < 0.5  # rounded to integers once per axis and resize
+    once = np.abs(resized.double().numpy() - _bilinear(pixels.double().numpy(), 64, 96))
+    assert once.mean() > 10 * error.mean()
+
+
 # Cropping
 
 
@@ -310,12 +322,12 @@ def test_eval_transform_resizes_only_the_image(scale, multiple, expected):
 def test_every_ratio_is_resized_from_the_original():
     image, mask = _pair(30, 45)
     views, same = eval_transform((90, 40), 16, (0.5, 1, 1.75))(image, mask)
-    # 30 x 20 and 60 x 40 and 105 x 70, rounded up
     assert [tuple(view.shape[1:]) for view in views] == [(32, 32), (48, 64), (80, 112)]
     assert torch.equal(same, mask)
-    for view in views:
+    for view, size in zip(views, ([20, 30], [40, 60], [70, 105])):
+        first = F.resize(image, size, antialias=False)
         plain = F.normalize(
-            F.resize(image, list(view.shape[1:]), antialias=False).float() / 255,
+            F.resize(first, list(view.shape[1:]), antialias=False).float() / 255,
             *([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
         )
         torch.testing.assert_close(view.as_subclass(torch.Tensor), plain.as_subclass(torch.Tensor))

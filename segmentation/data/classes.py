@@ -7,8 +7,8 @@ import numpy as np
 
 from cluster_zoo.errors import DataError
 
-__all__ = ['ADE20K', 'CAMVID', 'CITYSCAPES', 'CITYSCAPES_IDS', 'IGNORE_INDEX', 'PASCAL_CONTEXT_59', 'Classes']
-__all__ += ['label_table', 'numbered_classes', 'pascal_colours']
+__all__ = ['ADE20K', 'CAMVID', 'CITYSCAPES', 'CITYSCAPES_IDS', 'COCO_STUFF', 'COCO_STUFF_IDS', 'IGNORE_INDEX', 'LOVEDA']
+__all__ += ['PASCAL_CONTEXT_59', 'PASCAL_VOC', 'Classes', 'label_table', 'numbered_classes', 'pascal_colours']
 
 IGNORE_INDEX = 255  # label of the pixels that losses and metrics ignore
 _LABELS = 1 << 16  # masks have at most 16 bits per pixel
@@ -114,3 +114,40 @@ PASCAL_CONTEXT_59 = _classes(
     'keyboard, light, motorbike, mountain, mouse, person, plate, platform, pottedplant, road, rock, sheep, shelves, '
     'sidewalk, sign, sky, snow, sofa, table, track, train, tree, truck, tvmonitor, wall, water, window, wood'
 )
+
+_VOC_NAMES = (
+    'aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, motorbike, person, '
+    'pottedplant, sheep, sofa, train, tvmonitor'
+)
+# The published background is black, here the color of ignored pixels: the two are exchanged.
+_VOC_VOID = np.array([[224, 224, 192]], np.uint8)
+PASCAL_VOC = Classes(('background', *_VOC_NAMES.split(', ')), np.concatenate([_VOC_VOID, pascal_colours(20)]))
+
+LOVEDA = _classes(
+    'background, building, road, water, barren, forest, agricultural',
+    'ffffff ff0000 ffff00 0000ff 9f81b7 00ff00 ffc380',
+)
+
+COCO_STUFF = _classes(
+    'person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, '
+    'parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, '
+    'handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, '
+    'surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, '
+    'broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, '
+    'laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, '
+    'scissors, teddy bear, hair drier, toothbrush, banner, blanket, branch, bridge, building-other, bush, cabinet, '
+    'cage, cardboard, carpet, ceiling-other, ceiling-tile, cloth, clothes, clouds, counter, cupboard, curtain, '
+    'desk-stuff, dirt, door-stuff, fence, floor-marble, floor-other, floor-stone, floor-tile, floor-wood, flower, '
+    'fog, food-other, fruit, furniture-other, grass, gravel, ground-other, hill, house, leaves, light, mat, metal, '
+    'mirror-stuff, moss, mountain, mud, napkin, net, paper, pavement, pillow, plant-other, plastic, platform, '
+    'playingfield, railing, railroad, river, road, rock, roof, rug, salad, sand, sea, shelf, sky-other, skyscraper, '
+    'snow, solid-other, stairs, stone, straw, structural-other, table, tent, textile-other, towel, tree, vegetable, '
+    'wall-brick, wall-concrete, wall-other, wall-panel, wall-stone, wall-tile, wall-wood, water-other, waterdrops, '
+    'window-blind, window-other, wood'
+)
+
+# Labels of the original masks that have no class: the ids 12, 26, ... of COCO, which are the labels plus 1.
+_UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91)
+COCO_STUFF_IDS = {
+    label: number for number, label in enumerate(sorted({*range(182)} - {unused - 1 for unused in _UNUSED_IDS}))
+}

@@ -119,6 +119,15 @@ class SegmentationDataset(Dataset):
         if self.numbered and len(self.classes) > 1 and set().union(*results) == {0, IGNORE_INDEX}:
             raise DataError(_only_0_and_255(self.files))
 
+    def count_pixels(self, workers: int = 1) -> np.ndarray:
+        """Returns the number of pixels of each class, int64 [K], in all masks, which it reads."""
+
+        def count(sample: _Sample) -> np.ndarray:
+            labels = self.tables[sample.suffix][read_labels(self.files, sample.mask)].astype(np.int64)
+            return np.bincount(labels[(labels >= 0) & (labels != IGNORE_INDEX)], minlength=len(self.classes))
+
+        return sum(thread_map(count, self.samples, max_workers=workers, desc='Counting pixels', disable=None))
+
     def _read(self, index: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         sample = self.samples[index]
         image = F.to_image(read_image(self.files, sample.image))
@@ -127,7 +136,7 @@ class SegmentationDataset(Dataset):
             (H, W), (h, w) = image.shape[1:], labels.shape
             raise DataError(
                 f'{self.files.root / sample.image} is {W} x {H} pixels but its mask {self.files.root / sample.mask} '
-                f'is {w} x {h}'
+                f'is {w} x {h}: resize the mask by nearest neighbor'
             )
         table = self.tables[sample.suffix]
         mask = table[labels]
@@ -154,18 +163,25 @@ def create_dataset(
     ========================= ==========================================================================================
     name                      files in `root`
     ========================= ==========================================================================================
-    `folder`                  `{split}/images/NAME.jpg` (or another format of images) and `{split}/masks/NAME.png`;
-                              optionally `classes.txt` with the class names, one per line
+    `folder`                  `{split}/images/NAME.jpg` (or another format of images) and `{split}/masks/NAME.png`
+                              (or `.tif`); optionally `classes.txt` with the class names, one per line
     `camvid`                  like `folder`, with splits train, val, test; 11 classes, label 11 is ignored
     `ade20k`                  `images/training/NAME.jpg`, `annotations/training/NAME.png`; 150 classes, 0 is ignored
     `cityscapes`              `leftImg8bit/train/CITY/NAME_leftImg8bit.png`, `gtFine/train/CITY/NAME_gtFine_*.png`: 19
                               classes, from labelTrainIds if these masks exist, otherwise from labelIds
     `pascal_context_59`       `JPEGImages/NAME.jpg`, `SegmentationClassContext/NAME.png`, names in
                               `ImageSets/SegmentationContext/train.txt`; 59 classes, 0 is ignored
+    `pascal_voc`              `JPEGImages/NAME.jpg`, `SegmentationClass/NAME.png`, names in
+                              `ImageSets/Segmentation/train.txt`; 20 classes and the background
+    `coco_stuff`              `images/train2017/NAME.jpg`, `annotations/train2017/NAME.png`, or
+                              `NAME_labelTrainIds.png`; 171 classes
+    `loveda`                  `Train/Urban/images_png/NAME.png`, `Train/Urban/masks_png/NAME.png`, the same in `Rural`
+                              and `Val`; 7 classes, 0 is ignored
     ========================= ==========================================================================================
 
-    Masks are PNGs with one channel: gray values of any depth, or palette indices. Label 255 is ignored, unless `remap`
-    makes it a class. Files in the folders of images and masks that are not used are counted in a warning.
+    Masks are PNGs (in a `folder` also TIFFs) with one channel: gray values of up to 16 bits, or palette indices. Label
+    255 is ignored, unless `remap` makes it a class. Files in the folders of images and masks that are not used are
+    counted in a warning.
 
     Args:
         name: Name of the layout.
@@ -191,12 +207,14 @@ def create_dataset(
         folder = splits.get(part, part if part in splits.values() else None)
         if folder is None:
             raise DataError(_no_split(files, top, layout, part, splits))
-        samples += _find_samples(files, top, layout, folder)
+        for one in folder.split('+'):
+            samples += _find_samples(files, top, layout, one)
     labels, classes = layout.labels, layout.classes
     if name == 'folder':
         mask_folders = [join(top, layout.masks.format(split=folder)) for folder in splits]
-        classes = _folder_classes(files, top, mask_folders, num_classes, remap, workers)
-        labels = {'.png': {i: i for i in range(len(classes.names))} if remap is None else remap}
+        classes = _folder_classes(files, top, mask_folders, tuple(layout.labels), num_classes, remap, workers)
+        known = {i: i for i in range(len(classes.names))} if remap is None else remap
+        labels = dict.fromkeys(layout.labels, known)
     count = len(classes.names)
     if num_classes not in (None, count):
         source = f'its classes.txt lists {count}; ' if name == 'folder' else ''
@@ -234,16 +252,21 @@ def _find_splits(files: Folder | Archive, name: str, layout: Layout) -> tuple[st
             hint = ': it has no splits; move images and masks into a folder for each split'
     inside = [join(one, two) for one in files.folders('') for two in files.folders(one) or ['']]
     raise DataError(
-        f'{files.root} is not a dataset of type {name}: expected the folders {layout.images.format(split=split)} and '
-        f'{layout.masks.format(split=split)} (and those of {val}), found '
+        f'{files.root} is not a dataset of type {name}: expected the folders {" and ".join(_folders(layout, split))} '
+        f'(and those of {val.replace("+", " and ")}), found '
         f'{_listed([path.rstrip("/") for path in inside]) or "no folders"}{hint}'
     )
+
+
+def _folders(layout: Layout, split: str) -> list[str]:
+    """Returns the folders of images and masks of a split, by the dataset's own name."""
+    return [folder.format(split=one) for one in split.split('+') for folder in (layout.images, layout.masks)]
 
 
 def _no_split(files: Folder | Archive, top: str, layout: Layout, split: str, splits: Mapping[str, str]) -> str:
     """Returns the message for a split that does not exist."""
     own = (layout.splits or {}).get(split, split)
-    folders = [join(top, folder.format(split=own)) for folder in (layout.images, layout.masks)]
+    folders = [join(top, folder) for folder in _folders(layout, own)]
     missing = ' and '.join(folder for folder in folders if not files.exists(folder))
     missing = f', because there is no folder {missing}' if missing else ''
     return (
@@ -262,7 +285,7 @@ def _search(files: Folder | Archive, layout: Layout) -> tuple[str, dict[str, str
         found = {
             split: own
             for split, own in splits.items()
-            if all(files.exists(join(top, folder.format(split=own))) for folder in (layout.images, layout.masks))
+            if all(files.exists(join(top, folder)) for folder in _folders(layout, own))
         }
         if found:
             return top, found
@@ -305,7 +328,7 @@ def _find_samples(files: Folder | Archive, top: str, layout: Layout, split: str)
         names = ' or '.join(f'NAME{suffix}' for suffix in layout.labels)
         found = f'; found {_listed(unused)}' if unused else ''
         if any(path.lower().endswith(('.jpg', '.jpeg')) for path in unused):
-            found += '; JPEG changes labels, so masks must be PNGs'
+            found += '; JPEG changes labels, so masks must be PNGs or TIFFs'
         raise DataError(
             f'{len(missing)} of {len(stems)} images have no mask ({names} in {files.root / masks}{found}): '
             f'{_listed(missing)}'
@@ -345,6 +368,7 @@ def _folder_classes(
     files: Folder | Archive,
     top: str,
     mask_folders: list[str],
+    suffixes: tuple[str, ...],
     num_classes: int | None,
     remap: Mapping[int, int] | None,
     workers: int,
@@ -358,7 +382,7 @@ def _folder_classes(
         count = max((number for number in remap.values() if number != IGNORE_INDEX), default=-1) + 1
         source = 'the highest class of --remap'
     else:
-        masks = [path for folder in mask_folders for path in files.below(folder) if path.lower().endswith('.png')]
+        masks = [path for folder in mask_folders for path in files.below(folder) if path.lower().endswith(suffixes)]
         count, source = _count_classes(files, masks, workers), 'the highest label of the masks; --remap maps labels'
     if not 0 < count <= IGNORE_INDEX:
         raise DataError(f'{files.root} has {count} classes ({source}): it must have 1 to {IGNORE_INDEX}')

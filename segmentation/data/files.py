@@ -15,6 +15,9 @@ from cluster_zoo.images import open_image
 __all__ = ['Archive', 'Folder', 'open_files', 'read_image', 'read_labels']
 
 
+_MAX_LABEL = (1 << 16) - 1
+
+
 class Folder:
     """Files in a folder, by relative POSIX paths. Hidden files and folders are not listed."""
 
@@ -125,19 +128,27 @@ def read_image(files: Folder | Archive, path: str) -> Image.Image:
 
 
 def read_labels(files: Folder | Archive, path: str) -> np.ndarray:
-    """Decodes the labels of a mask, gray values or palette indices: uint16 [H, W].
+    """Decodes the labels of a mask, gray values or palette indices of a PNG or TIFF: uint16 [H, W].
 
     Raises:
-        DataError: The mask cannot be decoded or has several channels.
+        DataError: The mask cannot be decoded, has several channels or pages, fractions, or labels not in 0 to 65535.
     """
     image, stored_mode = _decode(files, path)
-    if image.mode not in ('1', 'L', 'P', 'I', 'I;16'):
+    if image.mode not in ('1', 'L', 'P') and not image.mode.startswith('I'):
+        kind = 'has fractions' if image.mode == 'F' else 'is a color image'
         raise DataError(
-            f'{files.root / path} is a color image ({image.mode}): masks must be grayscale or palette PNGs, with the '
+            f'{files.root / path} {kind} ({image.mode}): masks must be grayscale or palette PNGs or TIFFs, with the '
             'number of a class in each pixel'
         )
+    if getattr(image, 'n_frames', 1) > 1:
+        raise DataError(f'{files.root / path} has {image.n_frames} pages: masks must have one')
+    labels = np.asarray(image)
+    if labels.min() < 0 or labels.max() > _MAX_LABEL:
+        raise DataError(
+            f'{files.root / path} has labels {labels.min()} to {labels.max()}: labels are 0 to {_MAX_LABEL}'
+        )
     # Pillow scales gray values of 2 and 4 bits to 0..255, which would change the labels.
-    return np.asarray(image).astype(np.uint16) // {'L;2': 85, 'L;4': 17}.get(stored_mode, 1)
+    return labels.astype(np.uint16) // {'L;2': 85, 'L;4': 17}.get(stored_mode, 1)
 
 
 def _decode(files: Folder | Archive, path: str) -> tuple[Image.Image, object]:
@@ -145,6 +156,8 @@ def _decode(files: Folder | Archive, path: str) -> tuple[Image.Image, object]:
     try:
         image = open_image(io.BytesIO(files.read(path)))
         stored_mode = image.tile[0][3] if image.tile else None
+        if isinstance(stored_mode, tuple):  # of TIFFs
+            stored_mode = stored_mode[0]
         image.load()
     except ImageError:
         raise DataError(f'{files.root / path} is not an image of a known format') from None

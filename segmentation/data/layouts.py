@@ -10,8 +10,12 @@ from .classes import (
     CAMVID,
     CITYSCAPES,
     CITYSCAPES_IDS,
+    COCO_STUFF,
+    COCO_STUFF_IDS,
     IGNORE_INDEX,
+    LOVEDA,
     PASCAL_CONTEXT_59,
+    PASCAL_VOC,
     Classes,
     numbered_classes,
 )
@@ -21,7 +25,7 @@ __all__ = ['LAYOUTS', 'Layout']
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of a dataset. `{split}` stands for the dataset's own name of a split."""
+    """The files of a dataset. `{split}` stands for the dataset's own name of a split; "A+B" is a split of two parts."""
 
     images: str  # folder of a split's images
     masks: str  # folder of a split's masks, which have the names of the images up to the suffix
@@ -39,7 +43,9 @@ def _labels_from_1(count: int) -> dict[int, int]:
 
 
 # Classes and labels of a folder depend on its files, see `create_dataset`.
-_FOLDER = Layout('{split}/images', '{split}/masks', labels={'.png': {}}, classes=numbered_classes(0))
+_FOLDER = Layout(
+    '{split}/images', '{split}/masks', labels={'.png': {}, '.tif': {}, '.tiff': {}}, classes=numbered_classes(0)
+)
 LAYOUTS = {
     'folder': _FOLDER,
     'camvid': replace(
@@ -77,5 +83,30 @@ LAYOUTS = {
         splits=dict(train='train', val='val'),
         listing='ImageSets/SegmentationContext/{split}.txt',
         tops=('VOC2010', 'VOCdevkit/VOC2010'),
+    ),
+    'pascal_voc': Layout(
+        images='JPEGImages',
+        masks='SegmentationClass',
+        labels={'.png': {label: label for label in range(21)}},
+        classes=PASCAL_VOC,
+        splits=dict(train='train', val='val'),
+        listing='ImageSets/Segmentation/{split}.txt',
+        tops=('VOC2012', 'VOCdevkit/VOC2012'),
+    ),
+    'coco_stuff': Layout(
+        images='images/{split}',
+        masks='annotations/{split}',
+        labels={'_labelTrainIds.png': {label: label for label in range(171)}, '.png': COCO_STUFF_IDS},
+        classes=COCO_STUFF,
+        splits=dict(train='train2017', val='val2017'),
+        tops=('coco_stuff164k', 'cocostuff'),
+    ),
+    'loveda': Layout(
+        images='{split}/images_png',
+        masks='{split}/masks_png',
+        labels={'.png': _labels_from_1(7)},
+        classes=LOVEDA,
+        splits=dict(train='Train/Urban+Train/Rural', val='Val/Urban+Val/Rural'),
+        tops=('LoveDA', 'loveDA'),
     ),
 }

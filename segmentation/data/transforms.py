@@ -228,7 +228,8 @@ class EvaluationResize(v2.Transform):
 
     Args:
         scale: (long, short) sides that the image is resized into, keeping its aspect ratio; None for its own size.
-        multiple: Both sides are rounded up to a multiple of this number; None for no rounding.
+        multiple: A second resize rounds both sides up to a multiple of this number, as in the published test of Context
+            Cluster; None for no rounding.
         ratios: Factors on `scale`. With several factors the output is a tuple of images.
     """
 
@@ -251,6 +252,7 @@ class EvaluationResize(v2.Transform):
         for ratio in self.ratios:
             size = F.get_size(inpt)
             size = keep_ratio_size(size, tuple(side * ratio for side in self.scale or size))
+            image = F.resize(inpt, size, antialias=False)
             size = [math.ceil(side / self.multiple) * self.multiple for side in size]
-            images.append(F.resize(inpt, size, antialias=False))
+            images.append(F.resize(image, size, antialias=False))
         return tuple(images) if len(images) > 1 else images[0]

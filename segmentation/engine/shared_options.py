@@ -64,8 +64,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         '-d',
         '--dataset',
         metavar='NAME',
-        help='folder, camvid, ade20k, cityscapes or pascal_context_59 (default: folder, or that of '
-        '--segmenter or, in validate, of the checkpoint)',
+        help='folder, camvid, ade20k, cityscapes, pascal_context_59, pascal_voc, coco_stuff or loveda (default: '
+        'that of the model, else folder)',
     )
     add(
         '--remap',
@@ -91,7 +91,7 @@ def add_test_options(parser: argparse.ArgumentParser, prefix: str = 'test-') -> 
     add('stride', type=int, nargs='+', metavar='N', help='stride of the windows (default: their size)')
     add('pad', action=argparse.BooleanOptionalAction, help='pad images to the window (default: shrink the window)')
     add('scale', type=int, nargs=2, metavar='N', help='fit images into long and short side (default: no resize)')
-    add('multiple', type=int, metavar='N', help='round the sides of images up to a multiple of N')
+    add('multiple', type=int, metavar='N', help='resize again, to sides rounded up to a multiple of N')
     return group
 
 

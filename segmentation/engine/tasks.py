@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cluster_zoo.training.tasks import CentroidTaskMixin
 
-from .losses import cross_entropy, dice_loss
+from .losses import PixelLoss, dice_loss
 
 __all__ = ['SegmentationTask']
 
@@ -26,22 +26,24 @@ class _DenseTask(ClassificationTask):
         ignore_index: int = 255,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        criterion: nn.Module | None = None,
     ):
-        super().__init__(model, criterion=cross_entropy, device=device, dtype=dtype, verbose=False)
+        criterion = PixelLoss(ignore_index=ignore_index) if criterion is None else criterion
+        super().__init__(model, criterion=criterion, device=device, dtype=dtype, verbose=False)
         self.guidance_weight = guidance_weight
         self.auxiliary_weight = auxiliary_weight
         self.ignore_index = ignore_index
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         outputs = self.trainable_module(input, all_outputs=True)
-        losses = dict(cross_entropy=self.criterion(outputs['logits'], target, self.ignore_index))
-        loss = losses['cross_entropy']
+        losses = dict(pixel_loss=self.criterion(outputs['logits'], target))
+        loss = losses['pixel_loss']
         if (guidance := outputs.get('guidance')) is not None:
             labels = unwrap_model(self.trainable_module).labels_at(target, guidance.shape[-2:], self.ignore_index)
             losses['guidance_loss'] = dice_loss(guidance, labels, self.ignore_index)
             loss = loss + self.guidance_weight * losses['guidance_loss']
         if (auxiliary := outputs.get('auxiliary')) is not None:
-            losses['auxiliary_loss'] = self.criterion(auxiliary, target, self.ignore_index)
+            losses['auxiliary_loss'] = self.criterion(auxiliary, target)
             loss = loss + self.auxiliary_weight * losses['auxiliary_loss']
         return dict(loss=loss, output=outputs['logits'], **losses)
 
@@ -54,8 +56,8 @@ class _DenseTask(ClassificationTask):
 class SegmentationTask(CentroidTaskMixin, _DenseTask):
     """Training task of a segmenter.
 
-    The loss is the cross-entropy, plus ``guidance_weight`` times the Dice loss of the guidance logits (CondNet), plus
-    ``auxiliary_weight`` times the cross-entropy of the auxiliary head. Centroids are updated with every pixel of the
+    The loss is that of the pixels, plus ``guidance_weight`` times the Dice loss of the guidance logits (CondNet), plus
+    ``auxiliary_weight`` times the pixel loss of the auxiliary head. Centroids are updated with every pixel of the
     feature map and its nearest label. EMA, distributed training and compilation work as in timm's tasks.
 
     Args:
@@ -65,6 +67,7 @@ class SegmentationTask(CentroidTaskMixin, _DenseTask):
         ignore_index: Label of ignored pixels.
         device: Device of the task.
         dtype: Dtype of the task.
+        criterion: Pixel loss of (logits [B, K, H, W], labels [B, H, W]) (default: cross-entropy).
 
     Example:
         >>> task = SegmentationTask(create_segmenter('fcn', 'resnet18', 11, classifier='dnc'))

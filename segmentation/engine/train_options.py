@@ -7,6 +7,7 @@ system of ``--segmenter``, the ``--config`` file and the command line.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,13 +18,14 @@ from cluster_zoo.training.shared_options import add_device_options, add_logger_o
 from cluster_zoo.training.train_options import add_centroid_learning_options
 
 from ..models.published_systems import SegmenterConfig, segmenter_config
-from .optim import SCHEDULES
+from .losses import LOSSES
+from .optim import NORM_DECAYS, SCHEDULES
 from .shared_options import add_data_options, add_model_options, add_test_options, config_options
 
 # Fields of SegmenterConfig with the names of options
 _SAME = (
     *('iterations', 'lr', 'momentum', 'weight_decay', 'schedule', 'power', 'min_lr', 'warmup', 'head_lr_scale'),
-    *('guidance_weight', 'auxiliary_weight'),
+    *('norm_decay', 'guidance_weight', 'auxiliary_weight'),
 )
 
 # Lower bounds of numbers
@@ -34,7 +36,7 @@ _AT_LEAST = {
     ),
     0: (
         *('workers', 'warmup', 'warmup_ratio', 'weight_decay', 'guidance_weight', 'auxiliary_weight', 'overlays'),
-        'recovery_interval',
+        *('recovery_interval', 'focal_gamma'),
     ),
 }
 _ABOVE_0 = ('lr', 'head_lr_scale', 'clip_grad', 'dist_timeout')
@@ -42,7 +44,19 @@ _ABOVE_0 = ('lr', 'head_lr_scale', 'clip_grad', 'dist_timeout')
 
 _COMMON = (
     *('data', 'dataset', 'segmenter', 'head', 'backbone', 'classifier', 'pretrained_backbone', 'num_classes', 'crop'),
-    *('iterations', 'batch_size', 'lr', 'opt', 'amp', 'device', 'workers', 'val_interval', 'overlays', 'experiment'),
+    *(
+        'iterations',
+        'batch_size',
+        'lr',
+        'opt',
+        'loss',
+        'amp',
+        'device',
+        'workers',
+        'val_interval',
+        'overlays',
+        'experiment',
+    ),
     *('resume', 'dry_run'),
 )
 
@@ -80,7 +94,6 @@ def published_defaults(config: SegmenterConfig) -> dict[str, Any]:
         'crop': [config.crop],
         'scale': list(config.scale),
         'opt': dict(sgd='momentum').get(config.optimizer, config.optimizer),  # timm's sgd has Nesterov momentum
-        'no_norm_decay': not config.decay_norms,
         'periods': list(config.periods) or None,
         'restart_weights': list(config.restart_weights) or None,
     }
@@ -98,11 +111,32 @@ def _bounds(args: argparse.Namespace) -> Iterator[tuple[bool, str]]:
         yield value is not None and not value > 0, f'{flags[name]} must be above 0'
 
 
+def _loss_rules(args: argparse.Namespace) -> Iterator[tuple[bool, str]]:
+    """Yields whether the options of the loss are invalid, and the message."""
+    for name, flag in (('focal', 'focal_gamma'), ('tversky', 'tversky_weights')):
+        shown = f'--{flag.replace("_", "-")}'
+        yield flag in args.given and name not in args.loss, f'{shown} needs --loss {name}'
+    yield len({*args.loss}) < len(args.loss), f'--loss {" ".join(args.loss)}: name each loss once'
+    both = {'ce', 'ohem'} <= {*args.loss}
+    yield both, '--loss ce ohem: ohem is the cross-entropy of hard pixels; name one of them'
+    valid = all(0 <= weight < math.inf for weight in args.tversky_weights) and sum(args.tversky_weights) > 0
+    yield not valid, '--tversky-weights must be at least 0, and one above 0'
+    if args.class_weights is not None:
+        yield args.loss == ['lovasz'], '--class-weights: lovasz has no class weights; add another --loss or omit them'
+        if args.class_weights != ['balanced']:
+            try:
+                fails = not all(0 < float(weight) < math.inf for weight in args.class_weights)
+            except ValueError:
+                fails = True
+            yield fails, '--class-weights takes balanced, or a number above 0 for each class'
+
+
 def _check(args: argparse.Namespace) -> None:
     ranges = (args.scale, args.ratio)
     rules = (
         (not args.data, 'no data given: name the folder of the dataset (DATA), or its .tar'),
         *_bounds(args),
+        *_loss_rules(args),
         (args.layer_decay is not None and not 0 < args.layer_decay <= 1, '--layer-decay must be above 0, at most 1'),
         (not 0 <= args.model_ema_decay < 1, '--model-ema-decay must be at least 0, below 1'),
         (not 0 <= args.seed < 2**32, '--seed must be at least 0, below 2**32'),
@@ -172,15 +206,45 @@ def _add_optimizer_options(parser: argparse.ArgumentParser) -> None:
     add('--momentum', type=float, default=0.9, metavar='M', help='momentum')
     add('--weight-decay', type=float, default=1e-4, metavar='F', help='weight decay (default: 1e-4)')
     add(
-        '--no-norm-decay',
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help='no weight decay of norms, position embeddings, class tokens and biases',
+        '--norm-decay',
+        choices=NORM_DECAYS,
+        default='all',
+        help='weight decay of norms, position embeddings and tokens: of all; of those in the heads only; of none, nor '
+        'of biases (default: all)',
     )
     add('--layer-decay', type=float, metavar='F', help='layer-wise learning rate decay')
     add('--head-lr-scale', type=float, default=1.0, metavar='F', help='learning rate factor of the heads')
     add('--clip-grad', type=float, metavar='F', help='clip gradients (default: no clipping)')
     add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='gradient clipping mode')
+    _add_loss_options(parser)
+
+
+def _add_loss_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('loss').add_argument
+    add(
+        '--loss',
+        nargs='+',
+        choices=LOSSES,
+        default=['ce'],
+        metavar='NAME',
+        help='ce (cross-entropy), ohem, focal, lovasz or tversky, or the sum of several (default: ce)',
+    )
+    add(
+        '--class-weights',
+        nargs='+',
+        metavar='F',
+        help='balanced, for weights by the inverse frequency of the classes, or one number for each class; not for '
+        'lovasz',
+    )
+    add('--focal-gamma', type=float, default=2.0, metavar='F', help='exponent of focal (default: 2)')
+    add(
+        '--tversky-weights',
+        type=float,
+        nargs=2,
+        default=[0.5, 0.5],
+        metavar='F',
+        help='weights of false positives and false negatives of tversky (default: 0.5 0.5, the Dice loss)',
+    )
     add('--guidance-weight', type=float, default=0.2, metavar='F', help='weight of the guidance loss of cond')
     add('--auxiliary-weight', type=float, default=0.4, metavar='F', help='weight of the loss of the --auxiliary head')
 
@@ -191,7 +255,7 @@ def _add_schedule_options(parser: argparse.ArgumentParser) -> None:
     add('--lr', type=float, default=1e-4, metavar='LR', help='learning rate (default: 1e-4)')
     add('--schedule', default='poly', choices=SCHEDULES, help='default: poly')
     add('--power', type=float, default=0.9, metavar='F', help='exponent of poly (default: 0.9)')
-    add('--min-lr', type=float, default=0.0, metavar='LR', help='final learning rate')
+    add('--min-lr', type=float, default=0.0, metavar='LR', help='final learning rate, of all parameters')
     add('--periods', type=int, nargs='+', metavar='N', help='iterations of each period of cosine_restarts')
     add('--restart-weights', type=float, nargs='+', metavar='F', help='initial rate of each, as a fraction of --lr')
     add('--warmup', type=int, default=0, metavar='N', help='iterations of linear warm-up')

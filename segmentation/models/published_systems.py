@@ -40,10 +40,10 @@ class SegmenterConfig:
     lr: float = 6e-5  # after warm-up, for batch_size
     momentum: float = 0.9  # of 'sgd'
     weight_decay: float = 0.01
-    decay_norms: bool = False  # weight decay of norms, position embeddings and tables, and class tokens
+    norm_decay: str = 'heads'  # which norms, position embeddings and tables, and tokens decay: 'all' or 'heads'
     schedule: str = 'poly'  # lr to min_lr by (1 - step / iterations) ** power; or 'cosine_restarts'
     power: float = 1.0
-    min_lr: float = 0.0
+    min_lr: float = 0.0  # of all parameters: head_lr_scale does not apply
     periods: tuple[int, ...] = ()  # of 'cosine_restarts', iterations
     restart_weights: tuple[float, ...] = ()  # initial learning rate of each period, as a fraction of lr
     warmup: int = 1500  # iterations of linear warm-up from 1e-6 * lr
@@ -53,7 +53,7 @@ class SegmenterConfig:
     test_mode: str = 'whole'  # or 'slide', windows of size crop
     test_stride: int = 0  # distance of the windows, pixels
     test_pad: bool = False  # pad images smaller than a window
-    test_multiple: int = 1  # round the sides of test images up to a multiple, pixels
+    test_multiple: int = 1  # a second resize rounds the sides of test images up to a multiple, pixels
     miou: float | None = None  # published mIoU at a single scale, %
     miou_ms: float | None = None  # with scales 0.5, 0.75, 1, 1.25, 1.5 and 1.75 and flips, %
     source: str | None = None  # address of the authors' checkpoint or of its folder
@@ -82,7 +82,7 @@ def _semantic_fpn(name: str, backbone: str, proposals: Any, paper: str, folder: 
         iterations=80_000,
         lr=1e-4,
         weight_decay=1e-4,
-        decay_norms=True,
+        norm_decay='all',
         power=0.9,
         warmup=0,
         test_multiple=32,
@@ -114,7 +114,7 @@ def _condnet_resnet(
     name: str, dataset: str, miou: tuple[float, float], file: str, stride: int = 0, **kwargs: Any
 ) -> SegmenterConfig:
     """CondNet on DeepLabV3+ and a ResNet whose stem has three 3 x 3 convolutions."""
-    settings = dict(optimizer='sgd', lr=0.01, weight_decay=5e-4, decay_norms=True, power=0.9, min_lr=1e-4, warmup=0)
+    settings = dict(optimizer='sgd', lr=0.01, weight_decay=5e-4, norm_decay='all', power=0.9, min_lr=1e-4, warmup=0)
     settings |= dict(test_mode='slide' if stride else 'whole', test_stride=stride)
     settings |= dict(miou=miou[0], miou_ms=miou[1], source=_FILE + file)
     backbone = name.replace('r', 'resnet') + 'c'
@@ -181,7 +181,8 @@ _CONFIGS = (
     _semantic_fpn('fec_base', 'fec_base', (10, 10, 5, 5), _FEC_PAPER, '1X7MhOpg50d1aAmWOP9M7psBhW_fJzg2A', 37.7),
     _semantic_fpn('fec_large', 'fec_large', (10, 10, 5, 5), _FEC_PAPER, '1X7MhOpg50d1aAmWOP9M7psBhW_fJzg2A', 40.5),
     _condnet_resnet('r50', 'ade20k', (43.68, 44.30), '1ngWFxzHgdKyHGKRzzHpM5qixb1nZQouI'),
-    _condnet_resnet('r101', 'ade20k', (45.64, 47.12), '1LbMbEBkVuHFkKj3o1HSeTbRO4GzlA_ym', stride=342),
+    # Whole test images, as in the released configuration; an earlier one had windows of 512 with a stride of 342
+    _condnet_resnet('r101', 'ade20k', (45.64, 47.12), '1LbMbEBkVuHFkKj3o1HSeTbRO4GzlA_ym'),
     _condnet_resnet(
         'r101', 'pascal_context_59', (54.29, 55.74), '1LjtqG_dcwseCJDx17ENj4o4EUlovk8EX', stride=320, **_PASCAL_CONTEXT
     ),
@@ -205,9 +206,10 @@ def list_segmenters(filter: str = '') -> list[str]:
     """Returns the names of the published systems, in natural order.
 
     Args:
-        filter: Pattern such as ``'*coc*'``; '' for all names.
+        filter: Part of a name such as ``'coc'``, or a pattern of whole names such as ``'*_25'``; '' for all names.
     """
-    return sorted((name for name in CONFIGS if fnmatchcase(name, filter or '*')), key=natural_key)
+    pattern = filter if set(filter) & set('*?[') else f'*{filter}*'
+    return sorted((name for name in CONFIGS if fnmatchcase(name, pattern)), key=natural_key)
 
 
 def segmenter_config(name: str) -> SegmenterConfig:

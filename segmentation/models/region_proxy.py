@@ -38,7 +38,8 @@ class RegionProxy(nn.Module):
         )
         self.classifier = nn.Linear(last, num_classes, **dd)
         self.affinity.apply(init_weights)
-        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.kaiming_normal_(self.affinity[1].weight, mode='fan_out', nonlinearity='relu')
+        nn.init.trunc_normal_(self.classifier.weight, std=0.02)
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, features: list[Tensor]) -> dict[str, Tensor]:
