@@ -22,7 +22,7 @@ __all__ = ['StopRequest', 'is_process_error', 'keep_workers']
 
 # Ctrl-C; Slurm, Docker and launchers; the end of a terminal; Slurm's --signal
 _SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
-_training = torch.zeros((), dtype=torch.bool).share_memory_()  # whether a `StopRequest` is active; for workers
+_training: dict[int, torch.Tensor] = {}  # by process
 _ANSWER = 10  # seconds in which a process has to answer when others have waited too long
 
 
@@ -52,11 +52,11 @@ class StopRequest:
             # Gloo does not wait for the work that is queued on the device. A group is not usable after an error in it.
             self.group, self._check = (dist.new_group(backend='gloo', timeout=self.timeout) for _ in range(2))
         self.previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
-        _training.fill_(True)
+        _is_training().fill_(True)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        _training.fill_(False)
+        _is_training().fill_(False)
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
@@ -103,6 +103,14 @@ def is_process_error(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and 'gloo' in str(error))
 
 
+def _is_training() -> torch.Tensor:
+    """Returns, in memory that data loading processes share, whether a `StopRequest` is active in this process."""
+    process = os.getpid()
+    if process not in _training:  # a copy in a forked process would be that of the parent and of its other children
+        _training[process] = torch.zeros((), dtype=torch.bool).share_memory_()
+    return _training[process]
+
+
 def stay_in_training(training: torch.Tensor, start: Callable[[int], None] | None, worker: int) -> None:
     """Starts a data loading process, which ignores the signals of `StopRequest` during training.
 
@@ -130,7 +138,7 @@ def keep_workers(loader: DataLoader) -> None:
 
     A scheduler sends a signal to all processes of a job, and without its workers a run could not finish the update.
     """
-    loader.worker_init_fn = partial(stay_in_training, _training, loader.worker_init_fn)
+    loader.worker_init_fn = partial(stay_in_training, _is_training(), loader.worker_init_fn)
     if loader.num_workers and multiprocessing.get_start_method() == 'fork':
         loader.multiprocessing_context = _WorkerContext()
 
