@@ -302,6 +302,30 @@ with StopRequest() as stop:
     subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT, timeout=120)
 
 
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_end_of_a_forked_run_does_not_concern_the_loading_processes_of_another():
+    code = '''
+import os, signal
+from torch.utils.data import DataLoader
+from cluster_zoo.training.signals import StopRequest, keep_workers
+
+loader = DataLoader(range(8), num_workers=1)
+keep_workers(loader)
+with StopRequest():
+    batches = iter(loader)
+    next(batches)
+    if (child := os.fork()) == 0:
+        with StopRequest():
+            pass
+        os._exit(0)
+    os.waitpid(child, 0)
+    [worker] = batches._workers
+    os.kill(worker.pid, signal.SIGTERM)
+    assert len(list(batches)) == 7
+'''
+    subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT, timeout=120)
+
+
 def test_signal_during_the_agreement_is_not_lost(tmp_path, monkeypatch):
     reduce = dist.all_reduce
 
