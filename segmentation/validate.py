@@ -45,7 +45,7 @@ from cluster_zoo.training.runtime import (
 )
 from cluster_zoo.training.shared_options import add_device_options
 from cluster_zoo.weights import extract_state_dict, load_weights, read_checkpoint, training_metadata, weights_in_use
-from segmentation import Segmenter, create_segmenter, segmenter_config
+from segmentation import Segmenter, create_segmenter
 from segmentation.data.datasets import SegmentationDataset, create_dataset
 from segmentation.engine import shared_options
 from segmentation.engine.build import build_eval_transform
@@ -77,9 +77,7 @@ def validate_parser(prog: str = 'segmentation/validate.py') -> Parser:
     group.add_argument('--checkpoint', metavar='FILE', help='weights: of train.py, or the released ones of a system')
     group.add_argument('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
     group = shared_options.add_test_options(parser, prefix='')
-    add = group.add_argument
-    add('--scales', type=float, nargs='+', default=[1.0], metavar='F', help='average over these scales (default: 1)')
-    add('--flip', action='store_true', help='horizontal-flip test-time augmentation')
+    shared_options.add_average_options(group)
     group = add_device_options(parser)
     group.add_argument('-b', '--batch-size', type=int, default=8, metavar='N', help='batch size (default: 8)')
     add = parser.add_argument_group('results').add_argument
@@ -106,18 +104,11 @@ def complete_options(args: argparse.Namespace) -> Any:
     checkpoint = read_checkpoint(args.checkpoint)
     check_is_segmenter(extract_state_dict(checkpoint, args.checkpoint, args.use_ema), args.checkpoint)
     saved = training_metadata(checkpoint)['args']
-    if not (args.segmenter or args.head or saved.get('segmenter') or saved.get('head')):
-        raise OptionError(
-            f'--checkpoint {args.checkpoint} does not name its model: give --segmenter NAME, or --head and --backbone, '
-            'with --classifier, --channels and so on as in the training; and --dataset, unless it is a folder'
-        )
-    if not (args.segmenter or args.head):
-        shared_options.fill(args, saved, (*shared_options.MODEL_OPTIONS, *shared_options.TEST_OPTIONS))
-    shared_options.fill(args, saved, shared_options.DATA_OPTIONS)
-    if args.segmenter:
-        published = shared_options.config_options(segmenter_config(args.segmenter))
-        shared_options.fill(args, published, ('dataset', *shared_options.TEST_OPTIONS))
-    args.dataset = args.dataset or 'folder'
+    missing = (
+        f'--checkpoint {args.checkpoint} does not name its model: give --segmenter NAME, or --head and --backbone, '
+        'with --classifier, --channels and so on as in the training; and --dataset, unless it is a folder'
+    )
+    shared_options.complete(args, saved, missing)
     return checkpoint
 
 

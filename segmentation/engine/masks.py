@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from cluster_zoo.errors import ImageError, RunError
+from cluster_zoo.errors import CheckpointError, ImageError
 from cluster_zoo.features import eval_mode
 from cluster_zoo.images import to_rgb
 from cluster_zoo.training.runtime import option_errors
@@ -82,7 +82,7 @@ def predict(
     Raises:
         ImageError: The image has another type, shape or range of values.
         OptionError: An option is invalid.
-        RunError: An output of the model is not finite.
+        CheckpointError: An output of the model is not finite.
     """
     pixels = to_pixels(image)
     with option_errors('predict', TypeError):
@@ -219,9 +219,7 @@ def _argmax(sources: Sequence[_Logits], size: tuple[int, int]) -> Tensor:
     while first < H:
         total = sum(_resized_rows(source, first, last, size).softmax(0) for source in sources)
         if not total.isfinite().all():
-            raise RunError(
-                'an output of the model is not finite: use the weights of an earlier checkpoint, and no lower precision'
-            )
+            raise CheckpointError('an output of the model is not finite: use the weights of an earlier checkpoint')
         mask[first:last] = total.argmax(0)
         first, last = last, min(H, last + max(1, _STRIP // (len(total) * W)))  # the first row tells K
     return mask
