@@ -106,7 +106,7 @@ def test_the_authors_file_of_a_published_system(tmp_path, monkeypatch):
 
 
 def test_unknown_names():
-    with pytest.raises(OptionError, match='^--model condnet_r50_ade20: There is no head .*condnet_r50_ade20k'):
+    with pytest.raises(OptionError, match=r'^--model condnet_r50_ade20: There is no head .*condnet_r50_ade20k'):
         segmentation.load_trained(name='condnet_r50_ade20')
     with pytest.raises(OptionError, match='name a checkpoint'):
         segmentation.load_trained()
