@@ -114,6 +114,20 @@ def test_test_options(run, photos, model):
     check_mask('masks/a.png', expected(model, 'photos/a.jpg', scale=(60, 40), multiple=8))
 
 
+def test_windows_replace_those_of_the_checkpoint(run, photos, model, checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    content['args'] |= dict(test_mode='slide', test_crop=[48], test_stride=[40])
+    torch.save(content, tmp_path / 'windows.pth.tar')
+    for words, options in (
+        ([], dict(mode='slide', crop=48, stride=40)),
+        (['--window', 32], dict(mode='slide', crop=32)),
+        (['--stride', 24], dict(mode='slide', crop=48, stride=24)),
+        (['--mode', 'whole'], dict(mode='whole')),
+    ):
+        assert run('photos/deep/er/b.png', *words, checkpoint=tmp_path / 'windows.pth.tar')[0] == 0
+        check_mask('masks/b.png', expected(model, 'photos/deep/er/b.png', **options))
+
+
 def test_json(run, photos, model):
     status, out, err = run('photos', '--json')
     assert status == 0 and err == ''

@@ -121,8 +121,8 @@ def _jobs(args: argparse.Namespace) -> list[_Job]:
 
 
 def _load(args: argparse.Namespace) -> TrainedSegmenter:
-    if 'test_crop' in args.given and 'test_mode' not in args.given:
-        args.test_mode = 'slide'
+    if 'test_crop' in args.given:  # the mode and the stride of the checkpoint are for other windows
+        args.test_mode, args.test_stride = args.test_mode or 'slide', args.test_stride or args.test_crop
     if min(args.scales) <= 0:
         raise OptionError('--scales must be above 0')
     set_up_device(args)

@@ -194,9 +194,10 @@ class _Logits:
         if self.sums is None:
             dtype = torch.promote_types(logits.dtype, torch.float32)
             self.sums = logits.new_zeros(logits.shape[1], 0, len(self.counts[1]), dtype=dtype)
-        rows = self.top + self.sums.shape[1]
-        zeros = self.sums.new_zeros(len(self.sums), last - rows, self.sums.shape[2])
-        self.sums = torch.cat([self.sums[:, first - self.top :], zeros], 1)
+        kept = self.sums[:, first - self.top :].clone()
+        self.sums = None  # frees the memory before more is allocated
+        self.sums = kept.new_zeros(len(kept), last - first, kept.shape[2])
+        self.sums[:, : kept.shape[1]] = kept
         self.top = first
 
 

@@ -60,8 +60,8 @@ def load_trained(
         name: A name that `create_segmenter` has pretrained weights for.
         use_ema: Use the averaged weights of the checkpoint.
         device: Device of the model.
-        given: Options of the test and the normalization that replace those of the checkpoint, see
-            `shared_options.add_test_options`; its test protocol is that of ``segment predict``.
+        given: Test options of ``segment predict``, and the list ``given`` of their names. They replace those of the
+            checkpoint.
 
     Raises:
         OptionError: There is no such name, an option is invalid, or the checkpoint does not name its model.
