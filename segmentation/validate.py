@@ -211,11 +211,10 @@ def report(args: argparse.Namespace, metrics: dict[str, Any]) -> None:
         f'{metrics["images"]} images, {metrics["images_per_second"]:.2f} images/s, '
         f'{metrics["parameters"]:.2f} M parameters{memory}'
     )
-    confusion = metrics.pop('confusion')
     if args.results_dir:
         with option_errors(f'--results-dir {args.results_dir}'):
-            write_tables(args.results_dir, metrics | dict(confusion=confusion))
-            draw_confusion(Path(args.results_dir) / 'confusion.png', confusion, list(metrics['IoU']))
+            write_tables(args.results_dir, metrics)
+            draw_confusion(Path(args.results_dir) / 'confusion.png', metrics['confusion'], list(metrics['IoU']))
     if args.results_file:
         with option_errors(f'--results-file {args.results_file}'):
             path = Path(args.results_file)

@@ -65,7 +65,9 @@ def test_a_folder_that_does_not_exist(metrics, tmp_path):
 def test_picture(tmp_path, count):
     """The cells of a diagonal matrix are dark on the diagonal only."""
     path = tmp_path / 'confusion.png'
-    confusion.draw_confusion(path, 10**12 * torch.eye(count, dtype=torch.int64), [f'class {i}' for i in range(count)])
+    confusion.draw_confusion(
+        path, (10**12 * torch.eye(count, dtype=torch.int64)).tolist(), [f'class {i}' for i in range(count)]
+    )
     with Image.open(path) as picture:
         assert picture.format == 'PNG' and min(picture.size) > 300
         pixels = np.asarray(picture.convert('RGB'))
@@ -78,4 +80,4 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(confusion, 'find_spec', lambda name: None if name == 'matplotlib' else find(name))
     with pytest.raises(OptionError, match=r"pip install 'cluster_zoo\[segmentation\]'"):
-        confusion.draw_confusion(tmp_path / 'a.png', torch.eye(2), ['a', 'b'])
+        confusion.draw_confusion(tmp_path / 'a.png', [[1, 0], [0, 1]], ['a', 'b'])

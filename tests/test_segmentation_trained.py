@@ -138,6 +138,7 @@ def test_bad_checkpoints(save, tmp_path):
         dict(num_classes='3'),
         dict(model_kwargs='abc'),
         dict(segmenter=3),
+        dict(head='fcn', num_classes=0),
     ],
 )
 def test_options_of_untrusted_files(save, options):

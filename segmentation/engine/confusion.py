@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from cluster_zoo.errors import OptionError
 from cluster_zoo.files import replacing
@@ -31,7 +31,7 @@ def write_tables(folder: str | Path, metrics: dict[str, Any]) -> None:
     Raises:
         RunError: A file cannot be written.
     """
-    counts, names = metrics['confusion'], list(metrics['IoU'])
+    counts, names = torch.tensor(metrics['confusion']), list(metrics['IoU'])
     rows = [{'': name, **dict(zip(names, row))} for name, row in zip(names, counts.tolist())]
     write_csv(Path(folder) / 'confusion.csv', rows)
     rows = []
@@ -48,12 +48,12 @@ def check_matplotlib() -> None:
         raise OptionError("The confusion matrix needs matplotlib: pip install 'cluster_zoo[segmentation]'")
 
 
-def draw_confusion(path: str | Path, counts: Tensor, classes: Sequence[str]) -> None:
+def draw_confusion(path: str | Path, counts: Sequence[Sequence[int]], classes: Sequence[str]) -> None:
     """Draws the confusion matrix in percent of the pixels of each true class.
 
     Args:
         path: PNG file to write.
-        counts: Pixels by true and predicted class, int64 [K, K].
+        counts: Pixels by true and predicted class, K lists of K.
         classes: Names of the K classes.
 
     Raises:
@@ -67,6 +67,7 @@ def draw_confusion(path: str | Path, counts: Tensor, classes: Sequence[str]) -> 
     numbers = len(classes) <= _MAX_NUMBERS
     side = 3 + len(classes) * (0.6 if numbers else 0.2)  # inches
     axes = Figure(figsize=(side, side), layout='constrained').subplots()
+    counts = torch.tensor(counts)
     percent = (100 * counts / counts.sum(1, keepdim=True).clamp(min=1)).round().long()
     figure, _ = plot_confusion_matrix(percent, axes, numbers, list(classes), cmap='Blues')
     axes.set_xticks(axes.get_xticks(), classes, rotation=90)

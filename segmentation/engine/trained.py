@@ -107,7 +107,7 @@ def predict_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _classes(dataset: str | None, names: list[str], count: int) -> Classes:
     """Returns the classes of a dataset, or those with the names of the checkpoint, or numbers."""
-    classes = LAYOUTS[dataset].classes if dataset in LAYOUTS else numbered_classes(0)
+    classes = LAYOUTS[dataset].classes if dataset in list(LAYOUTS) else numbered_classes(0)
     if len(classes.names) == count:
         return classes
     classes = numbered_classes(count)
