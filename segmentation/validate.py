@@ -215,6 +215,7 @@ def report(args: argparse.Namespace, metrics: dict[str, Any]) -> None:
         with option_errors(f'--results-dir {args.results_dir}'):
             write_tables(args.results_dir, metrics)
             draw_confusion(Path(args.results_dir) / 'confusion.png', metrics['confusion'], list(metrics['IoU']))
+    metrics = {name: value for name, value in metrics.items() if name != 'confusion'}
     if args.results_file:
         with option_errors(f'--results-file {args.results_file}'):
             path = Path(args.results_file)
