@@ -94,15 +94,17 @@ def test_a_published_system(monkeypatch, image):
     assert found.options['scale'] == list(config.scale) and found.predict(image).shape == (40, 50)
 
 
-def test_the_authors_file_of_a_published_system(tmp_path, monkeypatch):
-    model = segmentation.create_segmenter('semantic_fpn_coc_small_4')
-    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'fpn.pth')
-    found = segmentation.load_trained(tmp_path / 'fpn.pth', 'semantic_fpn_coc_small_4')
-    name, value = next(iter(model.named_parameters()))
-    assert torch.equal(found.model.get_parameter(name), value)
-    assert found.options['multiple'] == 32 and found.classes.names[0] == 'wall'
-    with pytest.raises(OptionError, match=r'fpn\.pth does not name its model: .*--model'):
-        segmentation.load_trained(tmp_path / 'fpn.pth')
+def test_the_authors_file_of_a_published_system(tmp_path):
+    name = 'region_proxy_vit_ti16_ade20k'
+    model, config, path = segmentation.create_segmenter(name), segmenter_config(name), tmp_path / 'proxy.pth'
+    torch.save(dict(state_dict=model.state_dict()), path)
+    found = segmentation.load_trained(path, name)
+    first, value = next(iter(model.named_parameters()))
+    assert torch.equal(found.model.get_parameter(first), value) and found.classes.names[0] == 'wall'
+    assert (found.options['mode'], found.options['crop']) == (config.test_mode, config.crop) == ('slide', 512)
+    assert (found.options['stride'], found.options['pad']) == (config.test_stride, config.test_pad)
+    with pytest.raises(OptionError, match=r'proxy\.pth does not name its model: .*--model'):
+        segmentation.load_trained(path)
 
 
 def test_unknown_names():
