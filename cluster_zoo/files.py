@@ -1,4 +1,7 @@
-"""The files of a folder, through links, and the members of a tar, of which none is left out in silence."""
+"""The files of a folder, through links, and the members of a tar, of which none is left out in silence.
+
+`replacing` writes files that are complete or not there.
+"""
 
 import contextlib
 import os
@@ -9,7 +12,7 @@ from typing import BinaryIO
 
 from .errors import DataError, one_line, quoted
 
-__all__ = ['members', 'walk']
+__all__ = ['members', 'replacing', 'walk']
 
 
 def walk(root: str | os.PathLike) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -82,6 +85,17 @@ def members(file: BinaryIO, start: int = 0) -> Iterator[tarfile.TarInfo]:
     except Exception as error:  # a damaged header may raise any error
         where = f'after the member {quoted(last.name)}' if last else 'at the start'
         raise tarfile.ReadError(f'{one_line(error)} {where}') from error
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Returns a name to write a file to, which is then renamed to `path`; after an error it is removed instead."""
+    scratch = path.with_name(f'.{os.getpid()}.part')  # short, because `path` may have the longest possible name
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _is_end(file: BinaryIO, position: int) -> bool:

@@ -48,6 +48,7 @@ from segmentation.data.datasets import SegmentationDataset
 from segmentation.data.sampling import IterationSampler, SeededDataset
 from segmentation.engine import inference
 from segmentation.engine.build import build_datasets, build_loss, build_model, build_optimizer
+from segmentation.engine.confusion import write_tables
 from segmentation.engine.evaluation import evaluate
 from segmentation.engine.losses import PixelLoss
 from segmentation.engine.metrics import confusion_matrix_class, table
@@ -83,7 +84,8 @@ class Run(engine.TrainingRun):
 
     def extra_state(self) -> dict[str, Any]:
         names = ('iteration', 'loss_sums', 'num_losses', 'lr')
-        return dict(progress={name: getattr(self, name) for name in names}, crops=self.crops)
+        progress = {name: getattr(self, name) for name in names}
+        return dict(progress=progress, crops=self.crops, label_names=list(self.train_data.classes))
 
     def position(self) -> str:
         return f'iteration {self.iteration}'
@@ -258,7 +260,7 @@ def finite(run: Run, loss: Tensor) -> Tensor:
 
 
 def finish_validation(run: Run, metrics: dict[str, Any]) -> None:
-    """Saves a checkpoint and then a row of ``summary.csv``. All processes have to call this."""
+    """Saves a checkpoint, then a row of ``summary.csv``, and CSVs by class. All processes have to call this."""
     loss = reduced(run, run.loss_sum / max(run.num_losses, 1)).item()
     means = {name: metrics[name] for name in ('mIoU', 'aAcc', 'mAcc')}
     run.rows.append(dict(iteration=run.iteration, train_loss=loss, **means, lr=run.lr))
@@ -266,6 +268,7 @@ def finish_validation(run: Run, metrics: dict[str, Any]) -> None:
     save(run, metrics['mIoU'])
     if run.saver is not None:
         write_summary(run.output_dir / 'summary.csv', run.rows)
+        write_tables(run.output_dir, metrics)
         run.loggers.log(run.rows[-1])
 
 

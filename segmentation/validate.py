@@ -45,10 +45,11 @@ from cluster_zoo.training.runtime import (
 )
 from cluster_zoo.training.shared_options import add_device_options
 from cluster_zoo.weights import extract_state_dict, load_weights, read_checkpoint, training_metadata, weights_in_use
-from segmentation import Segmenter, create_segmenter, segmenter_config
+from segmentation import Segmenter, create_segmenter
 from segmentation.data.datasets import SegmentationDataset, create_dataset
 from segmentation.engine import shared_options
 from segmentation.engine.build import build_eval_transform
+from segmentation.engine.confusion import check_matplotlib, draw_confusion, write_tables
 from segmentation.engine.evaluation import evaluate
 from segmentation.engine.metrics import confusion_matrix_class, table
 from segmentation.engine.overlays import OverlayWriter, check_output_folder
@@ -59,7 +60,7 @@ __all__ = ['main']
 
 _COMMON = (
     *('data', 'dataset', 'split', 'segmenter', 'head', 'backbone', 'checkpoint', 'use_ema', 'test_mode', 'test_crop'),
-    *('scales', 'flip', 'batch_size', 'amp', 'device', 'workers', 'results_file', 'overlays'),
+    *('scales', 'flip', 'batch_size', 'amp', 'device', 'workers', 'results_file', 'results_dir', 'overlays'),
 )
 
 
@@ -77,13 +78,12 @@ def validate_parser(prog: str = 'segmentation/validate.py') -> Parser:
     group.add_argument('--checkpoint', metavar='FILE', help='weights: of train.py, or the released ones of a system')
     group.add_argument('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
     group = shared_options.add_test_options(parser, prefix='')
-    add = group.add_argument
-    add('--scales', type=float, nargs='+', default=[1.0], metavar='F', help='average over these scales (default: 1)')
-    add('--flip', action='store_true', help='horizontal-flip test-time augmentation')
+    shared_options.add_average_options(group)
     group = add_device_options(parser)
     group.add_argument('-b', '--batch-size', type=int, default=8, metavar='N', help='batch size (default: 8)')
     add = parser.add_argument_group('results').add_argument
     add('--results-file', metavar='FILE', help='write the results to this JSON file')
+    add('--results-dir', metavar='DIR', help='write the confusion matrix and a row for each class into this folder')
     add('--overlays', metavar='DIR', help='draw predictions over their images, into this folder')
     add('--num-overlays', type=int, default=4, metavar='N', help='number of images to draw (default: 4)')
     return parser
@@ -106,18 +106,11 @@ def complete_options(args: argparse.Namespace) -> Any:
     checkpoint = read_checkpoint(args.checkpoint)
     check_is_segmenter(extract_state_dict(checkpoint, args.checkpoint, args.use_ema), args.checkpoint)
     saved = training_metadata(checkpoint)['args']
-    if not (args.segmenter or args.head or saved.get('segmenter') or saved.get('head')):
-        raise OptionError(
-            f'--checkpoint {args.checkpoint} does not name its model: give --segmenter NAME, or --head and --backbone, '
-            'with --classifier, --channels and so on as in the training; and --dataset, unless it is a folder'
-        )
-    if not (args.segmenter or args.head):
-        shared_options.fill(args, saved, (*shared_options.MODEL_OPTIONS, *shared_options.TEST_OPTIONS))
-    shared_options.fill(args, saved, shared_options.DATA_OPTIONS)
-    if args.segmenter:
-        published = shared_options.config_options(segmenter_config(args.segmenter))
-        shared_options.fill(args, published, ('dataset', *shared_options.TEST_OPTIONS))
-    args.dataset = args.dataset or 'folder'
+    missing = (
+        f'--checkpoint {args.checkpoint} does not name its model: give --segmenter NAME, or --head and --backbone, '
+        'with --classifier, --channels and so on as in the training; and --dataset, unless it is a folder'
+    )
+    shared_options.complete(args, saved, missing)
     return checkpoint
 
 
@@ -159,6 +152,10 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     protocol = shared_options.test_protocol(args, prefix='') | dict(flip=args.flip)
     if args.results_file and utils.is_primary(args):
         check_output_file('--results-file', args.results_file)
+    if args.results_dir:
+        check_matplotlib()
+        with option_errors(f'--results-dir {args.results_dir}'):
+            check_output_folder(args.results_dir)
     if args.overlays:
         with option_errors(f'--overlays {args.overlays}'):
             check_output_folder(args.overlays)
@@ -207,13 +204,18 @@ def measure(prepared: dict[str, Any]) -> dict[str, Any]:
 
 
 def report(args: argparse.Namespace, metrics: dict[str, Any]) -> None:
-    """Prints the metrics and writes them, with the options, to ``--results-file``."""
+    """Prints the metrics and writes them: with the options to ``--results-file``, by class to ``--results-dir``."""
     print(table(metrics))
     memory = f', {metrics["memory"]:.0f} MiB' if 'memory' in metrics else ''
     print(
         f'{metrics["images"]} images, {metrics["images_per_second"]:.2f} images/s, '
         f'{metrics["parameters"]:.2f} M parameters{memory}'
     )
+    if args.results_dir:
+        with option_errors(f'--results-dir {args.results_dir}'):
+            write_tables(args.results_dir, metrics)
+            draw_confusion(Path(args.results_dir) / 'confusion.png', metrics['confusion'], list(metrics['IoU']))
+    metrics = {name: value for name, value in metrics.items() if name != 'confusion'}
     if args.results_file:
         with option_errors(f'--results-file {args.results_file}'):
             path = Path(args.results_file)

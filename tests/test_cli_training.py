@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from cluster_zoo.cli import main
+from cluster_zoo.cli.segment import predict_parser
 from cluster_zoo.training import train_options as train
 from cluster_zoo.training import validate
 from cluster_zoo.training.parser import Parser
@@ -93,9 +94,10 @@ def test_examples_of_the_help_are_valid(capsys):
     with pytest.raises(SystemExit):
         main(['segment', '--help'])
     examples = re.findall(r'^  cluster-zoo segment (.*)$', capsys.readouterr().out, re.MULTILINE)
-    assert [example.split()[0] for example in examples] == ['train', 'validate']
+    assert [example.split()[0] for example in examples] == ['train', 'validate', 'predict']
     for example, parser in zip(examples, (train_parser(), validate_parser())):
         assert parser.resolve(shlex.split(example)[1:]).data == 'DATA'
+    assert predict_parser().resolve(shlex.split(examples[-1])[1:]).images == ['photos/']
 
 
 def test_train_then_validate(tmp_path, capsys):

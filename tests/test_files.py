@@ -14,6 +14,7 @@ from PIL import Image
 
 from cluster_zoo.datasets import check_dataset, class_names, create_dataset
 from cluster_zoo.errors import DataError
+from cluster_zoo.files import replacing
 from segmentation.data.files import open_files
 
 ROOT = Path(__file__).parents[1]
@@ -329,3 +330,15 @@ def test_damage_between_inner_archives(tmp_path):
     root.write_bytes(content)
     with pytest.raises(DataError, match=r"damaged header after the member 'blue\.tar'"):
         create_dataset('', root, 'train')
+
+
+def test_replaced_files_are_complete(tmp_path):
+    path = tmp_path / ('a' * 251 + '.txt')  # the longest name
+    for content in ('first', 'second'):
+        with replacing(path) as scratch:
+            scratch.write_text(content)
+            assert not path.exists() or path.read_text() == 'first'
+    with pytest.raises(ValueError, match='interrupted'), replacing(path) as scratch:
+        scratch.write_text('half')
+        raise ValueError('interrupted')
+    assert path.read_text() == 'second' and list(tmp_path.iterdir()) == [path]

@@ -64,6 +64,7 @@ def test_metrics_by_hand():
     assert found['mIoU'] == pytest.approx((200 / 3 + 50 + 0) / 3)
     assert found['mAcc'] == pytest.approx(200 / 3)
     assert found['aAcc'] == pytest.approx(400 / 6)
+    assert found['confusion'] == [[2, 1, 0, 0], [0, 2, 1, 0], [0, 0, 0, 0], [0, 0, 0, 0]]
 
 
 def test_table():
@@ -133,7 +134,9 @@ def test_metrics_of_all_processes(tmp_path):
 def test_one_class():
     metrics = SegmentationMetrics(1)
     metrics.update(torch.zeros(1, 2, 3, dtype=torch.int64), torch.tensor([[[0, 0, 255], [0, 255, 255]]]))
-    assert metrics.compute() == dict(mIoU=100.0, aAcc=100.0, mAcc=100.0, IoU={'0': 100.0}, Acc={'0': 100.0})
+    assert metrics.compute() == dict(
+        mIoU=100.0, aAcc=100.0, mAcc=100.0, IoU={'0': 100.0}, Acc={'0': 100.0}, confusion=[[3]]
+    )
 
 
 def test_error_without_torchmetrics():

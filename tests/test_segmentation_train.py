@@ -24,7 +24,7 @@ from processes import run_processes
 
 from cluster_zoo.training.signals import StopRequest
 from cluster_zoo.weights import load_checkpoint
-from segmentation import create_segmenter, segmenter_config, train
+from segmentation import create_segmenter, load_trained, segmenter_config, train
 from segmentation.data.datasets import create_dataset
 from segmentation.engine.build import check_data, syncs_batch_norm
 from segmentation.engine.train_options import train_parser
@@ -79,7 +79,7 @@ def _load(path):
 # ---- Run folder ----
 
 
-def test_run_folder(run, tmp_path, caplog):
+def test_run_folder(run, data, tmp_path, caplog):
     flags = ['--iterations', 5, '--val-interval', 2, '--model-ema', '--log-interval', 2, '--overlays', 2]
     assert run('a', *flags, '--warmup', 2, '--head-lr-scale', 10) == 0
     folder = tmp_path / 'a'
@@ -95,6 +95,16 @@ def test_run_folder(run, tmp_path, caplog):
     ]
     assert [float(row['lr']) for row in rows] == pytest.approx(expected)
     assert _load(folder / 'model_best.pth.tar')['metric'] == max(float(row['mIoU']) for row in rows)
+    with (folder / 'classes.csv').open() as classes, (folder / 'confusion.csv').open() as confusion:
+        classes, (_, *counts) = list(csv.DictReader(classes)), list(csv.reader(confusion))
+    assert [row['class'] for row in classes] == [row[0] for row in counts] == ['ground', 'red', 'green']
+    assert [int(row['pixels']) for row in classes] == [sum(map(int, row[1:])) for row in counts]
+    assert sum(int(row['pixels']) for row in classes) == 3 * 37 * 48  # three images without their ignored rows
+    ious = [float(row['IoU']) for row in classes if row['IoU']]
+    assert np.mean(ious) == pytest.approx(float(rows[-1]['mIoU']), abs=1e-3)
+    trained = load_trained(folder / 'last.pth.tar', use_ema=True)
+    assert trained.classes.names == ('ground', 'red', 'green')
+    assert trained.predict(create_dataset('folder', data, 'val')[0][0]).shape == (40, 48)
     assert [len(list((folder / 'overlays' / n).glob('*.png'))) for n in ('2', '4', '5')] == [2, 2, 2]
     options = yaml.safe_load((folder / 'args.yaml').read_text())
     assert (options['head'], options['backbone'], options['num_classes']) == ('fcn', 'test_resnet', 3)

@@ -1,6 +1,7 @@
 """segmentation/validate.py and `evaluate` on a few images."""
 
 import argparse
+import csv
 import json
 import math
 import os
@@ -141,6 +142,36 @@ def test_a_checkpoint_alone_is_enough(run, data, model):
     options = found['options']
     assert (options['head'], options['dataset'], options['data']) == ('fcn', 'folder', str(data))
     assert f'mIoU {found["mIoU"]:.2f}' in out and all(name in out for name in CLASSES)
+
+
+@torch.no_grad()
+def test_tables_and_picture_of_the_classes(run, data, model, tmp_path):
+    found, _ = run('--results-dir', tmp_path / 'new' / 'tables')
+    predictions, labels = [], []
+    for image, mask in samples(data):
+        predictions.append(predict(model, image, size=mask.shape).argmax(1).flatten())
+        labels.append(mask.flatten())
+    predictions, labels = torch.cat(predictions), torch.cat(labels)
+    counts = [[((labels == i) & (predictions == j)).sum().item() for j in range(4)] for i in range(4)]
+    with (tmp_path / 'new' / 'tables' / 'confusion.csv').open() as file:
+        (corner, *header), *rows = csv.reader(file)
+    assert corner == '' and (*header,) == CLASSES == tuple(row[0] for row in rows)
+    assert np.abs(np.array([row[1:] for row in rows], int) - counts).max() <= 2  # rounding of equal probabilities
+    with (tmp_path / 'new' / 'tables' / 'classes.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row['class'] for row in rows] == [*CLASSES]
+    assert [int(row['pixels']) for row in rows] == np.sum(counts, 1).tolist()
+    for row in rows:
+        for column, metric in (('IoU', 'IoU'), ('accuracy', 'Acc')):
+            assert row[column] == ('' if found[metric][row['class']] is None else str(found[metric][row['class']]))
+    with Image.open(tmp_path / 'new' / 'tables' / 'confusion.png') as picture:
+        assert min(picture.size) > 300
+
+
+def test_results_that_cannot_be_written(run, tmp_path):
+    (tmp_path / 'file').touch()
+    status, error = run('--results-dir', tmp_path / 'file')
+    assert status == 2 and error.startswith(f'error: --results-dir {tmp_path}/file: ') and error.count('\n') == 1
 
 
 @pytest.mark.parametrize('batch_size', [1, 2, 16])

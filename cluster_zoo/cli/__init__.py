@@ -17,12 +17,12 @@ from ..errors import UserError, print_error
 from . import completion, training
 from .parser import COMMANDS, Parser
 
-__all__ = ['main']
+__all__ = ['exit_on_sigterm', 'main']
 
 _EXIT_STATUS = """\
 exit status:
   0    done
-  1    some of the images could not be classified (predict)
+  1    some of the images could not be processed (predict, explain, segment predict)
   2    an error; the message is on standard error
   130  interrupted
   141  the reader of the output ended, as in 'cluster-zoo list | head'
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 importlib.import_module('..models', __name__)  # registers the models
             status = training.run_script(argv)
             if status is None:
-                with _exit_on_sigterm():
+                with exit_on_sigterm():
                     args = _parser(named).parse_args(argv)
                     if getattr(args, 'debug', False):
                         os.environ['CLUSTER_ZOO_DEBUG'] = '1'
@@ -78,7 +78,7 @@ def _prepare_streams() -> None:
 
 
 @contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
+def exit_on_sigterm() -> Iterator[None]:
     """Raises SystemExit on SIGTERM, so that temporary files are removed."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield

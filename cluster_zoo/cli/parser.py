@@ -29,7 +29,7 @@ COMMANDS = {
     'env': Command('env', 'print versions, devices and kernels, for a report of a problem'),
     'train': Command('training', 'train an image classifier'),
     'validate': Command('training', 'measure accuracy and speed of image classifiers'),
-    'segment': Command('training', 'train or validate a segmenter'),
+    'segment': Command('training', 'train, validate or apply a segmenter'),
 }
 
 Commands = argparse._SubParsersAction  # what ``add_subparsers`` returns, for annotations

@@ -1,4 +1,7 @@
-"""``cluster-zoo train``, ``validate`` and ``segment``: the scripts of the checkout, for an installed package."""
+"""``cluster-zoo train``, ``validate`` and ``segment``: the scripts of the checkout, for an installed package.
+
+``segment predict`` is in `segment`, which parses its own command line, too.
+"""
 
 import importlib
 from collections.abc import Sequence
@@ -11,6 +14,7 @@ _SCRIPTS = {
     ('validate',): 'cluster_zoo.training.validate',
     ('segment', 'train'): 'segmentation.train',
     ('segment', 'validate'): 'segmentation.validate',
+    ('segment', 'predict'): 'cluster_zoo.cli.segment',
 }
 
 
@@ -21,13 +25,15 @@ def add_parser(commands: Commands) -> None:
     segment = commands.add_parser(
         'segment',
         help=COMMANDS['segment'].help,
-        description='Train or validate a segmenter.',
+        description='Train, validate or apply a segmenter.',
         epilog='examples:\n'
         '  cluster-zoo segment train DATA --dataset camvid --head semantic_fpn --backbone coc_tiny\n'
-        '  cluster-zoo segment validate DATA --checkpoint output/segmentation/NAME/model_best.pth.tar\n',
+        '  cluster-zoo segment validate DATA --checkpoint output/segmentation/NAME/model_best.pth.tar\n'
+        '  cluster-zoo segment predict photos/ --checkpoint FILE --output masks --overlays overlays\n',
     ).add_subparsers(title='commands', metavar='COMMAND', required=True)
     segment.add_parser('train', help='train a segmenter', add_help=False)
     segment.add_parser('validate', help='measure accuracy and speed of a segmenter', add_help=False)
+    segment.add_parser('predict', help='write the masks of images', add_help=False)
 
 
 def run_script(argv: Sequence[str]) -> int | None:

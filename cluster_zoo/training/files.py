@@ -26,6 +26,7 @@ __all__ = [
     'newest_checkpoint',
     'start_summary',
     'unlock',
+    'write_csv',
     'write_summary',
     'write_text',
 ]
@@ -237,7 +238,12 @@ def write_summary(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     doubled if a process is killed or the disk is full.
     """
     if rows:
-        write_text(path, _csv(rows))
+        write_csv(path, rows)
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Replaces a CSV file, with a column for each key; raises `RunError` if it cannot be written."""
+    write_text(path, _csv(rows))
 
 
 def start_summary(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -71,9 +71,11 @@ class SegmentationMetrics:
         Returns:
             ``mIoU`` (mean over classes that occur or are predicted), ``aAcc`` (pixel accuracy), ``mAcc`` (mean accuracy
             of the classes that occur), and dictionaries ``IoU`` and ``Acc`` by class name. Metrics without pixels are
-            NaN, and are not part of the means. All of them are NaN if an output was not finite.
+            NaN, and are not part of the means. All of them are NaN if an output was not finite. ``confusion`` is the
+            number of pixels by true and predicted class, K lists of K.
         """
-        counts = self.confusion.compute().double().cpu().reshape(len(self.classes), -1)  # a scalar for one class
+        confusion = self.confusion.compute().cpu().reshape(len(self.classes), -1)  # a scalar for one class
+        counts = confusion.double()
         if self.broken.compute() > 0:
             counts = torch.full_like(counts, math.nan)
         hits, true, predicted = counts.diag(), counts.sum(1), counts.sum(0)
@@ -84,6 +86,7 @@ class SegmentationMetrics:
             mAcc=acc.nanmean().item(),
             IoU=dict(zip(self.classes, iou.tolist())),
             Acc=dict(zip(self.classes, acc.tolist())),
+            confusion=confusion.tolist(),
         )
 
 

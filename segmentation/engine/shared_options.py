@@ -79,12 +79,17 @@ def add_data_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     return group
 
 
-def add_test_options(parser: argparse.ArgumentParser, prefix: str = 'test-') -> argparse._ArgumentGroup:
-    """Adds the options of the test. Their names start with ``prefix``, their destinations with ``test_``."""
+def add_test_options(
+    parser: argparse.ArgumentParser, prefix: str = 'test-', crop: str = 'crop'
+) -> argparse._ArgumentGroup:
+    """Adds the options of the test. Their names start with ``prefix``, their destinations with ``test_``.
+
+    ``crop`` is the name of the option for the size of the windows.
+    """
     group = parser.add_argument_group('test')
 
     def add(name: str, **kwargs: Any) -> None:
-        group.add_argument(f'--{prefix}{name}', dest=f'test_{name}', **kwargs)
+        group.add_argument(f'--{prefix}{crop if name == "crop" else name}', dest=f'test_{name}', **kwargs)
 
     add('mode', choices=MODES, help='whole images or sliding windows (default: whole)')
     add('crop', type=int, nargs='+', metavar='N', help='size of the windows: side, or height and width')
@@ -100,6 +105,34 @@ def fill(args: argparse.Namespace, values: Mapping[str, Any], names: tuple[str, 
     for name in names:
         if getattr(args, name, None) is None and values.get(name) is not None:
             setattr(args, name, values[name])
+
+
+def add_average_options(group: argparse._ArgumentGroup) -> None:
+    """Adds the options of the views of an image that predictions are averaged over."""
+    add = group.add_argument
+    add('--scales', type=float, nargs='+', default=[1.0], metavar='F', help='average over these scales (default: 1)')
+    add('--flip', action='store_true', help='horizontal-flip test-time augmentation')
+
+
+def complete(args: argparse.Namespace, saved: Mapping[str, Any], missing: str) -> None:
+    """Sets options that are not given: from a checkpoint, unless another model is named, or the published system.
+
+    Args:
+        args: The options.
+        saved: Options of the training, from the checkpoint.
+        missing: Message of the error if neither names a model.
+
+    Raises:
+        OptionError: No model is named, or there is no published system of the name.
+    """
+    if not (args.segmenter or args.head or saved.get('segmenter') or saved.get('head')):
+        raise OptionError(missing)
+    if not (args.segmenter or args.head):
+        fill(args, saved, (*MODEL_OPTIONS, *TEST_OPTIONS))
+    fill(args, saved, DATA_OPTIONS)
+    if args.segmenter:
+        fill(args, config_options(segmenter_config(args.segmenter)), ('dataset', *TEST_OPTIONS))
+    args.dataset = args.dataset or 'folder'
 
 
 def config_options(config: SegmenterConfig) -> dict[str, Any]:
@@ -149,35 +182,36 @@ def label_remap(args: argparse.Namespace) -> dict[int, int] | None:
         raise OptionError(f'--remap {args.remap}: expected LABEL=CLASS, both numbers') from None
 
 
-def test_protocol(args: argparse.Namespace, prefix: str = 'test-') -> dict[str, Any]:
+def test_protocol(args: argparse.Namespace, prefix: str = 'test-', crop: str = 'crop') -> dict[str, Any]:
     """Returns the arguments of `predict`, apart from ``flip``, from the shared test options.
 
     Args:
         args: The options.
-        prefix: See `add_test_options`.
+        prefix, crop: See `add_test_options`.
 
     Raises:
         OptionError: A value is invalid, or options of windows are given without mode slide.
     """
     protocol = dict(mode=args.test_mode or 'whole', pad=bool(args.test_pad))
     given = {name: getattr(args, f'test_{name}') for name in ('crop', 'stride', 'scale', 'multiple')}
+    flags = {name: f'--{prefix}{crop if name == "crop" else name}' for name in ('crop', 'stride', 'pad')}
     if protocol['mode'] == 'whole':
-        for name in ('crop', 'stride', 'pad'):
+        for name, flag in flags.items():
             if f'test_{name}' in args.given:
-                raise OptionError(f'--{prefix}{name} needs --{prefix}mode slide: it is an option of sliding windows')
+                raise OptionError(f'{flag} needs --{prefix}mode slide: it is an option of sliding windows')
     elif given['crop'] is None:
-        raise OptionError(f'--{prefix}mode slide needs --{prefix}crop, the size of the windows')
+        raise OptionError(f'--{prefix}mode slide needs {flags["crop"]}, the size of the windows')
     for name in ('crop', 'stride'):
         sides = given[name] or [1]
         if len(sides) > 2 or min(sides) < 1:
             shown = ' '.join(map(str, sides))
-            raise OptionError(f'--{prefix}{name} {shown}: expected one number, or height and width, of at least 1')
+            raise OptionError(f'{flags[name]} {shown}: expected one number, or height and width, of at least 1')
         if given[name] is not None:
             protocol[name] = sides[0] if len(sides) == 1 else tuple(sides)
-    crop = protocol.get('crop', 0)
-    if protocol['mode'] == 'slide' and any(map(gt, to_2tuple(protocol.get('stride', 0)), to_2tuple(crop))):
-        stride, crop = (' '.join(map(str, given[name])) for name in ('stride', 'crop'))
-        raise OptionError(f'--{prefix}stride {stride} is above --{prefix}crop {crop}: windows must cover all pixels')
+    sides, steps = (to_2tuple(protocol.get(name, 0)) for name in ('crop', 'stride'))
+    if protocol['mode'] == 'slide' and any(map(gt, steps, sides)):
+        stride, side = (f'{flags[name]} {" ".join(map(str, given[name]))}' for name in ('stride', 'crop'))
+        raise OptionError(f'{stride} is above {side}: windows must cover all pixels')
     if min(given['scale'] or [1]) < 1:
         raise OptionError(f'--{prefix}scale must be at least 1')
     if given['multiple'] is not None and given['multiple'] < 1:
