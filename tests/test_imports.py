@@ -27,6 +27,7 @@ LEVELS = (
     },
     {'cluster_zoo.app', 'segmentation.data', 'segmentation.models'},
     {'segmentation.engine'},
+    {'segmentation.detection'},
     {'segmentation'},
     {'segmentation.train', 'segmentation.validate'},
     {'cluster_zoo.cli'},
