@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -14,6 +15,15 @@ from segmentation.detection.detectors import DETECTORS
 from segmentation.detection.published_systems import CONFIGS
 
 SMALL = dict(min_size=64, max_size=96)
+FEW = dict(
+    rpn_post_nms_top_n_train=30, rpn_post_nms_top_n_test=30, box_batch_size_per_image=8, box_detections_per_img=5
+)
+
+
+def small(detector, backbone='coc_tiny', **options):
+    """A detector of three classes that is fast."""
+    torch.manual_seed(0)
+    return create_detector(detector, backbone, 3, **SMALL, **(FEW if 'rcnn' in detector else {}), **options)
 
 
 def build(*args, **options):
@@ -41,8 +51,7 @@ def images_and_targets():
 def test_every_weight_is_trained(detector, backbone):
     if backbone not in ('coc_tiny', 'fec_small') and detector not in ('mask_rcnn', 'fcos'):
         pytest.skip('the backbones do not depend on the detector')
-    torch.manual_seed(0)
-    model = create_detector(detector, backbone, 3, **SMALL)
+    model = small(detector, backbone)
     images, targets = images_and_targets()
     losses = model(images, targets)
     assert len(losses) == dict(mask_rcnn=5, faster_rcnn=4, retinanet=2, fcos=3)[detector]
@@ -55,9 +64,8 @@ def test_every_weight_is_trained(detector, backbone):
 @pytest.mark.parametrize('detector', DETECTORS)
 @torch.no_grad()
 def test_results(detector):
-    torch.manual_seed(0)
     threshold = 'box_score_thresh' if 'rcnn' in detector else 'score_thresh'
-    model = create_detector(detector, 'coc_tiny', 3, **SMALL, **{threshold: 0.0}).eval()
+    model = small(detector, **{threshold: 0.0}).eval()
     images, _ = images_and_targets()
     for image, found in zip(images, model(images)):
         H, W = image.shape[1:]
@@ -73,9 +81,8 @@ def test_results(detector):
 @pytest.mark.parametrize('detector', DETECTORS)
 @torch.no_grad()
 def test_autocast_keeps_the_precision_of_boxes(detector):
-    torch.manual_seed(0)
     threshold = 'box_score_thresh' if 'rcnn' in detector else 'score_thresh'
-    model = create_detector(detector, 'coc_tiny', 3, **SMALL, **{threshold: 0.0}).eval()
+    model = small(detector, **{threshold: 0.0}).eval()
     images, _ = images_and_targets()
     with torch.autocast('cpu', torch.bfloat16):
         found = model(images)[0]
@@ -185,3 +192,10 @@ def test_names_of_published_detectors():
     with pytest.raises(OptionError, match='did you mean mask_rcnn_coc_small_4'):
         detector_config('mask_rcnn_coc_small_5')
     assert build('mask_rcnn_coc_small_4', num_classes=7).roi_heads.box_predictor.cls_score.out_features == 8
+
+
+def test_table_of_the_docs():
+    page = (Path(__file__).parents[1] / 'docs' / 'detection.md').read_text(encoding='utf-8')
+    for config in CONFIGS.values():
+        parameters, mask_ap = f'{count(build(config.name)) / 1e6:.2f}', config.mask_ap or ''
+        assert f'| `{config.name}` | `{config.backbone}` | {parameters} | {config.box_ap} | {mask_ap} |' in page

@@ -168,9 +168,8 @@ def load_detector_weights(model: nn.Module, state_dict: dict[str, Tensor], path:
     Raises:
         CheckpointError: It is not of a detector or does not fit. The model is unchanged.
     """
-    parts = {name.partition('.')[0] for name in state_dict}
-    if not parts & {'rpn', 'head', 'rpn_head', 'roi_head', 'bbox_head'} or not parts & {'backbone'}:
-        what = 'segmenter' if parts & {'decode_head'} else 'classifier' if 'backbone' not in parts else 'other model'
+    if not any(name.startswith(('backbone.fpn.', 'rpn_head.', 'roi_head.', 'bbox_head.')) for name in state_dict):
+        what = 'segmenter' if any(name.startswith('backbone.') for name in state_dict) else 'classifier'
         raise CheckpointError(
             f"'{path}' has the weights of a {what}, not of a detector. A training can start from those of a "
             'classifier: pretrained_backbone.'
