@@ -30,6 +30,7 @@ LEVELS = (
     {'segmentation.detection'},
     {'segmentation'},
     {'segmentation.train', 'segmentation.validate'},
+    {'segmentation.detection.train', 'segmentation.detection.validate'},
     {'cluster_zoo.cli'},
 )
 

@@ -54,7 +54,7 @@ class StrideAnchors(AnchorGenerator):
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Returns the anchors [A, 4] of all levels for each image: rows, then columns, then those of one place."""
         first = feature_maps[0]
-        strides = [[torch.tensor(stride, device=first.device)] * 2 for stride in self.strides]
+        strides = [(stride, stride) for stride in self.strides]
         self.set_cell_anchors(first.dtype, first.device)
         anchors = torch.cat(self.grid_anchors([tuple(x.shape[-2:]) for x in feature_maps], strides))
         return [anchors] * len(image_list.image_sizes)

@@ -19,7 +19,7 @@ from .conventions import AlignedRoIPool, ClampedBoxCoder, RoundedResize, StrideA
 from .conversion import convert_detector
 from .published_systems import CONFIGS
 
-__all__ = ['DETECTORS', 'FeaturePyramid', 'create_detector', 'load_detector_weights']
+__all__ = ['DETECTORS', 'FeaturePyramid', 'create_detector', 'has_masks', 'load_detector_weights']
 
 _TWO_STAGES = {'mask_rcnn': MaskRCNN, 'faster_rcnn': FasterRCNN}
 _ONE_STAGE = {'retinanet': RetinaNet, 'fcos': FCOS}
@@ -125,6 +125,11 @@ def create_detector(
     if checkpoint_path:
         load_detector_weights(model, load_state_dict(checkpoint_path), checkpoint_path)
     return model
+
+
+def has_masks(detector: str) -> bool:
+    """Returns whether a detector, by its name or that of a published one, finds masks."""
+    return (CONFIGS[detector].detector if detector in CONFIGS else detector) == 'mask_rcnn'
 
 
 def _build(cls: type[nn.Module], pyramid: FeaturePyramid, num_classes: int, options: dict[str, Any]) -> nn.Module:
