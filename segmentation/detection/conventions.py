@@ -10,13 +10,21 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection._utils import BoxCoder, BoxLinearCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
-__all__ = ['AlignedRoIPool', 'ClampedBoxCoder', 'RoundedResize', 'StrideAnchors', 'paste_masks', 'resized']
+__all__ = [
+    'AlignedRoIPool',
+    'ClampedBoxCoder',
+    'PreciseDistanceCoder',
+    'RoundedResize',
+    'StrideAnchors',
+    'paste_masks',
+    'resized',
+]
 
 _FINEST_SCALE = 56  # square root of the area, in pixels, below which a box is pooled from the finest level
 _EPSILON = 1e-6  # of the level of a box
@@ -72,6 +80,14 @@ class ClampedBoxCoder(BoxCoder):
         low = [-math.inf, -math.inf, *(-self.bbox_xform_clip * weight for weight in self.weights[2:])]
         codes = rel_codes.to(boxes.dtype).unflatten(1, (-1, 4))
         return super().decode_single(codes.maximum(codes.new_tensor(low)).flatten(1), boxes)
+
+
+class PreciseDistanceCoder(BoxLinearCoder):
+    """Distances to the sides of a box, of FCOS, decoded in the precision of the boxes."""
+
+    def decode(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        """Distances [..., 4] from the centers of boxes [..., 4] -> boxes [..., 4]"""
+        return super().decode(rel_codes.to(boxes.dtype), boxes)
 
 
 class AlignedRoIPool(MultiScaleRoIAlign):

@@ -15,7 +15,7 @@ from cluster_zoo.weights import check_fit, load_state_dict
 from cluster_zoo.weights.checkpoints import convert_state_dict
 
 from ..models.backbones import Pyramid, create_backbone
-from .conventions import AlignedRoIPool, ClampedBoxCoder, RoundedResize, StrideAnchors
+from .conventions import AlignedRoIPool, ClampedBoxCoder, PreciseDistanceCoder, RoundedResize, StrideAnchors
 from .conversion import convert_detector
 from .published_systems import CONFIGS
 
@@ -156,6 +156,8 @@ def _build(cls: type[nn.Module], pyramid: FeaturePyramid, num_classes: int, opti
             part.box_coder = ClampedBoxCoder(part.box_coder.weights)
     elif isinstance(model, RetinaNet):
         model.box_coder = ClampedBoxCoder(model.box_coder.weights)
+    else:
+        model.box_coder = model.head.box_coder = PreciseDistanceCoder()
     return model
 
 
