@@ -56,9 +56,7 @@ def test_every_weight_is_trained(detector, backbone):
     losses = model(images, targets)
     assert len(losses) == dict(mask_rcnn=5, faster_rcnn=4, retinanet=2, fcos=3)[detector]
     sum(losses.values()).backward()
-    # The assignment of cluster pooling has no gradient
-    missing = {name for name, x in model.named_parameters() if x.requires_grad and x.grad is None}
-    assert all('.downsample.f.' in name for name in missing), missing
+    assert not [name for name, x in model.named_parameters() if x.grad is None]  # would stop distributed training
 
 
 @pytest.mark.parametrize('detector', DETECTORS)

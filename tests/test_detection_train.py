@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import socket
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +12,11 @@ import pytest
 import torch
 from checkpoints import assert_same
 from PIL import Image
+from processes import run_processes
 
 from cluster_zoo.training.signals import StopRequest
 from segmentation.detection import train, validate
+from segmentation.detection.published_systems import CONFIGS
 
 pytest.importorskip('faster_coco_eval')
 
@@ -135,6 +140,31 @@ def test_resumed_run_ends_in_the_same_bits(run, tmp_path, monkeypatch):
         assert_same(whole[name], parts[name])
 
 
+def _in_a_process(rank: int, world: int, line: list[str], folder: str) -> None:
+    """A run with the environment of torchrun."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='localhost')
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = Path(folder, 'port')
+        if rank == 0:
+            port.with_suffix('.new').write_text(str(free.getsockname()[1]))
+            port.with_suffix('.new').rename(port)
+    while not port.exists():
+        time.sleep(0.01)
+    os.environ['MASTER_PORT'] = port.read_text()
+    assert train.main(line) == 0
+
+
+def test_two_processes(data, tmp_path):
+    line = [data, *MODEL, *BASE, '--iterations', 2, '--output', tmp_path, '--experiment', 'two']
+    run_processes(_in_a_process, 2, list(map(str, line)), str(tmp_path), seconds=280)
+    checkpoint = load(tmp_path / 'two' / 'last.pth.tar')
+    assert checkpoint['progress']['iteration'] == 2 and checkpoint['crops'] == 4
+    assert not any(name.startswith('module.') for name in checkpoint['state_dict'])
+    assert len(checkpoint['summary']) == 1 and checkpoint['summary'][0]['box_AP'] >= 0
+
+
 def test_schedule():
     model = torch.nn.Linear(2, 2)
     args = train.train_parser('train').resolve(['DATA', '--iterations', '120', '--warmup', '10', '--device', 'cpu'])
@@ -147,6 +177,20 @@ def test_schedule():
     assert rates[79] == pytest.approx(2e-4) and rates[80] == pytest.approx(2e-5)
     assert rates[109] == pytest.approx(2e-5) and rates[110] == pytest.approx(2e-6)
     assert optimizer.param_groups[0]['weight_decay'] == 1e-4
+
+
+def test_defaults_are_those_of_the_published_detectors():
+    args = train.train_parser('train').resolve(['DATA', '--iterations', '90000', '--device', 'cpu'])
+    train.build_optimizer(args, torch.nn.Linear(2, 2))
+    for config in CONFIGS.values():
+        assert (args.epochs, args.opt, args.lr, args.weight_decay) == (
+            12,
+            config.optimizer,
+            config.lr,
+            config.weight_decay,
+        )
+        assert (args.warmup, args.flip) == (config.warmup, config.flip)
+        assert args.steps == [step / config.epochs for step in config.steps]
 
 
 @pytest.mark.parametrize(

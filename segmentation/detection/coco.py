@@ -191,11 +191,8 @@ def create_dataset(
     inside = files.folders('')
     top = inside[0] if len(inside) == 1 and not files.exists('annotations') else ''
     path = join(top, 'annotations', f'instances_{split}.json')
-    known = (
-        [file for file in files.below(join(top, 'annotations')) if file.endswith('.json')]
-        if (files.exists(join(top, 'annotations')))
-        else []
-    )
+    folder = join(top, 'annotations')
+    known = [file for file in files.below(folder) if file.endswith('.json')] if files.exists(folder) else []
     if path not in known:
         splits = [file.rpartition('instances_')[2].removesuffix('.json') for file in known if 'instances_' in file]
         found = f'found {_listed(splits)}{nearest(split, splits)}' if splits else 'found none'
@@ -209,6 +206,7 @@ class _Reader:
 
     def __init__(self, files: Folder | Archive, path: str, folder: str, masks: bool, crowd: bool) -> None:
         self.path, self.masks, self.crowd = files.root / path, masks, crowd
+        self.rle = coco_backend()[1] if masks else None
         self.faults: dict[str, list[str]] = defaultdict(list)
         self.notes: dict[str, list[str]] = defaultdict(list)
         content = self._content(files.read(path))
@@ -274,7 +272,7 @@ class _Reader:
             self.notes['boxes are outside of their image and are left out'].append(where)
         elif crowd and not self.crowd:
             self.notes['annotations of crowds are left out of the training'].append(where)
-        elif self.masks and (problem := _mask_problem(segmentation, image)):
+        elif self.masks and (problem := _mask_problem(segmentation, image, self.rle)):
             (self.faults if 'size' in problem else self.notes)[problem].append(where)
         else:
             if max(-x, -y, x + width - image.width, y + height - image.height) > _TOLERANCE:
@@ -309,7 +307,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _mask_problem(segmentation: Any, image: _Image) -> str:
+def _mask_problem(segmentation: Any, image: _Image, rle: ModuleType) -> str:
     """Returns what is wrong with a mask; '' if nothing is."""
     if isinstance(segmentation, list):
         valid = all(
@@ -324,7 +322,7 @@ def _mask_problem(segmentation: Any, image: _Image) -> str:
             return 'masks do not have the size of their image'
         empty = not any(counts[1::2])
     else:
-        empty = not isinstance(counts, str) or coco_backend()[1].area(segmentation) == 0
+        empty = not isinstance(counts, str) or rle.area(segmentation) == 0
     return 'masks are empty and are left out' if empty else ''
 
 

@@ -100,6 +100,24 @@ def create_detector(
         >>> model([torch.rand(3, 480, 640)])[0]['masks'].shape[1:]
         torch.Size([1, 480, 640])
     """
+    detector, backbone, num_classes, options = _with_defaults(detector, backbone, num_classes, options)
+    cls = DETECTORS[detector]
+    names = inspect.signature(cls).parameters
+    own = {name: options.pop(name) for name in list(options) if name in names}
+    levels = create_backbone(backbone, pretrained=pretrained_backbone, **options)
+    normalization = _normalization(levels.model, own)
+    if {len(values) for values in normalization.values()} != {channels := options.get('in_chans', 3)}:
+        raise OptionError(f'Images of {channels} channels need image_mean and image_std with {channels} values each.')
+    model = _build(cls, FeaturePyramid(levels, detector in _ONE_STAGE), num_classes, {**own, **normalization})
+    if checkpoint_path:
+        load_detector_weights(model, load_state_dict(checkpoint_path), checkpoint_path)
+    return model
+
+
+def _with_defaults(
+    detector: str, backbone: str | None, num_classes: int | None, options: dict[str, Any]
+) -> tuple[str, str, int, dict[str, Any]]:
+    """Checks the arguments of `create_detector` and adds those of a published detector."""
     if detector not in (*DETECTORS, *CONFIGS):
         raise OptionError(
             f'There is no detector {detector!r}{nearest(detector, [*DETECTORS, *CONFIGS])}: choose from '
@@ -114,17 +132,7 @@ def create_detector(
         raise OptionError(f'The detector {detector} needs a backbone and num_classes.')
     if num_classes < 1:
         raise OptionError(f'num_classes must be at least 1, without the background, got {num_classes}.')
-    cls = DETECTORS[detector]
-    names = inspect.signature(cls).parameters
-    own = {name: options.pop(name) for name in list(options) if name in names}
-    levels = create_backbone(backbone, pretrained=pretrained_backbone, **options)
-    normalization = _normalization(levels.model, own)
-    if {len(values) for values in normalization.values()} != {channels := options.get('in_chans', 3)}:
-        raise OptionError(f'Images of {channels} channels need image_mean and image_std with {channels} values each.')
-    model = _build(cls, FeaturePyramid(levels, detector in _ONE_STAGE), num_classes, {**own, **normalization})
-    if checkpoint_path:
-        load_detector_weights(model, load_state_dict(checkpoint_path), checkpoint_path)
-    return model
+    return detector, backbone, num_classes, options
 
 
 def has_masks(detector: str) -> bool:
