@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 # Python puts the folder of a script on the import path; its modules must not hide others.
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
@@ -71,6 +71,8 @@ class Run(engine.TrainingRun):
     task: SegmentationTask
     train_data: SegmentationDataset
     val_data: SegmentationDataset
+    metrics: ClassVar[tuple[str, ...]] = ('mIoU', 'aAcc', 'mAcc')  # in summary.csv; the first one says what is best
+    unit: ClassVar[str] = 'crops'  # what a batch consists of
     iteration: int = 0
     loss_sum: Tensor | float = 0.0  # since the last validation, of this process
     loss_sums: list[float] = field(default_factory=list)  # of all processes, for a checkpoint
@@ -89,6 +91,14 @@ class Run(engine.TrainingRun):
 
     def position(self) -> str:
         return f'iteration {self.iteration}'
+
+    def batches(self) -> Iterator[tuple[Any, Any]]:
+        """Yields the batches from the current iteration on, on the device."""
+        return training_batches(self)
+
+    def validate(self) -> dict[str, Any]:
+        """Returns the metrics on the validation split; empty if a stop was requested."""
+        return validate(self)
 
 
 def reduced(run: Run, value: Tensor | float) -> Tensor:
@@ -129,8 +139,8 @@ def resume(run: Run, path: str) -> None:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def training_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the batches from the current iteration on, on the device."""
+def training_loader(run: Run, **options: Any) -> DataLoader:
+    """Returns the loader of the batches from the current iteration on. ``options`` are those of PyTorch's loader."""
     args = run.args
     sampler = IterationSampler(
         len(run.train_data),
@@ -148,10 +158,17 @@ def training_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
         num_workers=args.workers,
         pin_memory=torch.device(args.device).type == 'cuda',
         generator=torch.Generator(),  # without it, starting the loader would advance the global generator
+        **options,
     )
     keep_workers(loader)
+    return loader
+
+
+def training_batches(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the batches from the current iteration on, on the device."""
+    args = run.args
     layout = dict(memory_format=torch.channels_last) if args.channels_last else {}
-    for images, labels in loader:
+    for images, labels in training_loader(run):
         yield images.to(args.device, non_blocking=True, **layout), labels.to(args.device, non_blocking=True)
 
 
@@ -214,20 +231,20 @@ def fit(run: Run) -> int:
     Returns:
         0, or the number of the signal that stopped the run.
     """
-    batches = training_batches(run)
+    batches = run.batches()
     run.task.train()
-    with batch_size_errors(run.args):
+    with batch_size_errors(run):
         while run.num_losses or run.iteration < run.args.iterations:
             if not is_validation_due(run):
                 with closing(Report(run)) as report:
                     train_until_validation(run, batches, report)
-            metrics = {} if run.stop.signal else validate(run)
+            metrics = {} if run.stop.signal else run.validate()
             if not metrics:
                 save(run, recovery=True)
                 return run.stop.signal
             finish_validation(run, metrics)
     if run.saver is not None and run.saver.best_metric is not None:
-        best = f'mIoU {run.saver.best_metric:.2f} after {run.saver.best_epoch} iterations'
+        best = f'{run.metrics[0]} {run.saver.best_metric:.2f} after {run.saver.best_epoch} iterations'
         _logger.info(f'Best {best}: {run.output_dir / "model_best.pth.tar"}')
     return 0
 
@@ -262,25 +279,27 @@ def finite(run: Run, loss: Tensor) -> Tensor:
 def finish_validation(run: Run, metrics: dict[str, Any]) -> None:
     """Saves a checkpoint, then a row of ``summary.csv``, and CSVs by class. All processes have to call this."""
     loss = reduced(run, run.loss_sum / max(run.num_losses, 1)).item()
-    means = {name: metrics[name] for name in ('mIoU', 'aAcc', 'mAcc')}
+    means = {name: metrics[name] for name in run.metrics}
     run.rows.append(dict(iteration=run.iteration, train_loss=loss, **means, lr=run.lr))
     run.loss_sum, run.num_losses = 0.0, 0
-    save(run, metrics['mIoU'])
+    save(run, metrics[run.metrics[0]])
     if run.saver is not None:
         write_summary(run.output_dir / 'summary.csv', run.rows)
-        write_tables(run.output_dir, metrics)
+        if 'confusion' in metrics:
+            write_tables(run.output_dir, metrics)
         run.loggers.log(run.rows[-1])
 
 
 @contextmanager
-def batch_size_errors(args: argparse.Namespace) -> Iterator[None]:
+def batch_size_errors(run: Run) -> Iterator[None]:
     """Turns errors that depend on the batch size into an `OptionError` that names the option to change."""
     try:
         yield
     except torch.OutOfMemoryError as error:
+        size = '--crop' if run.unit == 'crops' else '--min-size'
         raise OptionError(
-            f'out of memory with batches of {args.batch_size} crops: lower --batch-size or --crop or, in validation, '
-            '--validation-batch-size'
+            f'out of memory with batches of {run.args.batch_size} {run.unit}: lower --batch-size or {size} or, in '
+            'validation, --validation-batch-size'
         ) from error
     except ValueError as error:
         if 'more than 1 value per channel' not in str(error):
@@ -380,8 +399,8 @@ def log_run(run: Run) -> None:
     where = 'no output (--dry-run)' if args.dry_run else f'output in {run.output_dir}'
     _logger.info(
         f'{run.model_name}: {parameters / 1e6:.2f} M parameters, {args.num_classes} classes; {len(run.train_data):,} '
-        f'training and {len(run.val_data):,} validation images; {args.iterations:,} iterations of {run.crops} crops on '
-        f'{args.world_size} x {args.device}; {where}'
+        f'training and {len(run.val_data):,} validation images; {args.iterations:,} iterations of {run.crops} '
+        f'{run.unit} on {args.world_size} x {args.device}; {where}'
     )
     if run.iteration >= args.iterations:
         _logger.info(f'The run is finished: all {args.iterations} iterations are done. To train longer: --iterations.')

@@ -43,7 +43,10 @@ ANIMALS = dict(bee='n02206856', goldfish='n01443537', ladybug='n02165456', lion=
 GARDENS = ['garden;robin', '', 'wren', 'robin', 'garden', 'wren;garden', 'robin', '']
 EXTRAS = configparser.ConfigParser()
 EXTRAS.read(ROOT / 'setup.cfg')
-NEEDED = {'segmentation_models_pytorch': 'segmentation.md'}  # packages that one page needs
+NEEDED = {
+    'segmentation_models_pytorch': 'docs/segmentation.md',
+    'faster_coco_eval': 'docs/detection.md',
+}  # packages that one page needs
 
 
 def read(page):
@@ -199,6 +202,7 @@ def _write_files():
                 Path('streets', split, kind).mkdir(parents=True, exist_ok=True)
                 pixels.save(Path('streets', split, kind, f'{index}.png'))
     _write_photographs()
+    _write_cells()
     rows = [f'{split}/{index}.jpg,{labels}' for split in ('train', 'val') for index, labels in enumerate(GARDENS)]
     Path('gardens.csv').write_text('\n'.join(['file,labels', *rows]))
     for row in rows:
@@ -210,6 +214,22 @@ def _write_files():
     next(birds).resize((96, 64)).save('photo.jpg')
     Path('birds-model').mkdir()
     Path('birds-model/config.json').write_text('{}')
+
+
+def _write_cells():
+    """A dataset in the format of COCO: four images with two cells each."""
+    for split in ('train', 'val'):
+        images = [dict(id=index, file_name=f'{index}.png', width=96, height=64) for index in range(4)]
+        corners = [(8, 8), (50, 30)]
+        boxes = [dict(bbox=[x, y, 24, 20], segmentation=[[x, y, x + 24, y, x, y + 20]]) for x, y in corners]
+        pairs = [(image, box) for image in images for box in boxes]
+        annotations = [dict(box, id=i, image_id=image['id'], category_id=1) for i, (image, box) in enumerate(pairs)]
+        content = dict(images=images, annotations=annotations, categories=[dict(id=1, name='cell')])
+        Path('cells', split).mkdir(parents=True)
+        Path('cells', 'annotations').mkdir(exist_ok=True)
+        Path('cells', 'annotations', f'instances_{split}.json').write_text(json.dumps(content))
+        for image in images:
+            Image.effect_noise((96, 64), 50).save(Path('cells', split, image['file_name']))
 
 
 # --- Examples ---------------------------------------------------------------------------------------------------------

@@ -27,8 +27,10 @@ LEVELS = (
     },
     {'cluster_zoo.app', 'segmentation.data', 'segmentation.models'},
     {'segmentation.engine'},
+    {'segmentation.detection'},
     {'segmentation'},
     {'segmentation.train', 'segmentation.validate'},
+    {'segmentation.detection.train', 'segmentation.detection.validate'},
     {'cluster_zoo.cli'},
 )
 

@@ -286,7 +286,7 @@ def test_signal_to_all_processes_of_a_run(script, tmp_path, number):
 
 def test_signal_to_a_loading_process_that_starts():
     """PyTorch lets SIGTERM end such a process before it calls ``worker_init_fn``."""
-    code = '''
+    code = """
 import os, signal
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
@@ -298,13 +298,13 @@ loader = DataLoader(range(4), num_workers=2)
 keep_workers(loader)
 with StopRequest() as stop:
     assert len(list(loader)) == 4 and not stop.received
-'''
+"""
     subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT, timeout=120)
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 def test_end_of_a_forked_run_does_not_concern_the_loading_processes_of_another():
-    code = '''
+    code = """
 import os, signal
 from torch.utils.data import DataLoader
 from cluster_zoo.training.signals import StopRequest, keep_workers
@@ -322,7 +322,7 @@ with StopRequest():
     [worker] = batches._workers
     os.kill(worker.pid, signal.SIGTERM)
     assert len(list(batches)) == 7
-'''
+"""
     subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT, timeout=120)
 
 

@@ -1,4 +1,4 @@
-"""``cluster-zoo train``, ``validate`` and ``segment``: the scripts of the checkout, for an installed package.
+"""``cluster-zoo train``, ``validate``, ``segment`` and ``detect``: the checkout's scripts, for an installed package.
 
 ``segment predict`` is in `segment`, which parses its own command line, too.
 """
@@ -15,6 +15,8 @@ _SCRIPTS = {
     ('segment', 'train'): 'segmentation.train',
     ('segment', 'validate'): 'segmentation.validate',
     ('segment', 'predict'): 'cluster_zoo.cli.segment',
+    ('detect', 'train'): 'segmentation.detection.train',
+    ('detect', 'validate'): 'segmentation.detection.validate',
 }
 
 
@@ -34,6 +36,16 @@ def add_parser(commands: Commands) -> None:
     segment.add_parser('train', help='train a segmenter', add_help=False)
     segment.add_parser('validate', help='measure accuracy and speed of a segmenter', add_help=False)
     segment.add_parser('predict', help='write the masks of images', add_help=False)
+    detect = commands.add_parser(
+        'detect',
+        help=COMMANDS['detect'].help,
+        description='Train or validate a detector.',
+        epilog='examples:\n'
+        '  cluster-zoo detect train DATA --detector mask_rcnn --backbone coc_tiny\n'
+        '  cluster-zoo detect validate DATA --checkpoint output/detection/NAME/model_best.pth.tar\n',
+    ).add_subparsers(title='commands', metavar='COMMAND', required=True)
+    detect.add_parser('train', help='train a detector', add_help=False)
+    detect.add_parser('validate', help='measure the average precision of a detector', add_help=False)
 
 
 def run_script(argv: Sequence[str]) -> int | None:

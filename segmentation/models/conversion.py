@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from cluster_zoo.weights.conversion import Names, context_cluster, renamed, swin
 
-__all__ = ['convert_segmenter']
+__all__ = ['convert_backbone', 'convert_segmenter']
 
 _HEADS: Names = (
     (r'^neck\.', 'head.decoder.'),
@@ -52,7 +52,7 @@ def convert_segmenter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
         heads = {name: value for name, value in state_dict.items() if not name.startswith('backbone.')}
         backbone = {name.removeprefix('backbone.'): x for name, x in state_dict.items() if name.startswith('backbone.')}
         state_dict = renamed(heads, _HEADS)
-        for name, value in _convert_backbone(backbone).items():
+        for name, value in convert_backbone(backbone).items():
             state_dict[f'backbone.{name}' if name.startswith('norms.') else f'backbone.model.{name}'] = value
     modules = dict(model.named_modules())
     unused = [name for name in ('auxiliary', 'head.classifier.conv') if modules.get(name) is None]
@@ -61,7 +61,7 @@ def convert_segmenter(state_dict: dict[str, Tensor], model: nn.Module) -> dict[s
     return {name: value for name, value in state_dict.items() if not name.startswith(prefixes)}
 
 
-def _convert_backbone(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def convert_backbone(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Converts by the kind of backbone, which an entry that no other kind has identifies."""
     if 'network.0.0.norm1.weight' in state_dict:
         return context_cluster(renamed(state_dict, _CONTEXT_CLUSTER_NORMS))
