@@ -6,7 +6,8 @@
 
 import cluster_zoo  # noqa: F401  registers the backbones
 
+from .models.folders import save_pretrained
 from .models.published_systems import list_segmenters, segmenter_config
 from .models.segmenter import Segmenter, create_segmenter
 
-__all__ = ['Segmenter', 'create_segmenter', 'list_segmenters', 'segmenter_config']
+__all__ = ['Segmenter', 'create_segmenter', 'list_segmenters', 'save_pretrained', 'segmenter_config']

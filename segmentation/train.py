@@ -81,7 +81,7 @@ class Run(engine.TrainingRun):
 
     def extra_state(self) -> dict[str, Any]:
         progress = dict(iteration=self.iteration, loss_sum=float(self.loss_sum), num_losses=self.num_losses, lr=self.lr)
-        return dict(progress=progress, crops=self.crops)
+        return dict(progress=progress, crops=self.crops, label_names=list(self.train_data.classes))
 
     def position(self) -> str:
         return f'iteration {self.iteration}'
