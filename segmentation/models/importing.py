@@ -95,10 +95,11 @@ def _describe_saved(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the configuration of a checkpoint and the arguments of `create_segmenter`, see `load_segmenter`."""
     options = saved['args']
-    extra = options.get('model_kwargs')
-    arguments = {key: options.get(key) for key in _OPTIONS} | (extra if isinstance(extra, dict) else {}) | given
+    named = options.get('segmenter') or options.get('head')
+    of_model = options if head in (None, named) else {}  # not those of another model
+    extra, head = of_model.get('model_kwargs'), head or named
+    arguments = {key: of_model.get(key) for key in _OPTIONS} | (extra if isinstance(extra, dict) else {}) | given
     arguments = {key: value for key, value in arguments.items() if value is not None} | dict(auxiliary=False)
-    head = head or options.get('segmenter') or options.get('head')
     published = CONFIGS.get(head) if isinstance(head, str) else None
     if head not in HEADS and not published:
         problem = f"'{path}' does not name its model" if head is None else f'There is no head {quoted(head)}'
