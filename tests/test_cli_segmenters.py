@@ -119,6 +119,7 @@ def test_what_cannot_be_exported(zoo, model, checkpoint):
     assert 'only as onnx or pt2' in zoo('export', 'folder', '--to', 'torchscript', status=2)
     assert '--untrained are for the name of a model' in zoo('export', 'folder', '--untrained', '--to', 'pt2', status=2)
     assert 'only as onnx' in zoo('export', NAME, '--untrained', '--to', 'pt2', status=2)
+    assert "No checkpoint at 'nothing.pth.tar'" in zoo('export', 'nothing.pth.tar', '--to', 'pt2', status=2)
     assert 'does not fit' in zoo('export', NAME, '--checkpoint', checkpoint, '--to', 'pt2', status=2)
 
 

@@ -55,8 +55,7 @@ def add_parser(commands: Commands) -> None:
 
 def _name(name: str) -> str:
     """Type of an argument: a model, a published segmenter, or a checkpoint of a segmenter."""
-    segmenter = segmenters.is_segmenter(name) or segmenters.checkpoint_of_segmenter(Path(name), None)
-    return name if segmenter else model_name(name)
+    return name if segmenters.can_load(name) else model_name(name)
 
 
 def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -85,7 +84,7 @@ def _export(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def _load(args: argparse.Namespace, pretrained: bool, size: tuple[int, int] | None) -> nn.Module:
     """Returns the model with its weights."""
     name = segmenters.local(args.name)
-    if Path(name).is_file() or segmenters.is_segmenter(name):
+    if segmenters.can_load(name):
         return segmenters.load(name, args.checkpoint, args.untrained, args.num_classes)
     options = dict(num_classes=args.num_classes, exportable=True, scriptable=args.to == 'torchscript')
     cfg = timm.models.get_pretrained_cfg(args.name, allow_unregistered=True) if ':' not in args.name else None

@@ -52,6 +52,13 @@ def checkpoint_of_segmenter(path: Path, model: str | None) -> bool:
         return False  # the caller reads the file, too
 
 
+def can_load(name: str) -> bool:
+    """Whether `load` reads a name: a segmenter, or a file that is or should be a checkpoint of one."""
+    path = Path(name)
+    missing = path.suffix in ('.tar', '.pth', '.pt', '.safetensors') and not path.exists()
+    return missing or is_segmenter(name) or checkpoint_of_segmenter(path, None)
+
+
 def usage(name: str) -> str:
     """Returns an example of Python code for a published system or a folder."""
     pretrained = ', pretrained=True' if name in CONFIGS else ''
@@ -146,7 +153,8 @@ def load(name: str, checkpoint: str | None, untrained: bool, num_classes: int | 
     if name not in CONFIGS:
         if checkpoint or untrained:
             raise OptionError(f'{name} has weights: --checkpoint and --untrained are for the name of a model')
-        return load_segmenter(name) if Path(name).is_file() else create_segmenter(_folder(name))
+        is_folder = name.startswith('local-dir:') or Path(name).is_dir()
+        return create_segmenter(_folder(name)) if is_folder else load_segmenter(name)
     if checkpoint:
         return load_segmenter(checkpoint, name, model_args=options)
     return create_segmenter(name, auxiliary=False, pretrained=not untrained, **options)
