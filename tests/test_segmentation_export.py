@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from cluster_zoo import export
 from cluster_zoo.errors import ExportError
 from cluster_zoo.export import export_model
 from segmentation import Segmenter, create_segmenter
@@ -93,6 +94,17 @@ def test_a_backbone_of_one_size(tmp_path):
     assert '\n' not in str(error.value)
     exported = export_model(model, tmp_path / 'model.pt2', 'pt2', image_size=(64, 90))
     assert str(exported.sizes) == '64 x 90 px'
+
+
+def test_the_tolerance_is_relative_to_large_logits(monkeypatch, tmp_path):
+    model, error = _model('fcn', 'resnet10t', dict(channels=8)), 3e-5
+    nn.init.normal_(model.head.classifier.conv.weight, std=1000)
+    monkeypatch.setattr(export, '_write', lambda model, path, *args: path.touch())
+    monkeypatch.setattr(export, '_open', lambda *args: lambda images: model(images) * (1 + error))
+    assert 2e-5 < export_model(model, tmp_path / 'model.pt2', 'pt2').difference < 4e-5
+    error = 3e-4
+    with pytest.raises(ExportError, match='gives other logits than the model'):
+        export_model(model, tmp_path / 'model.pt2', 'pt2')
 
 
 def test_a_segmenter_of_parts_has_no_names():
