@@ -1,9 +1,11 @@
-"""torch.hub entry points: every model of cluster_zoo, by its name in timm.
+"""torch.hub entry points: every model of cluster_zoo, by its name in timm, and ``segmenter``.
 
     torch.hub.load('/path/to/cluster_zoo', 'coc_small', source='local', num_classes=10)
     torch.hub.load('/path/to/cluster_zoo', 'coc_tiny_plain.cifar10', source='local', pretrained=True)
+    torch.hub.load('/path/to/cluster_zoo', 'segmenter', 'semantic_fpn_coc_small_25', source='local', pretrained=True)
 
-Keyword arguments are those of ``timm.create_model``. The dependencies must be installed, the package itself need not.
+Keyword arguments are those of ``timm.create_model``, and of ``segmentation.create_segmenter`` for ``segmenter``. The
+dependencies must be installed, the package itself need not.
 """
 
 import functools as _functools
@@ -12,6 +14,7 @@ import timm as _timm
 
 # torch.hub puts the folder of this file first on the import path, so this imports the package in that folder.
 import cluster_zoo as _cluster_zoo
+import segmentation as _segmentation
 
 dependencies = ['torch', 'timm', 'safetensors']
 
@@ -24,6 +27,11 @@ def _entry_point(name):
         return _timm.create_model(name, pretrained=pretrained, **kwargs)
 
     return create
+
+
+def segmenter(head, *args, **kwargs):
+    """Creates a segmentation model: the arguments are those of ``segmentation.create_segmenter``."""
+    return _segmentation.create_segmenter(head, *args, **kwargs)
 
 
 def _is_ours(name):

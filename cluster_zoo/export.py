@@ -1,4 +1,4 @@
-"""Export of classifiers to ONNX, TorchScript and pt2 (torch.export) files.
+"""Export of classifiers and segmenters to ONNX, TorchScript and pt2 (torch.export) files.
 
 `export_model` writes a file under a temporary name, opens it again and compares its logits with those of the model for
 several batches and image sizes. If they agree, the file gets its name, otherwise it is deleted.
@@ -35,7 +35,7 @@ __all__ = ['FORMATS', 'OPSET', 'TOLERANCE', 'Export', 'ExportError', 'Sizes', 'c
 
 FORMATS = {'onnx': '.onnx', 'torchscript': '.pt', 'pt2': '.pt2'}  # format -> suffix of its files
 OPSET = 18  # the oldest that torch.onnx writes
-TOLERANCE = 1e-4  # largest difference of a logit, in float32
+TOLERANCE = 1e-4  # largest difference of a logit, in float32; of a segmenter as a fraction of its largest logit above 1
 
 _MIN_SIDE = 32  # pixels
 _MIN_SCALE = 1e-3  # layer scales with a smaller mean can hide an error in their branch from the logits
@@ -71,7 +71,8 @@ class Export:
         path: The file.
         sizes: Image sizes that it accepts. Batches may have any size.
         checked: Batch size, height and width of the images in the check.
-        difference: Largest difference of a logit over all images without a tie, at most `TOLERANCE`.
+        difference: Largest difference of a logit over all images without a tie, at most `TOLERANCE`. That of a
+            segmenter is a fraction of the largest logit of the image, if that is above 1.
         ties: Number of images with a larger difference, because rounding errors change the center of a point.
         raised: Number of layer scales near zero. If there are any, a copy of the model with larger ones is checked too.
     """
@@ -91,14 +92,16 @@ def export_model(
     image_size: int | tuple[int, int] | None = None,
     opset: int = OPSET,
 ) -> Export:
-    """Exports a classifier in float32 and evaluation mode, and checks the file against the model.
+    """Exports a classifier or segmenter in float32 and evaluation mode, and checks the file against the model.
 
-    The input ``image`` [B, C, H, W] is normalized with the model's mean and std. The output ``logits`` is [B, K]. The
-    file contains mean, std, input size, crop, interpolation and class names: ONNX as ``metadata_props``, TorchScript
-    and pt2 as JSON in the extra file ``cluster_zoo.json``.
+    The input ``image`` [B, C, H, W] is normalized with the model's mean and std. The output ``logits`` is [B, K], of a
+    segmenter [B, K, H, W]. The file contains mean, std, input size, crop, interpolation and class names, of a segmenter
+    also the colors and the test protocol: ONNX as ``metadata_props``, TorchScript and pt2 as JSON in the extra file
+    ``cluster_zoo.json``.
 
     Args:
-        model: A classifier of this package or of timm. It stays unchanged.
+        model: A classifier of this package or of timm, or a model of `segmentation.create_segmenter`. It stays
+            unchanged.
         path: File to write. An existing file is replaced.
         to: ``'onnx'``, ``'torchscript'`` or ``'pt2'``.
         image_size: Height and width, or one number for both, of the only size that the file accepts. If None, the file
@@ -106,13 +109,16 @@ def export_model(
         opset: ONNX opset, from 18 to the newest of the package onnx.
 
     Raises:
-        ExportError: The request is invalid (see `check_request`), the model is not a classifier or cannot be
-            converted, or the logits of the file differ from the model's.
+        ExportError: The request is invalid (see `check_request`), the model has no logits or cannot be converted to
+            this format, or the logits of the file differ from the model's.
         OSError: The file cannot be written.
     """
     check_request(path, to, image_size, opset)
     if not isinstance(getattr(model, 'num_classes', None), int) or not hasattr(model, 'pretrained_cfg'):
         raise ExportError(f'{type(model).__name__} is no classifier of timm: create one without features_only.')
+    formats = getattr(model, 'export_formats', FORMATS)
+    if to not in formats:
+        raise ExportError(f'This {type(model).__name__} cannot be written as {to}, only as {" or ".join(formats)}.')
     path = Path(path)
     model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
     data = timm.data.resolve_model_data_config(model, use_test_size=True)
@@ -183,10 +189,12 @@ def _sizes(model: nn.Module, to: str, native: tuple[int, int], image_size: int |
         return Sizes(native)
     if fixed:
         return Sizes(fixed)
-    multiple, smallest = 1, _MIN_SIDE
-    if isinstance(model, ContextCluster):
-        multiple = model.stem.patch_size
-        for stage, info in zip(model.stages, model.feature_info):
+    multiple, smallest = getattr(model, 'export_multiple', 1), _MIN_SIDE
+    for network in model.modules():  # the model, or the backbone of a segmenter
+        if not isinstance(network, ContextCluster):
+            continue
+        multiple = math.lcm(multiple, network.stem.patch_size)
+        for stage, info in zip(network.stages, network.feature_info):
             for module in stage.modules():
                 if isinstance(module, ClusterPool) or (isinstance(module, ClusterMixer) and module.regions > 1):
                     multiple = math.lcm(multiple, info['reduction'] * module.regions)
@@ -215,6 +223,7 @@ def _metadata(model: nn.Module, data: dict[str, Any], sizes: Sizes) -> dict[str,
         # timm's test size always has three channels
         input_size=(model.in_chans, *(sizes.fixed or data['input_size'][1:])),
         **{key: data[key] for key in ('mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')},
+        **{key: cfg.get(key) for key in ('label_colors', 'test')},  # of a segmenter
         sizes=str(sizes),
     )
     return {key: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for key, v in metadata.items() if v}
@@ -229,7 +238,7 @@ class _Input(nn.Module):
         self.multiple = multiple
 
     def forward(self, image: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, K]"""
+        """[B, C, H, W] -> [B, K] or [B, K, H, W]"""
         if self.multiple > 1:
             image = image.unflatten(2, (-1, self.multiple)).flatten(2, 3)
             image = image.unflatten(3, (-1, self.multiple)).flatten(3, 4)
@@ -316,12 +325,14 @@ def _check(
         if found.shape != expected.shape:
             raise ExportError(f'{what} gives {list(found.shape)} for {where}, the model {list(expected.shape)}.')
         for image, wanted, given in zip(images.split(1), expected.split(1), found.split(1)):
-            difference = (given - wanted).abs().max().item()
+            # The logits of some segmenters are in the hundreds, which makes rounding errors larger
+            scale = max(1.0, wanted.abs().max().item()) if wanted.ndim == 4 else 1.0
+            difference = (given - wanted).abs().max().item() / scale
             if difference <= TOLERANCE:  # false for NaN
                 largest = max(largest, difference)
                 continue
             noise = _ROUNDING * torch.randn(32, *image.shape, generator=generator)
-            if not any((model(image + one) - given).abs().max() <= TOLERANCE for one in noise):
+            if not any((model(image + one) - given).abs().max() <= TOLERANCE * scale for one in noise):
                 raise ExportError(
                     f'{what} gives other logits than the model: for {where} they differ by {difference:.1e}, more than '
                     f'{TOLERANCE:.0e}.'

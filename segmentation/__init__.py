@@ -8,7 +8,16 @@ import cluster_zoo  # noqa: F401  registers the backbones
 
 from .engine.masks import predict
 from .engine.trained import load_trained
+from .models.folders import save_pretrained
 from .models.published_systems import list_segmenters, segmenter_config
 from .models.segmenter import Segmenter, create_segmenter
 
-__all__ = ['Segmenter', 'create_segmenter', 'list_segmenters', 'load_trained', 'predict', 'segmenter_config']
+__all__ = [
+    'Segmenter',
+    'create_segmenter',
+    'list_segmenters',
+    'load_trained',
+    'predict',
+    'save_pretrained',
+    'segmenter_config',
+]

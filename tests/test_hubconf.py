@@ -34,6 +34,7 @@ found |= dict(
     file=sys.modules['cluster_zoo'].__file__,
     bundled=torch.hub.load(root, 'coc_tiny_plain.cifar10', source='local', pretrained=True).num_classes,
     stored=torch.hub.load(root, 'coc_tiny', source='local', pretrained=True).norm.weight.tolist(),
+    segmenter=torch.hub.load(root, 'segmenter', 'fcn', 'coc_tiny', 4, source='local').num_classes,
     own=sys.modules['timm'].create_model('local-dir:own', pretrained=True).norm.weight.tolist(),
 )
 try:
@@ -75,7 +76,7 @@ def _ours(names):
 
 def test_list_contains_all_models_and_weights(found):
     assert len(found['names']) == len(set(found['names']))
-    assert set(found['names']) == _ours(timm.list_models()) | _ours(timm.list_pretrained())
+    assert set(found['names']) == _ours(timm.list_models()) | _ours(timm.list_pretrained()) | {'segmenter'}
     assert {'coc_tiny', 'fec_large', 'dnc_resnet50', 'dnc_coc_medium'} <= set(found['names'])
 
 
@@ -91,6 +92,10 @@ def test_load_passes_keywords_to_create_model(found):
 
 def test_the_package_beside_hubconf_is_used(found):
     assert Path(found['file']).resolve() == ROOT / 'cluster_zoo' / '__init__.py'
+
+
+def test_a_segmenter(found):
+    assert found['segmenter'] == 4
 
 
 def test_tag_reaches_timm(found):

@@ -199,9 +199,9 @@ def test_checkpoint_of_a_classifier(tmp_path, wrapped):
 def test_weights_without_a_network(monkeypatch, tmp_path):
     monkeypatch.setenv('CLUSTER_ZOO_HOME', str(tmp_path))
     monkeypatch.setenv('CLUSTER_ZOO_AUTHORS', '0')
-    with pytest.raises(CheckpointError, match=r'condnet_r50_ade20k.*drive\.google\.com.*checkpoint_path'):
+    with pytest.raises(CheckpointError, match=r'condnet_r50_ade20k.*drive\.google\.com.*import FILE --as'):
         create_segmenter('condnet_r50_ade20k', pretrained=True)
-    with pytest.raises(CheckpointError, match=r'condnet_swin_base_ade20k.*none.*pretrained_backbone=True'):
+    with pytest.raises(CheckpointError, match=r'condnet_swin_base_ade20k.*authors have published none'):
         create_segmenter('condnet_swin_base_ade20k', pretrained=True)
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn as nn
 from timm.models import get_pretrained_cfg
 
+from segmentation.models.segmenter import fetch_segmenter, install_segmenter
+
 from .. import __version__
 from ..errors import CheckpointError, OptionError, nearest, one_line, printable
 from ..training.parser import ParseKwargs
@@ -22,6 +24,7 @@ from ..weights.configs import CONFIG, read_config
 from ..weights.download import is_drive, organization
 from ..weights.importing import find_weights, import_checkpoint, install, write_folder
 from ..weights.loading import load_model, open_model_folder
+from . import segmenters
 from .arguments import positive
 from .parser import COMMANDS, Commands
 
@@ -124,8 +127,10 @@ def _meta_model(name: str) -> tuple[nn.Module, int]:
 def _list(args: argparse.Namespace) -> None:
     pattern = args.filter if set(args.filter) & set('*?[') else f'*{args.filter}*'
     names = fnmatch.filter(metadata.package_tags(), pattern)
-    if not names:
-        raise OptionError(f"no name matches '{args.filter}'{nearest(args.filter, metadata.package_models())}")
+    systems = segmenters.rows(fnmatch.filter(segmenters.published(), pattern))
+    if not names and not systems:
+        known = [*metadata.package_models(), *segmenters.published()]
+        raise OptionError(f"no name matches '{args.filter}'{nearest(args.filter, known)}")
     rows = []
     for name in names:
         known = metadata.release(name)
@@ -133,17 +138,28 @@ def _list(args: argparse.Namespace) -> None:
         top1 = dict(published_top1=known.published_top1, measured_top1=measured)
         rows.append(dict(name=name, parameters=_meta_model(name)[1], **top1, weights=_location(name)))
     if args.json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps(rows + systems, indent=2))
         return
-    width = max(map(len, names))
-    print(f'{"name":{width}}  parameters  published  measured  weights')
+    if rows:
+        _print_rows(rows, dict(published='published_top1', measured='measured_top1'))
+    if systems:
+        print('\nsegmenters, published mIoU' if rows else 'segmenters, published mIoU')
+        _print_rows(systems, dict(published='published_miou'))
+
+
+def _print_rows(rows: list[dict[str, Any]], results: dict[str, str]) -> None:
+    """Prints a table of models. ``results`` has the key of a row for each title of a column."""
+    width = max(len(row['name']) for row in rows)
+    print(f'{"name":{width}}  parameters  {"  ".join(f"{title:>9}" for title in results)}  weights')
     for row in rows:
-        published, measured = (f'{row[key]:.1f}' if row[key] else '-' for key in ('published_top1', 'measured_top1'))
+        shown = '  '.join(f'{row[key]:9.1f}' if row[key] else f'{"-":>9}' for key in results.values())
         parameters = f'{row["parameters"] / 1e6:.2f} M'
-        print(f'{row["name"]:{width}}  {parameters:>10}  {published:>9}  {measured:>8}  {row["weights"]}')
+        print(f'{row["name"]:{width}}  {parameters:>10}  {shown}  {row["weights"]}')
 
 
 def _info(args: argparse.Namespace) -> None:
+    if segmenters.is_segmenter(args.name):
+        return _print_info(args, segmenters.info(args.name))
     folder = _model_folder(args.name)
     name = f'local-dir:{folder}' if folder else _full_name(args.name)
     stored = folder or cache.cached(name)
@@ -169,25 +185,28 @@ def _info(args: argparse.Namespace) -> None:
         label_names=labels,
         citation=release.citation,
     )
+    _print_info(args, info)
+
+
+def _print_info(args: argparse.Namespace, info: dict[str, Any]) -> None:
+    """Prints what is known of a model as JSON or as text."""
     if args.json:
         print(json.dumps(info, indent=2))
         return
+    labels = info['label_names']
     # The first classes, each with the first of ImageNet's synonyms
     shown = ', '.join([label.partition(',')[0] for label in labels or ()][:5])
     shown = f': {shown}{", ..." if len(labels) > 5 else ""}' if labels else ', without names'
-    info |= dict(classes=f'{model.num_classes}{shown}', parameters=f'{parameters / 1e6:.2f} M')
+    info |= dict(classes=f'{info["classes"]}{shown}', parameters=f'{info["parameters"] / 1e6:.2f} M')
     for key, value in info.items():
         if key not in ('label_names', 'citation'):
             print(f'{key:15} {printable("-" if value in (None, []) else value)}')
 
 
 def _fetch(args: argparse.Namespace) -> None:
-    from segmentation.models.segmenter import CONFIGS, fetch_segmenter
-
     options = dict(member=args.file, force=args.force)
-    if args.name in CONFIGS:
-        name, folder = args.name, fetch_segmenter(args.name, **options)
-        use = f"from segmentation import create_segmenter; create_segmenter('{name}', pretrained=True)"
+    if args.name in segmenters.published():
+        name, folder, use = args.name, fetch_segmenter(args.name, **options), _usage(args.name)
     else:
         name = _full_name(args.name)
         cfg, use = get_pretrained_cfg(name), _usage(name)
@@ -205,6 +224,8 @@ def _fetch(args: argparse.Namespace) -> None:
 
 
 def _usage(name: str) -> str:
+    if segmenters.is_segmenter(name):
+        return segmenters.usage(name)
     return f"import cluster_zoo, timm; timm.create_model('{name}', pretrained=True)"
 
 
@@ -222,6 +243,13 @@ def _import(args: argparse.Namespace) -> None:
     if args.name:
         return _import_release(args)
     _check_target(args.to, args.force)
+    if segmenters.checkpoint_of_segmenter(args.file, args.model):
+        if args.img_size:
+            raise OptionError('--img-size is not an option of segmenters: they accept images of any size')
+        result = segmenters.import_folder(args)
+        return _show(
+            args, f'{args.to}: written, and checked by running the model', result, _usage(f'local-dir:{args.to}')
+        )
     model_args = args.model_kwargs | (dict(num_classes=args.num_classes) if args.num_classes else {})
     data = dict(img_size=args.img_size) if args.img_size else {}
     import_checkpoint(args.file, args.to, args.model, args.use_ema, model_args, data, args.label_names)
@@ -243,30 +271,27 @@ def _check_target(folder: Path, force: bool) -> None:
 
 
 def _import_release(args: argparse.Namespace) -> None:
-    name = _full_name(args.name)
+    is_segmenter = args.name in segmenters.published()
+    name = args.name if is_segmenter else _full_name(args.name)
     if any((args.model, args.num_classes, args.img_size, args.label_names, args.model_kwargs, args.use_ema)):
         raise OptionError(f'--as takes no further options: {name} has fixed classes and images. Use --to FOLDER.')
-    if get_pretrained_cfg(name).file:
+    if not is_segmenter and get_pretrained_cfg(name).file:
         raise OptionError(f'{name} is part of the package')
     if cache.cached(name) and not args.force:
         raise OptionError(f'{name} is in the cache already: replace it with --force')
     source = dict(file=one_line(args.file.name), sha256=cache.sha256(args.file) if args.file.is_file() else '')
     with cache.exclusive(name), cache.new_folder(cache.entry(name)) as folder:
-        install(name, args.file, folder, source)
+        (install_segmenter if is_segmenter else install)(name, args.file, folder, source)
     _show(args, f'{name}: in the cache', dict(folder=str(cache.entry(name)), source=source), _usage(name))
 
 
 def _push(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        folder = _model_folder(args.name)
-        if folder is None:
-            name = _full_name(args.name)
-            if get_pretrained_cfg(name).file:
-                folder = Path(scratch)
-                write_folder(load_model(name), folder, name, dict(package=f'cluster_zoo {__version__}'))
-            elif not (folder := cache.cached(name)):
-                raise CheckpointError(f'The weights of {name} are not on this machine: cluster-zoo fetch {name}')
-        open_model_folder(folder)  # refuses a damaged one
+        folder = _folder_to_push(args.name, Path(scratch))
+        is_segmenter = segmenters.is_segmenter(str(folder))
+        # Refuses a damaged one
+        segmenters.open_model_folder(folder) if is_segmenter else open_model_folder(folder)
+        usage = segmenters.usage if is_segmenter else _usage
         if args.to.startswith(('.', '/', '~')) or Path(args.to).is_dir():
             target = Path(args.to).expanduser()
             _check_target(target, args.force)
@@ -274,17 +299,37 @@ def _push(args: argparse.Namespace) -> None:
                 for file in (cache.WEIGHTS, CONFIG, 'README.md'):
                     if (folder / file).is_file():
                         shutil.copyfile(folder / file, new / file)
-            return _show(args, f'{args.name}: copied', dict(folder=str(target)), _usage(f'local-dir:{target}'))
-        try:
-            huggingface_hub.create_repo(args.to, private=args.private, exist_ok=True)
-            commit = huggingface_hub.upload_folder(
-                repo_id=args.to,
-                folder_path=folder,
-                allow_patterns=[cache.WEIGHTS, CONFIG, 'README.md'],
-                commit_message=args.message,
-            )
-        except Exception as error:  # of the client, or of its HTTP library
-            status = getattr(getattr(error, 'response', None), 'status_code', None)
-            hint = ' Log in first: hf auth login, or HF_TOKEN.' if status in (401, 403) else ''
-            raise CheckpointError(f'The upload to {args.to} failed: {one_line(error)}{hint}') from error
-    _show(args, f'{args.name}: uploaded', dict(address=str(commit.commit_url)), _usage(f'hf-hub:{args.to}'))
+            return _show(args, f'{args.name}: copied', dict(folder=str(target)), usage(f'local-dir:{target}'))
+        address = _upload(folder, args)
+    _show(args, f'{args.name}: uploaded', dict(address=address), usage(f'hf-hub:{args.to}'))
+
+
+def _folder_to_push(name: str, scratch: Path) -> Path:
+    """Returns the model folder of an argument, and writes bundled weights to ``scratch``."""
+    if folder := _model_folder(name):
+        return folder
+    if name not in segmenters.published():
+        name = _full_name(name)
+        if get_pretrained_cfg(name).file:
+            write_folder(load_model(name), scratch, name, dict(package=f'cluster_zoo {__version__}'))
+            return scratch
+    if not (folder := cache.cached(name)):
+        raise CheckpointError(f'The weights of {name} are not on this machine: cluster-zoo fetch {name}')
+    return folder
+
+
+def _upload(folder: Path, args: argparse.Namespace) -> str:
+    """Uploads a model folder to the Hub and returns the address of the commit."""
+    try:
+        huggingface_hub.create_repo(args.to, private=args.private, exist_ok=True)
+        commit = huggingface_hub.upload_folder(
+            repo_id=args.to,
+            folder_path=folder,
+            allow_patterns=[cache.WEIGHTS, CONFIG, 'README.md'],
+            commit_message=args.message,
+        )
+    except Exception as error:  # of the client, or of its HTTP library
+        status = getattr(getattr(error, 'response', None), 'status_code', None)
+        hint = ' Log in first: hf auth login, or HF_TOKEN.' if status in (401, 403) else ''
+        raise CheckpointError(f'The upload to {args.to} failed: {one_line(error)}{hint}') from error
+    return str(commit.commit_url)

@@ -85,6 +85,18 @@ def _bin_weights(size: int, regions: int, bins: int, like: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True).clamp_min(1)
 
 
+def adaptive_pool(x: Tensor, bins: int) -> Tensor:
+    """Adaptive average pooling [B, C, H, W] -> [B, C, g, g], with ``bins`` = g.
+
+    An exported graph has a product with weights that it computes from the size of the map. The exporters would
+    otherwise write the bins of the traced size, which are wrong for other sizes.
+    """
+    if not torch.compiler.is_exporting():
+        return F.adaptive_avg_pool2d(x, bins)
+    rows, columns = (_bin_weights(size, 1, bins, x)[0] for size in x.shape[-2:])  # [g, H], [g, W]
+    return rows @ x @ columns.T
+
+
 def distinct_bins(size: tuple[int, int], regions: int, bins: int, like: Tensor) -> Tensor:
     """Mask of the bins of `mean_grid` that contain real points and are not equal to an earlier bin: bool [r * r, M].
 

@@ -9,11 +9,11 @@ from huggingface_hub import ModelCardData
 from ..errors import one_line
 from .metadata import label_names, release
 
-__all__ = ['model_card']
+__all__ = ['LICENSES', 'escape', 'model_card']
 
 # The Hub's names of datasets and licenses
 _DATASETS = {'ImageNet-1k': ['imagenet-1k'], 'CIFAR-10': ['cifar10']}
-_LICENSES = ('apache-2.0', 'mit', 'bsd-3-clause', 'cc0-1.0', 'cc-by-4.0', 'cc-by-nc-4.0', 'gpl-3.0', 'unknown')
+LICENSES = ('apache-2.0', 'mit', 'bsd-3-clause', 'cc0-1.0', 'cc-by-4.0', 'cc-by-nc-4.0', 'gpl-3.0', 'unknown')
 _SHOWN = 20  # class names in the card
 
 _CARD = """\
@@ -63,8 +63,8 @@ def model_card(config: dict[str, Any], title: str) -> str:
     known = release(full_name or name)
     license = str(cfg.get('license') or 'unknown')
     data = ModelCardData(
-        license=license if license in _LICENSES else 'other',
-        license_name=None if license in _LICENSES else _escape(license),
+        license=license if license in LICENSES else 'other',
+        license_name=None if license in LICENSES else escape(license),
         library_name='timm',
         pipeline_tag='image-classification' if config.get('num_classes') else 'image-feature-extraction',
         tags=['timm', 'cluster_zoo'],
@@ -77,23 +77,23 @@ def model_card(config: dict[str, Any], title: str) -> str:
     labels = label_names(cfg | {key: config[key] for key in ('num_classes', 'label_names') if config.get(key)}) or []
     return _CARD.format(
         data=data.to_yaml(),
-        title=_escape(title),
+        title=escape(title),
         architecture=name,
         num_classes=config.get('num_classes'),
         several=' (an image can have several)' if config.get('multi_label') else '',
         dataset=known.data or 'unknown data',
-        paper=_escape(' '.join(str(cfg[key]) for key in ('paper_name', 'paper_ids') if cfg.get(key))),
+        paper=escape(' '.join(str(cfg[key]) for key in ('paper_name', 'paper_ids') if cfg.get(key))),
         load=full_name or 'local-dir:FOLDER',
         results='\n'.join(results) or 'No results are known for these weights.',
-        classes=(', '.join(map(_escape, labels[:_SHOWN])) or 'not known') + ', ...' * (len(labels) > _SHOWN),
-        origin='\n'.join(f'- {_escape(key)}: {_escape(value)}' for key, value in config['source'].items() if value),
+        classes=(', '.join(map(escape, labels[:_SHOWN])) or 'not known') + ', ...' * (len(labels) > _SHOWN),
+        origin='\n'.join(f'- {escape(key)}: {escape(value)}' for key, value in config['source'].items() if value),
         sha256=config['sha256'],
-        license=_escape(license),
+        license=escape(license),
         citation=f'\n## Citation\n\n```bibtex\n{known.citation}\n```\n' if known.citation else '',
-        **{key: _escape(cfg.get(key)) for key in ('input_size', 'crop_pct', 'interpolation', 'mean', 'std')},
+        **{key: escape(cfg.get(key)) for key in ('input_size', 'crop_pct', 'interpolation', 'mean', 'std')},
     )
 
 
-def _escape(value: Any) -> str:
+def escape(value: Any) -> str:
     """Escapes Markdown and HTML in external text."""
     return re.sub(r'([\\`*_\[\]#|~$!])', r'\\\1', html.escape(one_line(value), quote=False))

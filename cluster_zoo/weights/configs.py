@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ..errors import CheckpointError, one_line, quoted
 
-__all__ = ['CONFIG', 'check_config', 'check_size', 'read_config']
+__all__ = ['CONFIG', 'check_config', 'check_size', 'load_config', 'read_config']
 
 CONFIG = 'config.json'
 
@@ -38,7 +38,7 @@ _SECONDS = 20.0  # to build a model without memory; the largest of timm takes tw
 
 _CODE = {'auto_map', 'trust_remote_code', 'custom_load', 'custom_pipelines', '_target_'}
 _LOCATIONS = {'url', 'file', 'hf_hub_id', 'hf_hub_filename', 'source', 'state_dict'}
-_LABELS = ('label_names', 'label_descriptions', 'labels')
+_LABELS = ('label_names', 'label_descriptions', 'labels', 'label_colors')
 # Arguments that `timm.create_model` handles itself instead of passing them to the model
 _FACTORY = {
     *_CODE,
@@ -82,17 +82,22 @@ _EXPECTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 def read_config(folder: Path, architecture: str | None = None) -> dict[str, Any]:
     """Reads the configuration of a model folder and checks it, see `check_config`."""
+    config = load_config(folder)
+    check_config(config, f"'{Path(folder) / CONFIG}'", architecture)
+    return config
+
+
+def load_config(folder: Path) -> Any:
+    """Reads the configuration of a model folder. The caller has to check what it contains."""
     path = Path(folder) / CONFIG
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f'it has more than {_MAX_BYTES} bytes')
-        config = json.loads(path.read_text(encoding='utf-8'))
+        return json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError as error:
         raise CheckpointError(f"'{folder}' is no model folder: it has no {CONFIG}.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"'{path}' is damaged or not a model configuration ({one_line(error)}).") from error
-    check_config(config, f"'{path}'", architecture)
-    return config
 
 
 def check_config(config: Any, where: str, architecture: str | None = None) -> None:
@@ -112,6 +117,8 @@ def check_config(config: Any, where: str, architecture: str | None = None) -> No
 def _check(config: Any, architecture: str | None) -> None:
     if not isinstance(config, dict):
         raise ValueError(f'a configuration must be an object, not {quoted(config)}')
+    if 'head' in config and 'backbone' in config:
+        raise ValueError('it describes a segmenter: open it with segmentation.create_segmenter')
     name = config.get('architecture')
     if not isinstance(name, str) or not timm.is_model(name):
         raise ValueError(f'its architecture, {quoted(name)}, is unknown to timm and cluster_zoo')

@@ -6,7 +6,7 @@ images, and a model card. The results of the model are compared before and after
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -190,12 +190,17 @@ def write_folder(
 
 
 def find_weights(
-    name: str, url: str | None, root: str | Path | None = None, member: str | None = None, force: bool = False
+    name: str,
+    url: str | None,
+    root: str | Path | None = None,
+    member: str | None = None,
+    force: bool = False,
+    install: Callable[[str, Path, Path, dict[str, str]], None] = install,
 ) -> Path:
     """Returns the model folder of a name: from the cache, the organization in ``CLUSTER_ZOO_HUB``, or the authors.
 
-    The address ``url`` of the authors' file is None if there is none. See `fetch` for the other arguments and errors; a
-    file that ``member`` names comes from the authors.
+    The address ``url`` of the authors' file is None if there is none. ``install`` converts it, see `install`. See
+    `fetch` for the other arguments and errors; a file that ``member`` names comes from the authors.
     """
     problems = []
     try:

@@ -102,6 +102,7 @@ class TokenGrids(nn.Module):
         self.model = model
         self.early = early
         self.divisor = model.feature_info[-1]['reduction']
+        self.strides = [self.divisor] * 2
         self.channels = [model.embed_dim] * 2
 
     def forward(self, x: Tensor) -> list[Tensor]:

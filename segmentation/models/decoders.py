@@ -13,12 +13,17 @@ import torch.nn.functional as F
 from timm.layers import ConvNormAct
 from torch import Tensor
 
+from cluster_zoo.layers.grids import adaptive_pool
+
 __all__ = ['FCN', 'DeepLabV3Plus', 'SemanticFPN', 'SeparableConvNormAct', 'UPerNet', 'init_weights', 'resize']
 
 
 def resize(x: Tensor, size: Sequence[int], mode: str = 'bilinear') -> Tensor:
     """[B, C, H, W] -> [B, C, *size]"""
-    return x if list(x.shape[-2:]) == list(size) else F.interpolate(x, size=size, mode=mode)
+    # A comparison of sizes would restrict an exported graph to some of them
+    if not torch.compiler.is_exporting() and list(x.shape[-2:]) == list(size):
+        return x
+    return F.interpolate(x, size=size, mode=mode)
 
 
 def init_weights(module: nn.Module) -> None:
@@ -28,6 +33,22 @@ def init_weights(module: nn.Module) -> None:
     elif isinstance(module, nn.Conv2d) and module.bias is not None:  # a convolution of ConvNormAct has no bias
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
+
+
+class AdaptivePool(nn.Module):
+    """Adaptive average pooling to a square map, which can be exported for images of any size.
+
+    Args:
+        bins: Output size.
+    """
+
+    def __init__(self, bins: int):
+        super().__init__()
+        self.bins = bins
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, C, bins, bins]"""
+        return adaptive_pool(x, self.bins)
 
 
 class SeparableConvNormAct(nn.Module):
@@ -108,7 +129,7 @@ class UPerNet(nn.Module):
         self.levels = range(len(in_channels))
         *fine, last = in_channels
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvNormAct(last, channels, 1, **dd)) for scale in pool_scales
+            nn.Sequential(AdaptivePool(scale), ConvNormAct(last, channels, 1, **dd)) for scale in pool_scales
         )
         self.bottleneck = ConvNormAct(last + len(pool_scales) * channels, channels, 3, **dd)
         self.lateral_convs = nn.ModuleList(ConvNormAct(c, channels, 1, **dd) for c in fine)
@@ -152,7 +173,7 @@ class DeepLabV3Plus(nn.Module):
         self.channels = channels
         self.levels = (0, len(in_channels) - 1)
         first, last = in_channels[0], in_channels[-1]
-        self.image_pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), ConvNormAct(last, channels, 1, **dd))
+        self.image_pool = nn.Sequential(AdaptivePool(1), ConvNormAct(last, channels, 1, **dd))
         self.aspp_modules = nn.ModuleList(
             [ConvNormAct(last, channels, 1, **dd)]
             + [SeparableConvNormAct(last, channels, dilation=rate, **dd) for rate in rates[1:]]

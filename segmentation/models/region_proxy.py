@@ -47,7 +47,7 @@ class RegionProxy(nn.Module):
         early, last = features
         B, _, h, w = early.shape
         affinity = self.affinity(early).reshape(B, 9, CELLS * CELLS, h, w)
-        inside = neighbors(torch.ones_like(early[:1, :1])) > 0  # [1, 1, 9, h, w]
+        inside = neighbors(early.new_ones(1, 1, h, w)) > 0  # [1, 1, 9, h, w]
         affinity = affinity.masked_fill(~inside.transpose(1, 2), float('-inf')).softmax(1)
         logits = self.classifier(last.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         logits = torch.einsum('bknhw,bnphw->bkphw', neighbors(logits), affinity.to(logits.dtype))

@@ -4,32 +4,35 @@ A head is a decoder with a classifier, or RegionProxy. `create_segmenter` builds
 """
 
 import inspect
-import json
+import math
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import save_model
 from timm.models import is_model_in_modules
 from torch import Tensor
 
-from cluster_zoo.errors import CheckpointError, nearest
+from cluster_zoo.errors import CheckpointError, OptionError, nearest, quoted
 from cluster_zoo.layers.grids import pad_to_multiple
 from cluster_zoo.weights import load_state_dict, load_weights
-from cluster_zoo.weights.cache import WEIGHTS, sha256, verified_weights
-from cluster_zoo.weights.configs import CONFIG
-from cluster_zoo.weights.download import fetch
+from cluster_zoo.weights.archives import is_archive, unpack_checkpoint
+from cluster_zoo.weights.cache import verified_weights
+from cluster_zoo.weights.configs import check_size
+from cluster_zoo.weights.importing import find_weights
 
 from .backbones import Pyramid, TokenGrids, create_backbone
 from .classifiers import CLASSIFIERS, PlainClassifier
 from .conversion import convert_segmenter
 from .decoders import FCN, DeepLabV3Plus, SemanticFPN, UPerNet, resize
+from .folders import describe, open_folder, write_folder
 from .published_systems import CONFIGS
 from .region_proxy import RegionProxy
 
 __all__ = ['HEADS', 'DenseHead', 'Segmenter', 'check_is_segmenter', 'create_segmenter', 'fetch_segmenter']
+__all__ += ['install_segmenter']
 
 DECODERS = {'semantic_fpn': SemanticFPN, 'upernet': UPerNet, 'deeplabv3plus': DeepLabV3Plus, 'fcn': FCN}
 HEADS = (*DECODERS, 'region_proxy')
@@ -63,6 +66,10 @@ class Segmenter(nn.Module):
         head: Maps feature maps to a dictionary with ``logits`` of any size.
         num_classes: Number of classes K.
         auxiliary: A second head, whose loss is used in training only.
+
+    Attributes:
+        config: Content of ``config.json`` in a model folder, see `folders.describe`; empty if `create_segmenter` did
+            not build the model.
     """
 
     def __init__(
@@ -73,6 +80,32 @@ class Segmenter(nn.Module):
         self.backbone = backbone
         self.head = head
         self.auxiliary = auxiliary
+        self.config: dict[str, Any] = {}
+
+    @property
+    def in_chans(self) -> int:
+        """Number of image channels."""
+        return self.pretrained_cfg['input_size'][0]
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """Images and classes of the model, with timm's keys, for export and `timm.data`."""
+        config = self.config
+        name = config.get('segmenter') or '_'.join(config[key] for key in ('head', 'backbone') if key in config)
+        images = dict(input_size=(3, 512, 512), architecture=name, crop_pct=1.0, crop_mode='squash')
+        kept = {key: config[key] for key in ('num_classes', 'label_names', 'label_colors', 'test') if key in config}
+        return images | config.get('pretrained_cfg', {}) | kept
+
+    @property
+    def export_formats(self) -> tuple[str, ...]:
+        """Formats of `cluster_zoo.export`. TorchScript cannot have a result that is a tensor or a dictionary."""
+        # torch.export restricts the tokens of RegionProxy to batches of at least two, which ONNX does not
+        return ('onnx',) if isinstance(self.head, RegionProxy) else ('onnx', 'pt2')
+
+    @property
+    def export_multiple(self) -> int:
+        """Number that divides both sides of the images of an exported file: no feature map is padded or cropped."""
+        return math.lcm(self.backbone.divisor, *self.backbone.strides)
 
     def forward(self, x: Tensor, all_outputs: bool = False) -> Tensor | dict[str, Tensor]:
         """Computes the logits of each pixel.
@@ -144,7 +177,7 @@ def create_segmenter(
     backbone: str | None = None,
     num_classes: int | None = None,
     *,
-    pretrained: bool = False,
+    pretrained: bool | None = None,
     pretrained_backbone: bool | str | Path = False,
     checkpoint_path: str | Path | None = None,
     cache_dir: str | Path | None = None,
@@ -154,11 +187,13 @@ def create_segmenter(
 
     Args:
         head: 'semantic_fpn', 'upernet', 'deeplabv3plus', 'fcn' or 'region_proxy'; or the name of a published system,
-            see `list_segmenters`, which sets the defaults of all following arguments.
+            see `list_segmenters`, which sets the defaults of all following arguments; or a model folder,
+            'local-dir:FOLDER' or 'hf-hub:ORG/NAME', see `folders.save_pretrained`.
         backbone: Name of a registered model: coc_*, fec_*, timm's ResNets, Swin, ConvNeXt and others with stages; a
             vision transformer or a hybrid for region_proxy.
         num_classes: Number of classes K.
-        pretrained: Load the authors' weights of a published system. They are downloaded at the first use.
+        pretrained: Load the authors' weights of a published system, which are downloaded at the first use (default:
+            False), or the weights of a model folder (default: True).
         pretrained_backbone: True for timm's pretrained weights of the backbone, or the checkpoint file of a classifier.
         checkpoint_path: Checkpoint of a whole segmentation model, of this package or of the authors.
         cache_dir: Folder of the download cache.
@@ -176,6 +211,9 @@ def create_segmenter(
         >>> model(torch.randn(1, 3, 512, 683)).shape
         torch.Size([1, 150, 512, 683])
     """
+    given = dict(backbone=backbone, num_classes=num_classes) | options
+    if ':' in head:
+        return _open_segmenter(head, given, pretrained is not False, cache_dir, pretrained_backbone or checkpoint_path)
     if head not in (*HEADS, *CONFIGS):
         raise ValueError(
             f'There is no head {head!r}{nearest(head, [*HEADS, *CONFIGS])}: choose (--head) from {", ".join(HEADS)}, '
@@ -188,20 +226,60 @@ def create_segmenter(
                 'list_segmenters(), or use pretrained_backbone=True for those of the backbone.'
             )
         checkpoint_path = verified_weights(fetch_segmenter(head, root=cache_dir))
-    if head in CONFIGS:
+    segmenter = head if head in CONFIGS else None
+    if segmenter:
         config = CONFIGS[head]
         head, backbone = config.head, backbone or config.backbone
         num_classes = config.num_classes if num_classes is None else num_classes
         options = {**config.options, **options}
+    model = _build(head, backbone, num_classes, pretrained_backbone, options)
+    model.config = describe(head, backbone, num_classes, options, segmenter)
+    if checkpoint_path:
+        state_dict = load_state_dict(checkpoint_path)
+        check_is_segmenter(state_dict, checkpoint_path)
+        load_weights(model, state_dict)
+    return model
+
+
+def _build(
+    head: str,
+    backbone: str | None,
+    num_classes: int | None,
+    pretrained_backbone: bool | str | Path,
+    options: dict[str, Any],
+) -> Segmenter:
+    """Builds a model of a head, not of a published system."""
     if backbone is None or num_classes is None:
         raise ValueError(f'The head {head} needs a backbone (--backbone) and num_classes (--num-classes).')
     if num_classes < 1:
         raise ValueError(f'num_classes (--num-classes) must be at least 1, got {num_classes}.')
     create = _create_region_proxy if head == 'region_proxy' else partial(_create_decoder_segmenter, head)
-    model = create(backbone, num_classes, pretrained=pretrained_backbone, **options)
-    if checkpoint_path:
-        state_dict = load_state_dict(checkpoint_path)
-        check_is_segmenter(state_dict, checkpoint_path)
+    return create(backbone, num_classes, pretrained=pretrained_backbone, **options)
+
+
+def _open_segmenter(
+    name: str, given: dict[str, Any], pretrained: bool, cache_dir: str | Path | None, other_weights: Any
+) -> Segmenter:
+    """Builds the model of a model folder, which is untrusted, see `create_segmenter`."""
+    if given['backbone'] or other_weights:
+        raise OptionError(
+            f'{name} has a backbone and weights: backbone, pretrained_backbone and checkpoint_path are '
+            'options of a head or a published system.'
+        )
+    folder, config = open_folder(name, cache_dir)
+    arguments = {key: config[key] for key in ('head', 'backbone', 'num_classes')} | config['model_args']
+    arguments |= {key: value for key, value in given.items() if value is not None}
+    state_dict = load_state_dict(verified_weights(folder)) if pretrained else None
+    build = partial(create_segmenter, **arguments)
+    if config['head'] not in HEADS:
+        raise CheckpointError(f'{name} was refused: there is no head {quoted(config["head"])}.')
+    check_size(build, state_dict, name)
+    model = build()
+    kept = ['segmenter', 'pretrained_cfg', 'test']
+    if model.num_classes == config['num_classes']:
+        kept += ['label_names', 'label_colors']
+    model.config |= {key: config[key] for key in kept if key in config}
+    if state_dict is not None:
         load_weights(model, state_dict)
     return model
 
@@ -293,32 +371,24 @@ def _pop_given(options: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def fetch_segmenter(name: str, member: str | None = None, force: bool = False, root: str | Path | None = None) -> Path:
-    """Returns the authors' weights of a published system, from the cache or after a download.
+    """Returns the weights of a published system: from the cache, the Hub or the authors, as for classifiers.
 
     Args:
         name: See `list_segmenters`.
-        member, force, root: See `cluster_zoo.weights.download.fetch`.
+        member, force, root: See `cluster_zoo.weights.importing.find_weights`.
 
     Returns:
-        A folder with ``model.safetensors``, converted to this package's names.
+        The model folder, see `folders`.
 
     Raises:
-        CheckpointError: The authors have released no weights, or the download fails or is refused.
+        CheckpointError: There are no weights, or the download fails or is refused.
     """
-    url = CONFIGS[name].source
-    if url is None:
-        raise CheckpointError(
-            f'No pretrained weights for {name}: the authors have released none. Use pretrained_backbone=True for those '
-            'of the backbone.'
-        )
-    try:
-        return fetch(name, url, partial(_install, name), member, force, root)
-    except CheckpointError as error:
-        raise CheckpointError(f'{error} A file that you have is checkpoint_path=FILE.') from error
+    return find_weights(name, CONFIGS[name].source, root, member, force, install_segmenter)
 
 
-def _install(name: str, path: Path, folder: Path, source: dict[str, str]) -> None:
-    """Converts an authors' checkpoint of a published system to a folder of the cache."""
-    save_model(create_segmenter(name, checkpoint_path=path), folder / WEIGHTS)
-    config = dict(segmenter=name, sha256=sha256(folder / WEIGHTS), source=source)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+def install_segmenter(name: str, path: Path, folder: Path, source: dict[str, str]) -> None:
+    """Converts an authors' checkpoint of a published system, or an archive of it, to a folder of the cache."""
+    with tempfile.TemporaryDirectory() as scratch:
+        file = unpack_checkpoint(path, Path(scratch)) if path.is_file() and is_archive(path) else path
+        model = create_segmenter(name, checkpoint_path=file)
+    write_folder(model, folder, model.config, name, source)
