@@ -1,5 +1,7 @@
 """Segmenters loaded from checkpoints and by name, with their classes, normalization and test protocol."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,23 @@ def test_protocol_of_the_checkpoint(save, image):
     options |= dict(mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
     assert found.options == options
     assert torch.equal(found.predict(image, flip=True), segmentation.predict(model, image, flip=True, **options))
+
+
+def test_a_model_folder_has_classes_and_protocol(save, image, tmp_path):
+    _, model = save()
+    options = dict(mode='slide', crop=[32, 24], stride=20, pad=True, scale=[60, 40], multiple=8)
+    images, colors = dict(mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7]), [[9, 0, 0], [0, 9, 0], [0, 0, 9]]
+    names = ['sky', 'road', 'tree']
+    segmentation.save_pretrained(model, tmp_path / 'model', label_names=names, colors=colors, test=options, **images)
+    name = f'local-dir:{tmp_path / "model"}'
+    found = segmentation.load_trained(name=name)
+    assert found.classes.names == tuple(names) and found.classes.colours.tolist() == colors
+    options |= dict(crop=(32, 24))
+    assert torch.equal(found.predict(image), segmentation.predict(model, image, **options, **images))
+    given = SimpleNamespace(given=['test_crop'], test_mode='slide', test_crop=[16], test_stride=[16])
+    options = dict(mode='slide', crop=16, stride=16, scale=[60, 40], multiple=8)
+    found = segmentation.load_trained(name=name, given=given)
+    assert torch.equal(found.predict(image), segmentation.predict(model, image, **options, **images))
 
 
 @pytest.mark.parametrize('names', [[], ['a', 'b'], ['a', 'b', 3], 'abc', None])

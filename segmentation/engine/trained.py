@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,7 +58,8 @@ def load_trained(
     Args:
         checkpoint: A checkpoint, which contains the options of its model, its classes and its test protocol; or with a
             `name` the authors' weights of this system.
-        name: A name that `create_segmenter` has pretrained weights for.
+        name: A name that `create_segmenter` has pretrained weights for, or a model folder (``local-dir:FOLDER``,
+            ``hf-hub:ORG/NAME``), which has classes, colors, normalization and test protocol, too.
         use_ema: Use the averaged weights of the checkpoint.
         device: Device of the model.
         given: Test options of ``segment predict``, and the list ``given`` of their names. They replace those of the
@@ -69,7 +71,7 @@ def load_trained(
     """
     args = argparse.Namespace(**dict.fromkeys((*MODEL_OPTIONS, *DATA_OPTIONS, *TEST_OPTIONS)), given=[])
     vars(args).update(vars(given) if given else {})
-    weights, names = 'pretrained', []
+    weights, names, colors = 'pretrained', [], None
     if checkpoint is None:
         if name is None:
             raise OptionError('no model given: name a checkpoint (--checkpoint FILE) or pretrained weights (--model)')
@@ -78,6 +80,9 @@ def load_trained(
         if name in CONFIGS:
             args.segmenter = name
             complete(args, {}, '')
+        else:
+            names, colors = model.config['label_names'], model.config['label_colors']
+            _use_config(args, model.config)
     else:
         args.segmenter = name
         content = read_checkpoint(checkpoint)
@@ -92,7 +97,19 @@ def load_trained(
         load_weights(model, state_dict)
     model.auxiliary = None
     classes = _classes(args.dataset, names, model.num_classes)
+    if colors:
+        classes = Classes(tuple(names), np.array(colors, np.uint8))
     return TrainedSegmenter(model.to(device).eval(), classes, predict_options(args), weights)
+
+
+def _use_config(args: argparse.Namespace, config: dict[str, Any]) -> None:
+    """Sets normalization and, where it is not given, the test protocol of a model folder."""
+    args.mean, args.std = (config['pretrained_cfg'].get(name) for name in ('mean', 'std'))
+    windows = any(f'test_{name}' in args.given for name in ('mode', 'crop', 'stride'))
+    for name, value in config.get('test', {}).items():
+        if f'test_{name}' not in args.given and not (windows and name in ('mode', 'crop', 'stride', 'pad')):
+            lists = name in ('crop', 'stride', 'scale') and isinstance(value, int)
+            setattr(args, f'test_{name}', [value] if lists else value)
 
 
 def predict_options(args: argparse.Namespace) -> dict[str, Any]:
