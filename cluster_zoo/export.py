@@ -190,6 +190,8 @@ def _sizes(model: nn.Module, to: str, native: tuple[int, int], image_size: int |
     if fixed:
         return Sizes(fixed)
     multiple, smallest = getattr(model, 'export_multiple', 1), _MIN_SIDE
+    if multiple is None:
+        raise ExportError(f'This {type(model).__name__} can be written for one image size only: name it (--img-size).')
     for network in model.modules():  # the model, or the backbone of a segmenter
         if not isinstance(network, ContextCluster):
             continue

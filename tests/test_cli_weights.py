@@ -181,7 +181,7 @@ def test_fetch_of_available_weights(zoo, refused, home, no_network, published_fi
     assert f"timm.create_model('{NAME}', pretrained=True)" in zoo('fetch', NAME)
     with cache.new_folder(home / 'semantic_fpn_fec_small') as folder:
         (folder / 'model.safetensors').touch()
-        (folder / 'config.json').write_text('{}')
+        (folder / 'config.json').write_text('{"segmenter": "semantic_fpn_fec_small"}')
     assert "create_segmenter('semantic_fpn_fec_small', pretrained=True)" in zoo('fetch', 'semantic_fpn_fec_small')
     assert 'CLUSTER_ZOO_AUTHORS=0' in refused('fetch', 'coc_small')
     assert 'published none' in refused('fetch', 'coc_tiny2')

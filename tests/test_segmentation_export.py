@@ -89,9 +89,8 @@ def test_formats_that_are_not_possible(system, to, formats, tmp_path):
 def test_a_backbone_of_one_size(tmp_path):
     swin = dict(img_size=64, window_size=4, depths=(1, 1, 1, 1), embed_dim=8, num_heads=(1, 1, 1, 1), channels=8)
     model = _model('fcn', 'swin_tiny_patch4_window7_224', swin)
-    with pytest.raises(ExportError, match=r'can not be written as pt2 .*Try a file for one image size') as error:
+    with pytest.raises(ExportError, match='for one image size only: name it'):
         export_model(model, tmp_path / 'model.pt2', 'pt2')
-    assert '\n' not in str(error.value)
     exported = export_model(model, tmp_path / 'model.pt2', 'pt2', image_size=(64, 90))
     assert str(exported.sizes) == '64 x 90 px'
 

@@ -275,3 +275,18 @@ def test_a_repository(server, model, folder, tmp_path):
     assert not server.asked('HEAD', 'evil/x') and not server.asked('GET', 'evil/x')
     assert load_file(folder / 'model.safetensors').keys() == model.state_dict().keys()
     assert cache.sha256(folder / 'model.safetensors') == config['sha256']
+
+
+def test_weights_of_the_organization_of_the_user(server, home, monkeypatch, tmp_path):
+    name = 'region_proxy_vit_ti16_cityscapes'
+    model = create_segmenter(name)
+    save_pretrained(model, tmp_path / 'out')
+    server.add(f'lab/{name}', tmp_path / 'out')
+    server.add('lab/region_proxy_vit_s16_cityscapes', tmp_path / 'out')
+    with pytest.raises(CheckpointError, match='CLUSTER_ZOO_AUTHORS=0'):
+        create_segmenter(name, pretrained=True)
+    assert server.requests == []
+    monkeypatch.setenv('CLUSTER_ZOO_HUB', 'lab')
+    assert _agree(model.eval(), create_segmenter(name, pretrained=True))
+    with pytest.raises(CheckpointError, match='does not describe region_proxy_vit_s16_cityscapes'):
+        create_segmenter('region_proxy_vit_s16_cityscapes', pretrained=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.models import is_model_in_modules
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor
 
 from cluster_zoo.errors import CheckpointError, OptionError, nearest, quoted
@@ -20,7 +21,7 @@ from cluster_zoo.layers.grids import pad_to_multiple
 from cluster_zoo.weights import load_state_dict, load_weights
 from cluster_zoo.weights.archives import is_archive, unpack_checkpoint
 from cluster_zoo.weights.cache import verified_weights
-from cluster_zoo.weights.configs import check_size
+from cluster_zoo.weights.configs import CONFIG, check_size, load_config
 from cluster_zoo.weights.importing import find_weights
 
 from .backbones import Pyramid, TokenGrids, create_backbone
@@ -103,8 +104,13 @@ class Segmenter(nn.Module):
         return ('onnx',) if isinstance(self.head, RegionProxy) else ('onnx', 'pt2')
 
     @property
-    def export_multiple(self) -> int:
-        """Number that divides both sides of the images of an exported file: no feature map is padded or cropped."""
+    def export_multiple(self) -> int | None:
+        """Number that divides both sides of the images of an exported file: no feature map is padded or cropped.
+
+        None for Swin, whose windows torch.export traces for one size only.
+        """
+        if isinstance(self.backbone.model, SwinTransformer):
+            return None
         return math.lcm(self.backbone.divisor, *self.backbone.strides)
 
     def forward(self, x: Tensor, all_outputs: bool = False) -> Tensor | dict[str, Tensor]:
@@ -381,9 +387,14 @@ def fetch_segmenter(name: str, member: str | None = None, force: bool = False, r
         The model folder, see `folders`.
 
     Raises:
-        CheckpointError: There are no weights, or the download fails or is refused.
+        CheckpointError: There are no weights, the download fails or is refused, or the folder is of another model.
     """
-    return find_weights(name, CONFIGS[name].source, root, member, force, install_segmenter)
+    folder = find_weights(name, CONFIGS[name].source, root, member, force, install_segmenter)
+    config = load_config(folder)
+    # The weights of another system can fit: those with 4 and with 25 centers have equal shapes
+    if not isinstance(config, dict) or config.get('segmenter') != name:
+        raise CheckpointError(f"'{folder / CONFIG}' was refused: it does not describe {name}.")
+    return folder
 
 
 def install_segmenter(name: str, path: Path, folder: Path, source: dict[str, str]) -> None:
