@@ -50,7 +50,7 @@ def training_options(args: argparse.Namespace, workers: int) -> argparse.Namespa
     """Returns the options of train.py. On the device 'meta' the loader is that for a GPU, without its prefetcher."""
     flags = ['--model', args.model, '--img-size', args.img_size, '-b', args.batch_size, '-j', workers]
     options = train_parser().resolve([str(args.data), '--val-split', '', '--device', 'meta', *map(str, flags)])
-    options.distributed = False
+    options.distributed, options.world_size = False, 1
     return options
 
 

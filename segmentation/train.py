@@ -89,6 +89,10 @@ class Run(engine.TrainingRun):
         progress = {name: getattr(self, name) for name in names}
         return dict(progress=progress, crops=self.crops, label_names=list(self.train_data.classes))
 
+    def base_lr(self) -> float:
+        """Returns the learning rate of parameters without a factor."""
+        return self.scheduler.rate(self.iteration, self.args.lr)
+
     def position(self) -> str:
         return f'iteration {self.iteration}'
 
@@ -259,7 +263,7 @@ def train_until_validation(run: Run, batches: Iterator[tuple[Tensor, Tensor]], r
     """Trains until a validation is due or a stop is requested."""
     args = run.args
     while not run.stop.requested():
-        run.lr = base_lr(run)
+        run.lr = run.base_lr()
         loss = update(run, batches)
         run.loss_sum, run.num_losses = run.loss_sum + finite(run, loss), run.num_losses + 1
         report.update(loss, run.lr)
@@ -308,11 +312,6 @@ def batch_size_errors(run: Run) -> Iterator[None]:
             'batch norm after global pooling needs more than one crop per batch: raise --batch-size, or use --sync-bn '
             'with several processes'
         ) from error
-
-
-def base_lr(run: Run) -> float:
-    """Returns the learning rate of parameters without a factor."""
-    return run.scheduler.rate(run.iteration, run.args.lr)
 
 
 class Report(ProgressReport):

@@ -101,11 +101,12 @@ def test_flip(model, pixels, strips):
 @pytest.mark.parametrize('windows', [False, True])
 @torch.no_grad()
 def test_scales(model, pixels, strips, scales, windows):
-    """Sizes are factors of 48 x 33 in multiples of 4; the logits are resized to the image."""
+    """Sizes are factors of 48 x 33, then multiples of 4; the logits are resized to the image."""
     expected = 0
     for factor in scales:
-        size = [4 * math.ceil(int(side * factor * 48 / WIDTH + 0.5) / 4) for side in (HEIGHT, WIDTH)]
-        resized = F.interpolate(pixels[None].float(), size, mode='bilinear')[0]
+        size = [int(side * factor * 48 / WIDTH + 0.5) for side in (HEIGHT, WIDTH)]
+        resized = F.interpolate(pixels[None].float(), size, mode='bilinear')
+        resized = F.interpolate(resized, [4 * math.ceil(side / 4) for side in size], mode='bilinear')[0]
         image = normalized(resized)
         logits = window_logits(model, image, (24, 24), (10, 10)) if windows else model(image)
         expected = expected + F.interpolate(logits, (HEIGHT, WIDTH), mode='bilinear').softmax(1) / len(scales)

@@ -243,5 +243,5 @@ def test_segmenter(masks, monkeypatch, classifier, device):
         )
         while not run.stop.requested():
             loss = segmentation.train.update(run, itertools.repeat((images, labels)))
-            report.update(loss, segmentation.train.base_lr(run))
+            report.update(loss, run.base_lr())
     assert run.iteration == UPDATES and isinstance(loss, FakeTensor)

@@ -424,12 +424,8 @@ def test_restarts_that_would_hang(image_folder, tmp_path, monkeypatch, capsys):
     assert 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1' in _error(capsys) and not (tmp_path / 'a').exists()
 
 
-def _diverge(rank, world, line, folder):
-    """Only the second process has a loss that is not finite."""
-    from timm.task import ClassificationTask
-
-    from cluster_zoo.training import train
-
+def _join(rank, world, folder):
+    """Sets the environment of torchrun. The processes agree on a free port by a file."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='localhost')
     port = Path(folder, 'port')
     if rank == 0:
@@ -440,6 +436,15 @@ def _diverge(rank, world, line, folder):
     while not port.exists():
         time.sleep(0.01)
     os.environ['MASTER_PORT'] = port.read_text()
+
+
+def _diverge(rank, world, line, folder):
+    """Only the second process has a loss that is not finite."""
+    from timm.task import ClassificationTask
+
+    from cluster_zoo.training import train
+
+    _join(rank, world, folder)
     forward = ClassificationTask.forward
 
     def broken(self, images, target):
@@ -454,3 +459,20 @@ def test_all_processes_stop_if_one_diverges(image_folder, tmp_path):
     script = _script('classification', image_folder, None, tmp_path)
     run_processes(_diverge, 2, script.line('a', '-b', 4), str(tmp_path))
     assert not list((tmp_path / 'a').glob('*.pth.tar'))
+
+
+def _enter_late(rank, world, folder):
+    """A run without updates, in which the first process is faster."""
+    _join(rank, world, folder)
+    dist.init_process_group('gloo')
+    new_group = dist.new_group
+    if rank == 1:
+        dist.new_group = lambda *args, **options: (time.sleep(0.5), new_group(*args, **options))[1]
+    with StopRequest():
+        pass
+    dist.destroy_process_group()
+
+
+def test_finished_run_waits_for_its_processes(tmp_path):
+    """The first process has the store, by which the others connect."""
+    run_processes(_enter_late, 2, str(tmp_path))

@@ -30,7 +30,7 @@ from .loggers import LOGGER_OPTIONS, Loggers
 from .parser import Parser
 from .resume import gather_states, resume_command
 from .runtime import option_errors
-from .signals import StopRequest, is_process_error
+from .signals import StopRequest, is_process_error, process_error
 from .tasks import CentroidTaskMixin, split_learning_state
 
 __all__ = [
@@ -295,6 +295,11 @@ def run_training(
         if not shared or os.environ.get('LOCAL_RANK', '0') == '0':
             print_error(error)
         return error.status
+    except RuntimeError as error:
+        if not is_process_error(error):
+            raise
+        print_error(process_error(error))
+        return RunError.status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:

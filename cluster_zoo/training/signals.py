@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import RunError, one_line
 
-__all__ = ['StopRequest', 'is_process_error', 'keep_workers']
+__all__ = ['StopRequest', 'is_process_error', 'keep_workers', 'process_error']
 
 # Ctrl-C; Slurm, Docker and launchers; the end of a terminal; Slurm's --signal
 _SIGNALS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
@@ -51,6 +51,8 @@ class StopRequest:
         if dist.is_initialized():
             # Gloo does not wait for the work that is queued on the device. A group is not usable after an error in it.
             self.group, self._check = (dist.new_group(backend='gloo', timeout=self.timeout) for _ in range(2))
+            # If the first process ended now, as that of a finished run, the others could not connect any more.
+            dist.barrier(self.group)
         self.previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         _is_training().fill_(True)
         return self
@@ -91,11 +93,16 @@ class StopRequest:
             except Exception as barrier:
                 ranks = re.search(r'Ranks? ([\d, ]+) failed to pass|recv from rank (\d+)', str(barrier))
                 missing = f' (rank {(ranks[1] or ranks[2]).strip()})' if ranks else ''
-        reason = re.sub(r'^\[\S+\] ', '', str(error))
-        return RunError(
-            f'another process of the run{missing} has ended or does not answer: {one_line(reason)}. Start the run '
-            'again with --resume auto and, if it only takes long, a higher --dist-timeout'
-        )
+        return process_error(error, missing)
+
+
+def process_error(error: Exception, which: str = '') -> RunError:
+    """Returns an error in place of one of the communication, which may not occur in all processes."""
+    reason = re.sub(r'^\[\S+\] ', '', str(error))
+    return RunError(
+        f'another process of the run{which} has ended or does not answer: {one_line(reason)}. Start the run '
+        'again with --resume auto and, if it only takes long, a higher --dist-timeout'
+    )
 
 
 def is_process_error(error: Exception) -> bool:

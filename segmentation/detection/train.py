@@ -79,6 +79,9 @@ class Run(loop.Run):
     metrics: ClassVar[tuple[str, ...]] = ('box_AP', 'box_AP50', 'box_AP75')
     unit: ClassVar[str] = 'images'
 
+    def base_lr(self) -> float:
+        return self.optimizer.param_groups[0]['lr']
+
     def batches(self) -> Iterator[tuple[list[Tensor], list[dict[str, Any]]]]:
         for images, targets in loop.training_loader(self, collate_fn=collate):
             yield (
