@@ -157,13 +157,16 @@ class Processes:
             os.killpg(self.pids[0], number)
 
     def strike(self, kind: str, rng: random.Random) -> str:
-        """Sends the signal of a kind of fault. Returns what it was, for the user."""
+        """Sends the signal of a kind of fault. Returns what it was, for the user; '' if all processes have ended."""
         number, updates = SIGNALS.get(kind, signal.SIGKILL), self.updates()
         name = signal.Signals(number).name
         if kind == 'group' or (kind == 'kill' and rng.random() < 0.5):
             self.signal_group(number)
             return f'{name} to all processes after {updates} updates'
-        pid = rng.choice(self.members() if kind == 'kill' else self.pids)
+        pids = self.members() if kind == 'kill' else self.pids
+        if not pids:
+            return ''
+        pid = rng.choice(pids)
         os.kill(pid, number)
         process = f'process {self.pids.index(pid)}' if pid in self.pids else 'a worker'
         return f'{name} to {process} after {updates} updates'
