@@ -97,7 +97,8 @@ def create_detector(
 
     Example:
         >>> model = create_detector('mask_rcnn', 'coc_small', 80, proposals=5).eval()
-        >>> model([torch.rand(3, 480, 640)])[0]['masks'].shape[1:]
+        >>> result = model([torch.rand(3, 480, 640)])[0]
+        >>> result['masks'].shape[1:]
         torch.Size([1, 480, 640])
     """
     detector, backbone, num_classes, options = _with_defaults(detector, backbone, num_classes, options)
