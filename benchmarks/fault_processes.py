@@ -167,7 +167,10 @@ class Processes:
         if not pids:
             return ''
         pid = rng.choice(pids)
-        os.kill(pid, number)
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            return ''
         process = f'process {self.pids.index(pid)}' if pid in self.pids else 'a worker'
         return f'{name} to {process} after {updates} updates'
 
