@@ -52,7 +52,7 @@ def damages(folder: Path) -> Iterator[str]:
 
 def differences(folder: Path, reference: Path) -> list[str]:
     """Returns how the folder of a finished run differs from that of the uninterrupted run."""
-    reasons = [f'{path.name} is left' for path in sorted(folder.glob('*tmp*'))]
+    reasons = [f'{path.name} is left' for path in sorted((*folder.glob('*tmp*'), *folder.glob('.*.part')))]
     rows, expected = read_summary(folder), read_summary(reference)
     if rows != expected:
         numbers = ([next(iter(row.values())) for row in each] for each in (rows, expected))

@@ -12,7 +12,9 @@ from typing import BinaryIO
 
 from .errors import DataError, one_line, quoted
 
-__all__ = ['members', 'replacing', 'walk']
+__all__ = ['PART', 'members', 'replace', 'replacing', 'sync', 'walk']
+
+PART = '.*.part'  # incomplete files of `replacing`, which a killed process leaves
 
 
 def walk(root: str | os.PathLike) -> Iterator[tuple[str, list[str], list[str]]]:
@@ -87,13 +89,30 @@ def members(file: BinaryIO, start: int = 0) -> Iterator[tarfile.TarInfo]:
         raise tarfile.ReadError(f'{one_line(error)} {where}') from error
 
 
+def sync(path: str | os.PathLike) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace(new: str | os.PathLike, path: str | os.PathLike) -> None:
+    """Gives a complete file its name."""
+    os.replace(new, path)
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+        sync(os.path.dirname(path) or '.')
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Returns a name to write a file to, which is then renamed to `path`; after an error it is removed instead."""
     scratch = path.with_name(f'.{os.getpid()}.part')  # short, because `path` may have the longest possible name
     try:
         yield scratch
-        scratch.replace(path)
+        sync(scratch)
+        replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
 

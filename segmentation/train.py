@@ -363,23 +363,32 @@ def start(args: argparse.Namespace) -> Run:
     criterion = build_loss(args, train_data)
     weights = args.guidance_weight, args.auxiliary_weight
     task = SegmentationTask(model, *weights, train_data.ignore_index, device, criterion=criterion)
+    parts = dict(task=task, optimizer=optimizer, scheduler=scheduler, train_data=train_data, val_data=val_data)
+    return open_run(Run, args, args.segmenter or f'{args.head}_{args.backbone}', _OUTPUT, **parts)
+
+
+def open_run(kind: type[Run], args: argparse.Namespace, name: str, parent: str, **parts: Any) -> Run:
+    """Builds a run from its parts, restores it from ``--resume``, opens its folder and logs what it will do.
+
+    Args:
+        kind: `Run` or a subclass.
+        args: The options.
+        name: Name of the model.
+        parent: Default parent of the folder.
+        **parts: Task, optimizer, scheduler and data.
+    """
     autocast, scaler = build_precision(args)
-    engine.set_up_ema(args, task, args.iterations)
-    name = args.segmenter or f'{args.head}_{args.backbone}'
-    run = Run(
+    engine.set_up_ema(args, parts['task'], args.iterations)
+    run = kind(
         args=args,
         model_name=name,
-        task=task,
-        optimizer=optimizer,
-        scheduler=scheduler,
         autocast=autocast,
         scaler=scaler,
         losses=LossRecord(SKIPPED_UPDATES if scaler is not None else 0),
-        output_dir=run_folder.output_dir(args, _OUTPUT),
-        train_data=train_data,
-        val_data=val_data,
+        output_dir=run_folder.output_dir(args, parent),
+        **parts,
     )
-    checkpoint = run_folder.checkpoint_to_resume(run.args, run.output_dir)
+    checkpoint = run_folder.checkpoint_to_resume(args, run.output_dir)
     if checkpoint:
         resume(run, checkpoint)
         _logger.info(f'Resumed from {checkpoint}')

@@ -12,7 +12,8 @@ PACKAGES = ('cluster_zoo', 'segmentation')
 # A unit may import the units of the lines above it.
 LEVELS = (
     {'cluster_zoo', 'cluster_zoo.errors', 'cluster_zoo.home'},  # the top level has the version
-    {'cluster_zoo.files', 'cluster_zoo.images', 'cluster_zoo.label_files', 'cluster_zoo.layers'},
+    {'cluster_zoo.files'},
+    {'cluster_zoo.images', 'cluster_zoo.label_files', 'cluster_zoo.layers'},
     {'cluster_zoo.weights'},
     {'cluster_zoo.models'},
     {'cluster_zoo.readers'},

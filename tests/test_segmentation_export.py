@@ -1,6 +1,9 @@
 """Export of segmenters: logits of files at other sizes than the traced one, metadata, and errors."""
 
+import importlib.util
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -110,3 +113,20 @@ def test_a_segmenter_of_parts_has_no_names():
     model = _model(*PROXY)
     parts = Segmenter(model.backbone, model.head, 4)
     assert parts.pretrained_cfg['architecture'] == '' and parts.in_chans == 3
+
+
+def test_benchmark(monkeypatch, capsys):
+    pytest.importorskip('onnxruntime', reason='needs the extra `onnx`: onnx, onnxscript, onnxruntime')
+    path = Path(__file__).parents[1] / 'benchmarks' / 'segmenter_export.py'
+    monkeypatch.setattr(sys, 'path', [str(path.parent), *sys.path])
+    spec = importlib.util.spec_from_file_location('segmenter_export', path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    assert len(list(benchmark.rows())) == 37  # 4 heads, 3 backbones, 3 classifiers; region_proxy
+    monkeypatch.setattr(torch, 'set_num_threads', lambda threads: None)
+    *names, difference, largest = benchmark.measure('fcn:resnet10t:plain')
+    assert names == ['fcn', 'resnet10t', 'plain'] and 0 < float(difference) < 1e-4 and float(largest) >= 1
+    monkeypatch.setattr(sys, 'argv', ['segmenter_export.py', 'fcn:resnet10t'])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert 'there is no row fcn:resnet10t: choose from' in capsys.readouterr().err

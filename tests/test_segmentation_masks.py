@@ -116,6 +116,15 @@ def test_scales(model, pixels, strips, scales, windows):
 
 
 @torch.no_grad()
+def test_normalization_of_the_model(model, pixels, monkeypatch):
+    images = dict(mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
+    expected = segmentation.predict(model, pixels, **images)
+    assert not torch.equal(segmentation.predict(model, pixels), expected)
+    monkeypatch.setattr(model, 'pretrained_cfg', images, raising=False)  # as of a segmenter
+    assert torch.equal(segmentation.predict(model, pixels), expected)
+
+
+@torch.no_grad()
 def test_large_images_have_windows(model, pixels, monkeypatch):
     monkeypatch.setattr(masks, 'MAX_WHOLE', HEIGHT * WIDTH - 1)
     monkeypatch.setattr(masks, 'WINDOW', (20, 15))

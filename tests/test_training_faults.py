@@ -219,7 +219,7 @@ def test_output_folder_that_fails(script, tmp_path, capsys, monkeypatch, fault):
     rows = 2 if fault == 'summary' else 1  # the checkpoint comes first, and it has the row
     checkpoint = torch.load(folder / 'last.pth.tar', weights_only=True)
     assert len(checkpoint['summary']) == rows and len(_summary(folder)) == 1
-    assert not list(folder.glob('*tmp*')) and not list(folder.glob('*.new'))
+    assert not list(folder.glob('*tmp*')) and not list(folder.glob('.*.part'))
     monkeypatch.undo()
     folder.rename(tmp_path / 'a')
     assert script.run('a', '--resume', 'auto') == 0

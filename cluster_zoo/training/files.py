@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from timm import utils
 
 from ..errors import CheckpointError, RunError, one_line
+from ..files import PART, replace, replacing, sync
 from ..weights import read_checkpoint
 
 __all__ = [
@@ -76,33 +77,10 @@ def writing(path: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
-def sync(path: str | os.PathLike) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def replace(new: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Gives a complete file its name."""
-    os.replace(new, path)
-    with suppress(OSError):  # some file systems cannot sync a folder
-        sync(os.path.dirname(path) or '.')
-
-
 def write_text(path: Path, text: str) -> None:
     """Replaces a text file; raises `RunError` if it cannot be written."""
-    new = path.with_name(f'{path.name}.new')
-    with writing(path):
-        try:
-            new.write_text(text, newline='')
-            sync(new)
-            replace(new, path)
-        except OSError:
-            new.unlink(missing_ok=True)
-            raise
+    with writing(path), replacing(path) as scratch:
+        scratch.write_text(text, newline='')
 
 
 class CheckpointSaver(utils.CheckpointSaver):
@@ -178,7 +156,7 @@ class CheckpointSaver(utils.CheckpointSaver):
             state: State of the saver in this checkpoint; None if it has none.
         """
         folder = Path(self.checkpoint_dir)
-        for file in (*folder.glob('*tmp.pth.tar'), *folder.glob('recovery-*.pth.tar')):
+        for file in (*folder.glob('*tmp.pth.tar'), *folder.glob(PART), *folder.glob('recovery-*.pth.tar')):
             if file.resolve() != Path(path).resolve():
                 file.unlink(missing_ok=True)
         if Path(path).name.startswith(self.recovery_prefix):

@@ -24,6 +24,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..errors import CheckpointError, one_line
+from ..files import replacing
 from ..home import home
 
 __all__ = ['cached', 'check_digest', 'entry', 'exclusive', 'new_folder', 'say', 'sha256', 'verified_weights']
@@ -170,11 +171,10 @@ def check_digest(
             raise CheckpointError(f'{changed}. If this is expected, accept it with cluster-zoo fetch NAME --force.')
         say(changed)
     if recorded != digest:
-        scratch = path.with_name(f'.sha256-{os.getpid()}.json')
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             content = json.dumps(records | {source: digest}, indent=2, sort_keys=True) + '\n'
-            scratch.write_text(content, encoding='utf-8')
-            scratch.replace(path)
+            with replacing(path) as scratch:
+                scratch.write_text(content, encoding='utf-8')
         except OSError as error:
             raise unwritable(path, error) from error

@@ -8,7 +8,8 @@ from typing import Any
 
 from cluster_zoo.errors import OptionError
 from cluster_zoo.training.parser import ParseKwargs, Parser
-from cluster_zoo.training.shared_options import add_device_options, add_logger_options, add_process_options
+from cluster_zoo.training.shared_options import add_device_options, add_logger_options
+from segmentation.engine.train_options import add_ema_options, add_run_options
 
 __all__ = ['MODEL_OPTIONS', 'model_arguments', 'train_parser', 'validate_parser']
 
@@ -110,7 +111,7 @@ def train_parser(prog: str) -> Parser:
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
     _add_optimizer_options(parser)
     add_device_options(parser)
-    _add_run_options(parser)
+    add_run_options(parser, './output/detection')
     add_logger_options(parser)
     return parser
 
@@ -130,23 +131,4 @@ def _add_optimizer_options(parser: argparse.ArgumentParser) -> None:
     add('--weight-decay', type=float, default=1e-4, metavar='F', help='weight decay (default: 1e-4)')
     add('--clip-grad', type=float, metavar='F', help='clip gradients (default: no clipping)')
     add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='gradient clipping mode')
-    add('--model-ema', action='store_true', help='keep an exponential moving average of the weights and validate it')
-    add('--model-ema-decay', type=float, default=0.9998, metavar='F', help='decay of the average (default: 0.9998)')
-    add('--model-ema-warmup', action=argparse.BooleanOptionalAction, help='warm up the decay from 0')
-
-
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('run')
-    add = group.add_argument
-    add('--seed', type=int, default=42, metavar='N', help='random seed (default: 42)')
-    add('--log-interval', type=int, default=50, metavar='N', help='iterations between log lines')
-    add('--val-interval', type=int, metavar='N', help='iterations between validations (default: an epoch)')
-    add('-vb', '--validation-batch-size', type=int, default=1, metavar='N', help='batch size of validation')
-    add('--recovery-interval', type=int, default=0, metavar='N', help='iterations between recovery checkpoints')
-    add('--checkpoint-hist', type=int, default=1, metavar='N', help='checkpoints to keep besides the last (1)')
-    add('--resume', default='', metavar='FILE', help='resume from a checkpoint; auto: from the newest of --experiment')
-    add('--output', default='', metavar='DIR', help='parent of the run folder (default: ./output/detection)')
-    add('--experiment', default='', metavar='NAME', help='name of the run folder (default: time and model)')
-    add('--overwrite', action='store_true', help='replace an earlier run of the same --experiment')
-    add('--dry-run', action='store_true', help='build the run and print its options and images, then stop')
-    add_process_options(group)
+    add_ema_options(add)

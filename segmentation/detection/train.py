@@ -25,10 +25,9 @@ from torch import Tensor
 
 from cluster_zoo.errors import OptionError
 from cluster_zoo.training import engine, run_folder
-from cluster_zoo.training.divergence import SKIPPED_UPDATES, LossRecord
 from cluster_zoo.training.loggers import check_loggers
 from cluster_zoo.training.optim import check_optimizer_name, optimizer_options
-from cluster_zoo.training.runtime import build_precision, option_errors, set_up_device, set_up_processes
+from cluster_zoo.training.runtime import option_errors, set_up_device, set_up_processes
 from segmentation import train as loop
 from segmentation.detection.coco import CocoDataset, create_dataset, eval_transform, train_transform
 from segmentation.detection.detectors import create_detector, has_masks
@@ -197,31 +196,9 @@ def start(args: argparse.Namespace) -> Run:
     model = build_model(args)
     optimizer, scheduler = build_optimizer(args, model)
     task = DetectionTask(model, torch.device(args.device))
-    autocast, scaler = build_precision(args)
-    engine.set_up_ema(args, task, args.iterations)
     name = args.detector if args.detector in CONFIGS else f'{args.detector}_{args.backbone}'
-    run = (MaskRun if train_data.masks else Run)(
-        args=args,
-        model_name=name,
-        task=task,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        autocast=autocast,
-        scaler=scaler,
-        losses=LossRecord(SKIPPED_UPDATES if scaler is not None else 0),
-        output_dir=run_folder.output_dir(args, _OUTPUT),
-        train_data=train_data,
-        val_data=val_data,
-    )
-    checkpoint = run_folder.checkpoint_to_resume(run.args, run.output_dir)
-    if checkpoint:
-        loop.resume(run, checkpoint)
-        _logger.info(f'Resumed from {checkpoint}')
-    if not args.dry_run:
-        run_folder.open_output_dir(run, name, checkpoint)
-    engine.launch(run)
-    loop.log_run(run)
-    return run
+    parts = dict(task=task, optimizer=optimizer, scheduler=scheduler, train_data=train_data, val_data=val_data)
+    return loop.open_run(MaskRun if train_data.masks else Run, args, name, _OUTPUT, **parts)
 
 
 def main(argv: Sequence[str] | None = None, prog: str = 'cluster-zoo detect train') -> int:

@@ -82,13 +82,16 @@ def main(argv: Sequence[str] | None = None, prog: str = 'cluster-zoo detect vali
     try:
         args = validate_parser(prog).resolve(argv)
         metrics = measure(args)
+        print(table(metrics))
+        print(f'{metrics["images"]} images, {metrics["images_per_second"]:.2f} images/s')
+        if args.results_file:
+            with option_errors(f'--results-file {args.results_file}'):
+                path = Path(args.results_file)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(_for_json(metrics), indent=4) + '\n')
     except UserError as error:
         print_error(error)
         return error.status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    print(table(metrics))
-    print(f'{metrics["images"]} images, {metrics["images_per_second"]:.2f} images/s')
-    if args.results_file:
-        Path(args.results_file).write_text(json.dumps(_for_json(metrics), indent=4) + '\n')
     return 0

@@ -49,8 +49,8 @@ def predict(
     scales: Sequence[float] = (1.0,),
     scale: tuple[int, int] | None = None,
     multiple: int | None = None,
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     chunk: int = 1,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Tensor:
@@ -71,8 +71,8 @@ def predict(
         scales: Factors of the size. Probabilities are averaged over them.
         scale: (long, short) sides that the image is resized into, keeping its aspect ratio (default: its own size).
         multiple: Both sides are rounded up to a multiple of this number.
-        mean: Mean of each channel, for pixel values in 0..1. The default is that of ``segmentation/train.py``.
-        std: Standard deviation of each channel, for pixel values in 0..1.
+        mean: Mean of each channel, for pixel values in 0..1 (default: that of the model, else ImageNet's).
+        std: Standard deviation of each channel, for pixel values in 0..1, likewise.
         chunk: Number of windows per forward pass.
         autocast: Creates the context of the forward pass.
 
@@ -85,6 +85,9 @@ def predict(
         CheckpointError: An output of the model is not finite.
     """
     pixels = to_pixels(image)
+    images = getattr(model, 'pretrained_cfg', {})
+    mean = images.get('mean', IMAGENET_DEFAULT_MEAN) if mean is None else mean
+    std = images.get('std', IMAGENET_DEFAULT_STD) if std is None else std
     with option_errors('predict', TypeError):
         resize = EvaluationResize(scale, multiple, scales)
         check(mode or 'whole', crop, stride, chunk)

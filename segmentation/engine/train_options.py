@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from cluster_zoo.errors import OptionError
@@ -175,6 +175,11 @@ def _add_start_options(parser: argparse.ArgumentParser) -> None:
         help='synchronize batch norm over processes, on GPUs (default: with --segmenter, as published)',
     )
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
+    add_ema_options(add)
+
+
+def add_ema_options(add: Callable[..., argparse.Action]) -> None:
+    """Adds the options of averaged weights to a group by its ``add_argument``."""
     add('--model-ema', action='store_true', help='keep an exponential moving average of the weights and validate it')
     add('--model-ema-decay', type=float, default=0.9998, metavar='F', help='decay of the average (default: 0.9998)')
     add(
@@ -262,15 +267,23 @@ def _add_schedule_options(parser: argparse.ArgumentParser) -> None:
     add('--warmup-ratio', type=float, default=1e-6, metavar='F', help='initial rate of warm-up, as a fraction of --lr')
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
+def add_run_options(
+    parser: argparse.ArgumentParser, output: str, val_interval: int | None = None
+) -> argparse._ArgumentGroup:
+    """Adds the options of a run of iterations, and returns their group.
+
+    Args:
+        parser: The parser.
+        output: Default parent of the run folder.
+        val_interval: Default of ``--val-interval``; None for an epoch.
+    """
     group = parser.add_argument_group('run')
     add = group.add_argument
     add('--seed', type=int, default=42, metavar='N', help='random seed (default: 42)')
-    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the model')
     add('--log-interval', type=int, default=50, metavar='N', help='iterations between log lines')
-    add('--val-interval', type=int, default=8000, metavar='N', help='iterations between validations (default: 8000)')
+    intervals = f'iterations between validations (default: {val_interval or "an epoch"})'
+    add('--val-interval', type=int, default=val_interval, metavar='N', help=intervals)
     add('-vb', '--validation-batch-size', type=int, default=1, metavar='N', help='batch size of validation')
-    add('--overlays', type=int, default=0, metavar='N', help='images to draw predictions of in each validation')
     add('--recovery-interval', type=int, default=0, metavar='N', help='iterations between recovery checkpoints')
     add('--checkpoint-hist', type=int, default=1, metavar='N', help='checkpoints to keep besides the last (1)')
     add(
@@ -279,11 +292,12 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         metavar='FILE',
         help='resume from a checkpoint of this script; auto: from the newest one of --experiment, if any',
     )
-    add('--output', default='', metavar='DIR', help='parent of the run folder (default: ./output/segmentation)')
+    add('--output', default='', metavar='DIR', help=f'parent of the run folder (default: {output})')
     add('--experiment', default='', metavar='NAME', help='name of the run folder, a new one (default: time and model)')
     add('--overwrite', action='store_true', help='replace an earlier run of the same --experiment')
     add('--dry-run', action='store_true', help='build the run and print its options and images, then stop')
     add_process_options(group)
+    return group
 
 
 def train_parser(prog: str = 'segmentation/train.py') -> TrainParser:
@@ -305,7 +319,9 @@ def train_parser(prog: str = 'segmentation/train.py') -> TrainParser:
     _add_schedule_options(parser)
     add_test_options(parser)
     add_device_options(parser)
-    _add_run_options(parser)
+    add = add_run_options(parser, './output/segmentation', 8000).add_argument
+    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='torch.compile the model')
+    add('--overlays', type=int, default=0, metavar='N', help='images to draw predictions of in each validation')
     add_logger_options(parser)
     parser.set_defaults(dataset='folder')
     return parser

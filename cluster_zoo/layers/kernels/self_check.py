@@ -8,7 +8,6 @@ package's folder (see `cluster_zoo.home`) until the GPU, the driver, PyTorch, Tr
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ... import __version__
+from ...files import replacing
 from ...home import home
 from .. import clustering
 from ..clustering import HeadWeights, PointSets
@@ -157,11 +157,11 @@ def _read() -> dict[str, Verdict]:
 def _write(records: dict[str, Verdict]) -> None:
     """Replaces the file in one step. Where it cannot be written, each process checks again."""
     path = home() / 'kernels.json'
-    scratch = path.with_name(f'.kernels-{os.getpid()}.json')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_text(json.dumps({k: v._asdict() for k, v in records.items()}, indent=1) + '\n', encoding='utf-8')
-        scratch.replace(path)
+        with replacing(path) as scratch:
+            text = json.dumps({k: v._asdict() for k, v in records.items()}, indent=1) + '\n'
+            scratch.write_text(text, encoding='utf-8')
     except OSError:
         return
 
