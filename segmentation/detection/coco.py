@@ -9,7 +9,7 @@ import json
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from posixpath import join
 from types import ModuleType
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -26,12 +27,14 @@ from tqdm.contrib.concurrent import thread_map
 from cluster_zoo.errors import DataError, OptionError, nearest, one_line, quoted
 
 from ..data.files import Archive, Folder, open_files, read_image
+from .conventions import resized
 
-__all__ = ['CocoDataset', 'coco_backend', 'create_dataset', 'eval_transform', 'train_transform']
+__all__ = ['CocoDataset', 'RandomCrop', 'coco_backend', 'create_dataset', 'eval_transform', 'train_transform']
 
 _logger = logging.getLogger(__name__)
 
 _LISTED = 3  # number of annotations that a line lists
+_PER_OBJECT = ('labels', 'masks', 'area', 'iscrowd')  # of a target, beside its boxes
 _TOLERANCE = 1.0  # pixels that a box may reach out of its image without a remark
 
 
@@ -157,9 +160,41 @@ class CocoDataset(Dataset):
         return self.rle.decode(segmentation)
 
 
-def train_transform(flip: float = 0.5) -> Callable:
-    """Returns the transform of training images: a horizontal flip, then float32 images, 0 to 1."""
-    return v2.Compose([v2.RandomHorizontalFlip(flip), eval_transform()])
+class RandomCrop:
+    """Cuts a random square that has the given side after the detector's resize, with the objects in it.
+
+    The square is cut before the resize, which is cheaper. A detector whose ``transform.crop`` is ``side`` resizes it.
+
+    Args:
+        side: Side of the square in pixels of the resized image. It is the whole short side of images that are smaller.
+        min_size: Short sides that images are resized to; one of them is drawn for each image.
+        max_size: Limit of the long side.
+    """
+
+    def __init__(self, side: int, min_size: Sequence[int], max_size: int) -> None:
+        self.side = side
+        self.min_size = tuple(min_size)
+        self.max_size = max_size
+        self.drop_outside = v2.SanitizeBoundingBoxes(
+            min_size=1, labels_getter=lambda sample: tuple(sample[1][name] for name in _PER_OBJECT if name in sample[1])
+        )
+
+    def __call__(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Crops the image, tv_tensors.Image [3, H, W], and its target, see `CocoDataset`."""
+        H, W = image.shape[-2:]
+        short = self.min_size[int(torch.randint(len(self.min_size), ()))]
+        side = min(H, W, round(self.side * H / resized((H, W), short, self.max_size)[0]))
+        top, left = (int(torch.randint(length - side + 1, ())) for length in (H, W))
+
+        def crop(x: Any) -> Any:
+            return F.crop(x, top, left, side, side) if isinstance(x, tv_tensors.TVTensor) else x
+
+        return self.drop_outside(crop(image), {name: crop(value) for name, value in target.items()})
+
+
+def train_transform(flip: float = 0.5, crop: RandomCrop | None = None) -> Callable:
+    """Returns the transform of training images: a crop, a horizontal flip, then float32 images, 0 to 1."""
+    return v2.Compose([*([crop] if crop else []), v2.RandomHorizontalFlip(flip), eval_transform()])
 
 
 def eval_transform() -> Callable:

@@ -161,12 +161,17 @@ class RoundedResize(GeneralizedRCNNTransform):
     """torchvision's preparation of images and targets, with sides that are rounded, not cut, to whole pixels.
 
     Predicted boxes and masks are returned at the original size, masks by `paste_masks`.
+
+    Attributes:
+        crop: Side that training images are resized to in place of ``min_size``, see `coco.RandomCrop`; None for none.
     """
+
+    crop: int | None = None
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Resizes an image [C, H, W] with its boxes [N, 4] and masks [N, H, W]."""
         old = tuple(image.shape[-2:])
-        short = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
+        short = (self.crop or self.torch_choice(self.min_size)) if self.training else self.min_size[-1]
         new = resized(old, short, self.max_size)
         if new != old:
             image = F.interpolate(image[None], new, mode='bilinear', align_corners=False)[0]

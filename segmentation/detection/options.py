@@ -18,7 +18,7 @@ _AT_LEAST = {
     1: ('batch_size', 'validation_batch_size', 'grad_accum_steps', 'epochs', 'iterations', 'val_interval'),
     0: ('workers', 'warmup', 'weight_decay', 'recovery_interval'),
 }
-_AT_LEAST[1] += ('log_interval', 'checkpoint_hist', 'min_size', 'max_size', 'num_classes')
+_AT_LEAST[1] += ('log_interval', 'checkpoint_hist', 'min_size', 'max_size', 'crop', 'num_classes')
 _ABOVE_0 = ('lr', 'clip_grad', 'dist_timeout')
 _COMMON = (
     *('data', 'detector', 'backbone', 'pretrained_backbone', 'checkpoint', 'min_size', 'max_size', 'epochs'),
@@ -34,6 +34,8 @@ class _Parser(Parser):
         if not args.data:
             raise OptionError('no data given: name the folder of a dataset in the format of COCO (DATA), or its .tar')
         values = {name: value for name, value in vars(args).items() if isinstance(value, (int, float))}
+        if args.min_size:
+            values['min_size'] = min(args.min_size)
         for least, names in _AT_LEAST.items():
             for name in names:
                 if not values.get(name, least) >= least:
@@ -50,7 +52,14 @@ def _add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGro
     add('--detector', metavar='NAME', help='mask_rcnn, faster_rcnn, retinanet or fcos, or a published detector')
     add('--backbone', metavar='NAME', help='a registered model, such as coc_tiny or resnet18')
     add('--num-classes', type=int, metavar='K', help="number of classes without background (default: the dataset's)")
-    add('--min-size', type=int, metavar='N', help='short side that images are resized to, pixels (default: 800)')
+    add(
+        '--min-size',
+        type=int,
+        nargs='+',
+        metavar='N',
+        help='short side that images are resized to, pixels (default: 800); training draws one of several for each '
+        'image, validation has the last',
+    )
     add('--max-size', type=int, metavar='N', help='limit of the long side, pixels (default: 1333)')
     add('--model-kwargs', nargs='*', action=ParseKwargs, metavar='K=V', help='arguments of detector and backbone')
     return group
@@ -97,6 +106,7 @@ def train_parser(prog: str) -> Parser:
     add('--train-split', default='train', metavar='NAME', help='training split (default: train)')
     add('--val-split', default='val', metavar='NAME', help='validation split (default: val)')
     add('--no-check-data', action='store_true', help='do not read all images before the training')
+    add('--crop', type=int, metavar='N', help='train on random crops of N x N pixels of the resized images')
     add('--flip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip (default: 0.5)')
     add = _add_model_options(parser).add_argument
     add(

@@ -29,7 +29,7 @@ from cluster_zoo.training.loggers import check_loggers
 from cluster_zoo.training.optim import check_optimizer_name, optimizer_options
 from cluster_zoo.training.runtime import option_errors, set_up_device, set_up_processes
 from segmentation import train as loop
-from segmentation.detection.coco import CocoDataset, create_dataset, eval_transform, train_transform
+from segmentation.detection.coco import CocoDataset, RandomCrop, create_dataset, eval_transform, train_transform
 from segmentation.detection.detectors import create_detector, has_masks
 from segmentation.detection.evaluation import average_precision, collate, evaluate, table
 from segmentation.detection.options import model_arguments, train_parser
@@ -194,6 +194,12 @@ def start(args: argparse.Namespace) -> Run:
     args.torchcompile = None  # the sizes of images and the numbers of objects change all the time
     train_data, val_data = build_datasets(args)
     model = build_model(args)
+    if args.crop:
+        sizes = model.transform.min_size, model.transform.max_size
+        if args.crop > min(*sizes[0], sizes[1]):
+            raise OptionError(f'--crop {args.crop} is larger than the resized images: --min-size, --max-size')
+        model.transform.crop = args.crop
+        train_data.transform = train_transform(args.flip, RandomCrop(args.crop, *sizes))
     optimizer, scheduler = build_optimizer(args, model)
     task = DetectionTask(model, torch.device(args.device))
     name = args.detector if args.detector in CONFIGS else f'{args.detector}_{args.backbone}'
