@@ -169,7 +169,7 @@ def test_no_image(run, photos, monkeypatch):
     monkeypatch.setattr(command, 'load_trained', None)
     Path('empty').mkdir()
     status, out, err = run('empty', 'missing.jpg')
-    assert status == 2 and out == '' and err.count('\n') == 3 and 'no image to segment' in err
+    assert status == 2 and out == '' and err.count('\n') == 3 and 'no image to process' in err
     assert not Path('masks').exists()
 
 
@@ -209,7 +209,7 @@ def test_two_images_of_one_name(run, photos):
     with Image.open('photos/a.jpg') as image:
         image.save('a.png')
     status, _, err = run('photos/a.jpg', 'a.png')
-    assert status == 2 and err.count('\n') == 1 and 'the same mask a.png' in err
+    assert status == 2 and err.count('\n') == 1 and 'the same output a.png' in err
     assert run('photos/a.jpg', 'photos/a.jpg')[0] == 0  # one image twice
 
 

@@ -240,3 +240,31 @@ def test_pycocotools_reads_the_same_masks(data, monkeypatch, caplog):
     monkeypatch.setattr(coco, 'import_module', only_pycocotools)
     assert coco.coco_backend()[0] == 'pycocotools'
     assert torch.equal(coco.create_dataset(str(data), 'train')[0][1]['masks'], expected)
+
+
+def test_crops(data):
+    whole, whole_target = coco.create_dataset(str(data), 'train')[0]
+    dataset = coco.create_dataset(str(data), 'train', coco.train_transform(0.0, coco.RandomCrop(24, [32, 48], 128)))
+    torch.manual_seed(0)
+    sides, counts = set(), set()
+    for _ in range(30):
+        image, target = dataset[0]
+        side = image.shape[-1]
+        assert image.shape == (3, side, side) and image.dtype == torch.float32
+        places = [
+            (top, left)
+            for top in range(24 - side + 1)
+            for left in range(32 - side + 1)
+            if torch.allclose(whole[:, top : top + side, left : left + side] / 255, image)
+        ]
+        ((top, left),) = places
+        offset = torch.tensor([left, top, left, top])
+        boxes = (whole_target['boxes'] - offset).clamp(0, side)
+        inside = ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
+        assert torch.equal(target['boxes'], boxes[inside])
+        assert torch.equal(target['labels'], whole_target['labels'][inside])
+        assert torch.equal(target['masks'], whole_target['masks'][inside, top : top + side, left : left + side])
+        assert len(target['area']) == len(target['iscrowd']) == inside.sum()
+        sides.add(side)
+        counts.add(len(boxes[inside]))
+    assert sides == {18, 12} and counts == {0, 1, 2}  # 24 pixels after resizing 24 to 32 or 48

@@ -15,7 +15,7 @@ from PIL import Image
 from processes import run_processes
 
 from cluster_zoo.training.signals import StopRequest
-from segmentation.detection import train, validate
+from segmentation.detection import create_detector, train, validate
 from segmentation.detection.published_systems import CONFIGS
 
 pytest.importorskip('faster_coco_eval')
@@ -140,7 +140,7 @@ def test_resumed_run_ends_in_the_same_bits(run, tmp_path, monkeypatch):
         assert_same(whole[name], parts[name])
 
 
-def _in_a_process(rank: int, world: int, line: list[str], folder: str) -> None:
+def _in_a_process(rank: int, world: int, script: str, line: list[str], folder: str) -> None:
     """A run with the environment of torchrun."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='localhost')
@@ -153,16 +153,35 @@ def _in_a_process(rank: int, world: int, line: list[str], folder: str) -> None:
     while not port.exists():
         time.sleep(0.01)
     os.environ['MASTER_PORT'] = port.read_text()
-    assert train.main(line) == 0
+    assert dict(train=train, validate=validate)[script].main(line) == 0
 
 
 def test_two_processes(data, tmp_path):
     line = [data, *MODEL, *BASE, '--iterations', 2, '--output', tmp_path, '--experiment', 'two']
-    run_processes(_in_a_process, 2, list(map(str, line)), str(tmp_path), seconds=280)
+    run_processes(_in_a_process, 2, 'train', list(map(str, line)), str(tmp_path), seconds=280)
     checkpoint = load(tmp_path / 'two' / 'last.pth.tar')
     assert checkpoint['progress']['iteration'] == 2 and checkpoint['crops'] == 4
     assert not any(name.startswith('module.') for name in checkpoint['state_dict'])
     assert len(checkpoint['summary']) == 1 and checkpoint['summary'][0]['box_AP'] >= 0
+    (tmp_path / 'port').unlink()
+    line = [data, '--checkpoint', tmp_path / 'two' / 'last.pth.tar', '--results-file', tmp_path / 'r.json']
+    line = list(map(str, [*line, '-j', 0, '--device', 'cpu']))
+    run_processes(_in_a_process, 2, 'validate', line, str(tmp_path), seconds=280)
+    found = json.loads((tmp_path / 'r.json').read_text())
+    assert found['images'] == 2
+    assert found['box_AP'] == pytest.approx(checkpoint['summary'][0]['box_AP'], abs=1e-3)
+
+
+def test_start_from_other_classes(run, data, tmp_path, caplog):
+    torch.manual_seed(0)
+    other = create_detector('faster_rcnn', 'test_resnet', 5)
+    torch.save(other.state_dict(), tmp_path / 'five.pth')
+    words = ['--checkpoint', tmp_path / 'five.pth', '--crop', 32, '--min-size', 48, 40, '--iterations', 1]
+    assert run('new', '--lr', 1e-12, *words) == 0
+    assert '5.pth' not in caplog.text and 'another number of classes: 4 entries' in caplog.text
+    state = load(tmp_path / 'new' / 'last.pth.tar')['state_dict']
+    assert state['roi_heads.box_predictor.cls_score.weight'].shape[0] == 3
+    torch.testing.assert_close(state['roi_heads.box_head.fc6.weight'], other.roi_heads.box_head.fc6.weight.data)
 
 
 def test_schedule():
@@ -199,6 +218,8 @@ def test_defaults_are_those_of_the_published_detectors():
         (['--epochs', 0], '--epochs must be at least 1'),
         (['--lr', 0], '--lr must be above 0'),
         (['--flip', 2], 'training data'),
+        (['--min-size', 64, 0], '--min-size must be at least 1'),
+        (['--crop', 50], '--crop 50 is larger than the resized images'),
         (['--train-split', 'trian'], "no split 'trian'"),
         (['--detector', 'mask_rcn'], 'did you mean mask_rcnn'),
         (['--backbone', 'coc_tyni'], 'did you mean coc_tiny'),

@@ -22,7 +22,7 @@ __all__ = ['exit_on_sigterm', 'main']
 _EXIT_STATUS = """\
 exit status:
   0    done
-  1    some of the images could not be processed (predict, explain, segment predict)
+  1    some of the images could not be processed (predict, explain, segment predict, detect predict)
   2    an error; the message is on standard error
   130  interrupted
   141  the reader of the output ended, as in 'cluster-zoo list | head'

@@ -30,7 +30,7 @@ COMMANDS = {
     'train': Command('training', 'train an image classifier'),
     'validate': Command('training', 'measure accuracy and speed of image classifiers'),
     'segment': Command('training', 'train, validate or apply a segmenter'),
-    'detect': Command('training', 'train or validate a detector'),
+    'detect': Command('training', 'train, validate or apply a detector'),
 }
 
 Commands = argparse._SubParsersAction  # what ``add_subparsers`` returns, for annotations

@@ -1,6 +1,6 @@
 """``cluster-zoo train``, ``validate``, ``segment`` and ``detect``: the checkout's scripts, for an installed package.
 
-``segment predict`` is in `segment`, which parses its own command line, too.
+``segment predict`` is in `segment` and ``detect predict`` in `detect`, which parse their own command lines, too.
 """
 
 import importlib
@@ -17,6 +17,7 @@ _SCRIPTS = {
     ('segment', 'predict'): 'cluster_zoo.cli.segment',
     ('detect', 'train'): 'segmentation.detection.train',
     ('detect', 'validate'): 'segmentation.detection.validate',
+    ('detect', 'predict'): 'cluster_zoo.cli.detect',
 }
 
 
@@ -39,13 +40,15 @@ def add_parser(commands: Commands) -> None:
     detect = commands.add_parser(
         'detect',
         help=COMMANDS['detect'].help,
-        description='Train or validate a detector.',
+        description='Train, validate or apply a detector.',
         epilog='examples:\n'
         '  cluster-zoo detect train DATA --detector mask_rcnn --backbone coc_tiny\n'
-        '  cluster-zoo detect validate DATA --checkpoint output/detection/NAME/model_best.pth.tar\n',
+        '  cluster-zoo detect validate DATA --checkpoint output/detection/NAME/model_best.pth.tar\n'
+        '  cluster-zoo detect predict photos/ --checkpoint FILE --output objects\n',
     ).add_subparsers(title='commands', metavar='COMMAND', required=True)
     detect.add_parser('train', help='train a detector', add_help=False)
     detect.add_parser('validate', help='measure the average precision of a detector', add_help=False)
+    detect.add_parser('predict', help='draw the objects in images', add_help=False)
 
 
 def run_script(argv: Sequence[str]) -> int | None:

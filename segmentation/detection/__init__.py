@@ -7,6 +7,8 @@
 import cluster_zoo  # noqa: F401  registers the backbones
 
 from .detectors import create_detector
+from .prediction import Detected, predict
 from .published_systems import detector_config, list_detectors
+from .trained import load_trained
 
-__all__ = ['create_detector', 'detector_config', 'list_detectors']
+__all__ = ['Detected', 'create_detector', 'detector_config', 'list_detectors', 'load_trained', 'predict']

@@ -164,9 +164,11 @@ class RoundedResize(GeneralizedRCNNTransform):
 
     Attributes:
         crop: Side that training images are resized to in place of ``min_size``, see `coco.RandomCrop`; None for none.
+        paste: Whether masks are returned in the image, [N, 1, H, W]; otherwise in their boxes, [N, 1, M, M].
     """
 
     crop: int | None = None
+    paste: bool = True
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Resizes an image [C, H, W] with its boxes [N, 4] and masks [N, H, W]."""
@@ -192,7 +194,7 @@ class RoundedResize(GeneralizedRCNNTransform):
             return result
         for found, size, original in zip(result, image_shapes, original_image_sizes):
             found['boxes'] = _scaled(found['boxes'], size, original)
-            if 'masks' in found:
+            if 'masks' in found and self.paste:
                 found['masks'] = paste_masks(found['masks'], found['boxes'], original)
         return result
 

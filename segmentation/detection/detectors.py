@@ -1,6 +1,7 @@
 """torchvision's detectors on the dense levels of registered backbones. `create_detector` builds them by name."""
 
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,12 @@ _TWO_STAGES = {'mask_rcnn': MaskRCNN, 'faster_rcnn': FasterRCNN}
 _ONE_STAGE = {'retinanet': RetinaNet, 'fcos': FCOS}
 DETECTORS = _TWO_STAGES | _ONE_STAGE
 _CHANNELS = 256
+_OF_CLASSES = (
+    *('roi_heads.box_predictor.', 'roi_heads.mask_predictor.mask_fcn_logits.'),
+    'head.classification_head.cls_logits.',
+)
+
+_logger = logging.getLogger(__name__)
 
 
 class FeaturePyramid(nn.Module):
@@ -178,8 +185,16 @@ def _normalization(model: nn.Module, options: dict[str, Any]) -> dict[str, list[
     }
 
 
-def load_detector_weights(model: nn.Module, state_dict: dict[str, Tensor], path: str | Path) -> None:
+def load_detector_weights(
+    model: nn.Module, state_dict: dict[str, Tensor], path: str | Path, new_classes: bool = False
+) -> None:
     """Loads a state dict with the names of this package or of mmdetection into a detector.
+
+    Args:
+        model: A detector of `create_detector`.
+        state_dict: The weights.
+        path: Their file, for error messages.
+        new_classes: Keep the model's own output layers if those of the state dict are for another number of classes.
 
     Raises:
         CheckpointError: It is not of a detector or does not fit. The model is unchanged.
@@ -191,5 +206,11 @@ def load_detector_weights(model: nn.Module, state_dict: dict[str, Tensor], path:
             'classifier: pretrained_backbone.'
         )
     state_dict = convert_state_dict(state_dict, model, convert_detector)
+    if new_classes:
+        own = {name: x for name, x in model.state_dict().items() if name.startswith(_OF_CLASSES) and name in state_dict}
+        other = [name for name, x in own.items() if x.shape != state_dict[name].shape]
+        if other:
+            _logger.warning(f'{path} has another number of classes: {len(other)} entries of output layers start anew')
+            state_dict |= {name: own[name] for name in other}
     check_fit(state_dict, model)
     model.load_state_dict(state_dict)

@@ -11,7 +11,7 @@ from cluster_zoo.training.parser import ParseKwargs, Parser
 from cluster_zoo.training.shared_options import add_device_options, add_logger_options
 from segmentation.engine.train_options import add_ema_options, add_run_options
 
-__all__ = ['MODEL_OPTIONS', 'model_arguments', 'train_parser', 'validate_parser']
+__all__ = ['MODEL_OPTIONS', 'add_model_options', 'model_arguments', 'train_parser', 'validate_parser']
 
 MODEL_OPTIONS = ('detector', 'backbone', 'num_classes', 'min_size', 'max_size', 'model_kwargs')
 _AT_LEAST = {
@@ -46,7 +46,8 @@ class _Parser(Parser):
         return args
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Adds the options that name a detector, see `model_arguments`, and returns their group."""
     group = parser.add_argument_group('model')
     add = group.add_argument
     add('--detector', metavar='NAME', help='mask_rcnn, faster_rcnn, retinanet or fcos, or a published detector')
@@ -82,7 +83,7 @@ def validate_parser(prog: str) -> Parser:
     add = parser.add_argument_group('dataset').add_argument
     add('data', nargs='?', metavar='DATA', help='folder of the dataset, or a .tar of it')
     add('--split', default='val', metavar='NAME', help='split to evaluate (default: val)')
-    add = _add_model_options(parser).add_argument
+    add = add_model_options(parser).add_argument
     add('--checkpoint', metavar='FILE', help="weights: of this package's training, or the authors'")
     add('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
     group = add_device_options(parser)
@@ -108,7 +109,7 @@ def train_parser(prog: str) -> Parser:
     add('--no-check-data', action='store_true', help='do not read all images before the training')
     add('--crop', type=int, metavar='N', help='train on random crops of N x N pixels of the resized images')
     add('--flip', type=float, default=0.5, metavar='P', help='probability of a horizontal flip (default: 0.5)')
-    add = _add_model_options(parser).add_argument
+    add = add_model_options(parser).add_argument
     add(
         '--pretrained-backbone',
         nargs='?',
@@ -117,7 +118,7 @@ def train_parser(prog: str) -> Parser:
         metavar='FILE',
         help="start from a classifier's weights: timm's for this backbone, or a file",
     )
-    add('--checkpoint', metavar='FILE', help='start from the weights of a detector')
+    add('--checkpoint', metavar='FILE', help='start from the weights of a detector, of any number of classes')
     add('--grad-checkpointing', action='store_true', help='recompute activations in the backward pass to save memory')
     _add_optimizer_options(parser)
     add_device_options(parser)

@@ -28,9 +28,10 @@ from cluster_zoo.training import engine, run_folder
 from cluster_zoo.training.loggers import check_loggers
 from cluster_zoo.training.optim import check_optimizer_name, optimizer_options
 from cluster_zoo.training.runtime import option_errors, set_up_device, set_up_processes
+from cluster_zoo.weights import load_state_dict
 from segmentation import train as loop
 from segmentation.detection.coco import CocoDataset, RandomCrop, create_dataset, eval_transform, train_transform
-from segmentation.detection.detectors import create_detector, has_masks
+from segmentation.detection.detectors import create_detector, has_masks, load_detector_weights
 from segmentation.detection.evaluation import average_precision, collate, evaluate, table
 from segmentation.detection.options import model_arguments, train_parser
 from segmentation.detection.published_systems import CONFIGS
@@ -151,9 +152,9 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     """Builds the detector to train, with its initial weights, on the device."""
     pretrained = True if args.pretrained_backbone == 'timm' else args.pretrained_backbone or False
     with option_errors('model', TypeError):
-        model = create_detector(
-            **model_arguments(args), pretrained_backbone=pretrained, checkpoint_path=args.checkpoint
-        )
+        model = create_detector(**model_arguments(args), pretrained_backbone=pretrained)
+    if args.checkpoint:
+        load_detector_weights(model, load_state_dict(args.checkpoint), args.checkpoint, new_classes=True)
     if args.grad_checkpointing:
         with option_errors('--grad-checkpointing', AttributeError):
             model.backbone.body.model.set_grad_checkpointing()
