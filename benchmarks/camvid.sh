@@ -3,12 +3,13 @@
 #
 #   bash benchmarks/camvid.sh cpu DATA [ROW ...]    1,500 iterations of 8 crops, seed 42; half an hour per row and core
 #   bash benchmarks/camvid.sh gpu DATA [ROW ...]    20,000 iterations of 16 crops, three seeds; has not been run
+#   bash benchmarks/camvid.sh bundled DATA          the bundled model: from the bundled classifier, cross-entropy + Lovasz
 #
 # Runs are in output/segmentation/camvid-KIND-ROW-SEED. A stopped run is resumed, a finished run is skipped. Then
 #
 #   python benchmarks/camvid.py KIND DATA           prints the table for the test images
 set -euo pipefail
-[[ ${1:-} =~ ^(cpu|gpu)$ && -e ${2:-} ]] || { sed -n '2,9p' "$0" >&2; exit 2; }
+[[ ${1:-} =~ ^(cpu|gpu|bundled)$ && -e ${2:-} ]] || { sed -n '2,10p' "$0" >&2; exit 2; }
 kind=$1 data=$(realpath "$2")
 shift 2
 cd "$(dirname "$0")/.."
@@ -32,6 +33,10 @@ case $kind in
     cpu) export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # for two cores, start the script twice with different rows
          recipe+=(-b 8 --iterations 1500 --warmup 100 --val-interval 500 --workers 0); seeds=${SEEDS:-42} ;;
     gpu) recipe+=(-b 16 --iterations 20000 --warmup 500 --val-interval 2000 --workers 8); seeds=${SEEDS:-42 43 44} ;;
+    bundled) export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+         recipe+=(-b 8 --iterations 2500 --warmup 100 --val-interval 500 --workers 0 --loss ce lovasz
+                  --pretrained-backbone cluster_zoo/assets/coc_tiny_plain.cifar10.safetensors)
+         seeds=42 order=(semantic_fpn-coc_tiny) ;;
 esac
 
 for seed in $seeds; do

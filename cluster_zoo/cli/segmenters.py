@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from segmentation import create_segmenter
-from segmentation.models.folders import is_segmenter_folder, read_segmenter_config
+from segmentation.models.folders import BUNDLED, is_segmenter_folder, read_segmenter_config
 from segmentation.models.importing import import_segmenter, is_segmenter_checkpoint, load_segmenter
 from segmentation.models.published_systems import CONFIGS
 from segmentation.models.segmenter import HEADS
@@ -19,6 +19,7 @@ from ..weights.archives import is_archive
 from ..weights.download import hub_folder, is_drive, organization
 
 __all__ = [
+    'bundled',
     'checkpoint_of_segmenter',
     'import_folder',
     'info',
@@ -37,9 +38,14 @@ def published() -> list[str]:
     return list(CONFIGS)
 
 
+def bundled() -> dict[str, Path]:
+    """Returns the model folders of the segmenters in the package, by name."""
+    return BUNDLED
+
+
 def is_segmenter(name: str) -> bool:
-    """Whether a name is that of a published system, ``hf-hub:`` excepted, or the folder of a segmenter."""
-    return name in CONFIGS or is_segmenter_folder(Path(name.removeprefix('local-dir:')))
+    """Whether a name is that of a published or bundled system, ``hf-hub:`` excepted, or the folder of a segmenter."""
+    return name in CONFIGS or name in BUNDLED or is_segmenter_folder(Path(name.removeprefix('local-dir:')))
 
 
 def checkpoint_of_segmenter(path: Path, model: str | None) -> bool:
@@ -61,11 +67,13 @@ def can_load(name: str) -> bool:
 
 def usage(name: str) -> str:
     """Returns an example of Python code for a published system or a folder."""
-    pretrained = ', pretrained=True' if name in CONFIGS else ''
+    pretrained = ', pretrained=True' if name in CONFIGS or name in BUNDLED else ''
     return f"from segmentation import create_segmenter; create_segmenter('{name}'{pretrained})"
 
 
 def _location(name: str) -> str:
+    if name in BUNDLED:
+        return 'in the package'
     if cache.cached(name):
         return 'in the cache'
     sources = [f'{owner} on Hugging Face may have them'] if (owner := organization()) else []
@@ -75,14 +83,15 @@ def _location(name: str) -> str:
 
 def _parameters(name: str, **options: Any) -> int:
     with torch.device('meta'):
-        model = create_segmenter(name, auxiliary=False, **options)
+        model = create_segmenter(name, pretrained=False, auxiliary=False, **options)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def rows(names: list[str]) -> list[dict[str, Any]]:
-    """Returns a row for each published system, for ``list``. Parameters are counted without auxiliary heads."""
+    """Returns a row for each published or bundled system, for ``list``, without auxiliary heads."""
+    published = {name: config.miou for name, config in CONFIGS.items()}
     return [
-        dict(name=name, parameters=_parameters(name), published_miou=CONFIGS[name].miou, weights=_location(name))
+        dict(name=name, parameters=_parameters(name), published_miou=published.get(name), weights=_location(name))
         for name in names
     ]
 
@@ -95,7 +104,7 @@ def open_model_folder(folder: Path) -> None:
 
 def info(name: str) -> dict[str, Any]:
     """Returns what ``info`` prints of a published system or a folder."""
-    folder = None if name in CONFIGS else Path(name.removeprefix('local-dir:'))
+    folder = None if name in CONFIGS else BUNDLED.get(name) or Path(name.removeprefix('local-dir:'))
     stored = folder or cache.cached(name)
     with torch.device('meta'):
         model = create_segmenter(name if name in CONFIGS else _folder(name), pretrained=False, auxiliary=False)
@@ -114,7 +123,7 @@ def info(name: str) -> dict[str, Any]:
         **config['pretrained_cfg'],
         test=config.get('test'),
         paper=system and system.paper,
-        weights='in this folder' if folder else _location(name),
+        weights='in this folder' if folder and name not in BUNDLED else _location(name),
         sha256=weights.get('sha256'),
         made_from=weights.get('source'),
         url=system and system.source,
@@ -153,7 +162,7 @@ def load(name: str, checkpoint: str | None, untrained: bool, num_classes: int | 
     if name not in CONFIGS:
         if checkpoint or untrained:
             raise OptionError(f'{name} has weights: --checkpoint and --untrained are for the name of a model')
-        is_folder = name.startswith('local-dir:') or Path(name).is_dir()
+        is_folder = name.startswith('local-dir:') or name in BUNDLED or Path(name).is_dir()
         return create_segmenter(_folder(name)) if is_folder else load_segmenter(name)
     if checkpoint:
         return load_segmenter(checkpoint, name, model_args=options)
@@ -161,4 +170,4 @@ def load(name: str, checkpoint: str | None, untrained: bool, num_classes: int | 
 
 
 def _folder(name: str) -> str:
-    return f'local-dir:{name.removeprefix("local-dir:")}'
+    return name if name in BUNDLED else f'local-dir:{name.removeprefix("local-dir:")}'

@@ -127,9 +127,9 @@ def _meta_model(name: str) -> tuple[nn.Module, int]:
 def _list(args: argparse.Namespace) -> None:
     pattern = args.filter if set(args.filter) & set('*?[') else f'*{args.filter}*'
     names = fnmatch.filter(metadata.package_tags(), pattern)
-    systems = segmenters.rows(fnmatch.filter(segmenters.published(), pattern))
+    systems = segmenters.rows(fnmatch.filter([*segmenters.bundled(), *segmenters.published()], pattern))
     if not names and not systems:
-        known = [*metadata.package_models(), *segmenters.published()]
+        known = [*metadata.package_models(), *segmenters.bundled(), *segmenters.published()]
         raise OptionError(f"no name matches '{args.filter}'{nearest(args.filter, known)}")
     rows = []
     for name in names:
@@ -205,6 +205,8 @@ def _print_info(args: argparse.Namespace, info: dict[str, Any]) -> None:
 
 def _fetch(args: argparse.Namespace) -> None:
     options = dict(member=args.file, force=args.force)
+    if bundled := segmenters.bundled().get(args.name):
+        return _show(args, f'{args.name}: part of the package', dict(folder=str(bundled)), _usage(args.name))
     if args.name in segmenters.published():
         name, folder, use = args.name, fetch_segmenter(args.name, **options), _usage(args.name)
     else:
@@ -306,7 +308,7 @@ def _push(args: argparse.Namespace) -> None:
 
 def _folder_to_push(name: str, scratch: Path) -> Path:
     """Returns the model folder of an argument, and writes bundled weights to ``scratch``."""
-    if folder := _model_folder(name):
+    if folder := segmenters.bundled().get(name) or _model_folder(name):
         return folder
     if name not in segmenters.published():
         name = _full_name(name)

@@ -26,7 +26,10 @@ from ..data.layouts import LAYOUTS
 from .card import segmenter_card
 from .published_systems import CONFIGS
 
-__all__ = ['describe', 'is_segmenter_folder', 'open_folder', 'read_segmenter_config', 'save_pretrained']
+__all__ = ['BUNDLED', 'describe', 'is_segmenter_folder', 'open_folder', 'read_segmenter_config', 'save_pretrained']
+
+# Trained by this project, see docs/measured-here.md
+BUNDLED = {name: Path(__file__).parents[1] / 'assets' / name for name in ('semantic_fpn_coc_tiny.camvid',)}
 
 _KEYS = ('head', 'backbone', 'num_classes', 'model_args', 'segmenter', 'pretrained_cfg', 'test', 'label_names')
 _KEYS += ('label_colors', 'sha256', 'source')
@@ -139,11 +142,13 @@ def is_segmenter_folder(folder: Path) -> bool:
 
 
 def open_folder(name: str, cache_dir: str | Path | None = None) -> tuple[Path, dict[str, Any]]:
-    """Returns the folder of ``'local-dir:FOLDER'`` or ``'hf-hub:ORG/NAME'`` and its configuration.
+    """Returns the folder of ``'local-dir:FOLDER'``, ``'hf-hub:ORG/NAME'`` or a bundled name, and its configuration.
 
     Raises:
         CheckpointError: The folder does not exist or cannot be downloaded, or its configuration is refused.
     """
+    if name in BUNDLED:
+        return BUNDLED[name], read_segmenter_config(BUNDLED[name])
     source, _, location = name.partition(':')
     if source not in FOREIGN or not location:
         raise OptionError(f'{name!r} is no model folder: expected local-dir:FOLDER or hf-hub:ORG/NAME.')

@@ -28,7 +28,7 @@ from .backbones import Pyramid, TokenGrids, create_backbone
 from .classifiers import CLASSIFIERS, PlainClassifier
 from .conversion import convert_segmenter
 from .decoders import FCN, DeepLabV3Plus, SemanticFPN, UPerNet, resize
-from .folders import describe, open_folder, write_folder
+from .folders import BUNDLED, describe, open_folder, write_folder
 from .published_systems import CONFIGS
 from .region_proxy import RegionProxy
 
@@ -194,7 +194,8 @@ def create_segmenter(
     Args:
         head: 'semantic_fpn', 'upernet', 'deeplabv3plus', 'fcn' or 'region_proxy'; or the name of a published system,
             see `list_segmenters`, which sets the defaults of all following arguments; or a model folder,
-            'local-dir:FOLDER' or 'hf-hub:ORG/NAME', see `folders.save_pretrained`.
+            'local-dir:FOLDER' or 'hf-hub:ORG/NAME', see `folders.save_pretrained`; or the bundled model
+            'semantic_fpn_coc_tiny.camvid'.
         backbone: Name of a registered model: coc_*, fec_*, timm's ResNets, Swin, ConvNeXt and others with stages; a
             vision transformer or a hybrid for region_proxy.
         num_classes: Number of classes K.
@@ -218,7 +219,7 @@ def create_segmenter(
         torch.Size([1, 150, 512, 683])
     """
     given = dict(backbone=backbone, num_classes=num_classes) | options
-    if ':' in head:
+    if ':' in head or head in BUNDLED:
         return _open_segmenter(head, given, pretrained is not False, cache_dir, pretrained_backbone or checkpoint_path)
     if head not in (*HEADS, *CONFIGS):
         raise ValueError(
