@@ -176,7 +176,7 @@ def test_published_detectors(config):
 
 def test_names_of_published_detectors():
     names = [f'mask_rcnn_coc_{size}_{centers}' for size in ('medium', 'small') for centers in (4, 25, 49)]
-    assert list_detectors('*coc*') == names
+    assert list_detectors('coc') == list_detectors('*coc*') == names and len(list_detectors('*_25')) == 2
     assert list_detectors() == [*names, *(f'mask_rcnn_fec_{size}' for size in ('base', 'large', 'small'))]
     config = detector_config('mask_rcnn_coc_medium_49')
     assert (config.box_ap, config.mask_ap, config.options) == (40.6, 37.6, dict(proposals=7))

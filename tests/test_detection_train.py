@@ -241,3 +241,7 @@ def test_errors_of_the_validation(data, tmp_path, capsys):
     torch.save({'backbone.fpn.x': torch.ones(1)}, tmp_path / 'x.pth')
     assert call(validate, data, '--device', 'cpu', '--checkpoint', tmp_path / 'x.pth') == 2
     assert 'does not name its model' in capsys.readouterr().err
+    words = ['--checkpoint', tmp_path / 'x.pth', '--results-file', tmp_path]
+    assert call(validate, data, '--device', 'cpu', *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f'error: --results-file {tmp_path}') and error.count('\n') == 1

@@ -6,12 +6,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
-from timm.utils import natural_key
-
 from cluster_zoo.errors import OptionError, nearest
+
+from ..models.published_systems import matching
 
 __all__ = ['CONFIGS', 'DetectorConfig', 'detector_config', 'list_detectors']
 
@@ -97,9 +96,9 @@ def list_detectors(filter: str = '') -> list[str]:
     """Returns the names of the published detectors, in natural order.
 
     Args:
-        filter: Pattern such as ``'*coc*'``; '' for all names.
+        filter: Part of a name such as ``'coc'``, or a pattern of whole names such as ``'*_25'``; '' for all names.
     """
-    return sorted((name for name in CONFIGS if fnmatchcase(name, filter or '*')), key=natural_key)
+    return matching(CONFIGS, filter)
 
 
 def detector_config(name: str) -> DetectorConfig:

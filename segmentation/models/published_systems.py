@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,7 +15,7 @@ from timm.utils import natural_key
 
 from cluster_zoo.errors import OptionError, nearest
 
-__all__ = ['CONFIGS', 'SegmenterConfig', 'list_segmenters', 'segmenter_config']
+__all__ = ['CONFIGS', 'SegmenterConfig', 'list_segmenters', 'matching', 'segmenter_config']
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,13 @@ def list_segmenters(filter: str = '') -> list[str]:
     Args:
         filter: Part of a name such as ``'coc'``, or a pattern of whole names such as ``'*_25'``; '' for all names.
     """
+    return matching(CONFIGS, filter)
+
+
+def matching(names: Iterable[str], filter: str) -> list[str]:
+    """Returns the names that match a filter, see `list_segmenters`, in natural order."""
     pattern = filter if set(filter) & set('*?[') else f'*{filter}*'
-    return sorted((name for name in CONFIGS if fnmatchcase(name, pattern)), key=natural_key)
+    return sorted((name for name in names if fnmatchcase(name, pattern)), key=natural_key)
 
 
 def segmenter_config(name: str) -> SegmenterConfig:
