@@ -15,6 +15,7 @@ from segmentation import create_segmenter, list_segmenters, save_pretrained
 
 NAME = 'region_proxy_vit_ti16_cityscapes'
 TINY = dict(head='fcn', backbone='resnet10t', num_classes=11, channels=8)
+BUNDLED = 'semantic_fpn_coc_tiny.camvid'
 
 
 @pytest.fixture(autouse=True)
@@ -140,3 +141,14 @@ def test_push(zoo, model, place, monkeypatch):
         assert _same(model, create_segmenter('hf-hub:my-lab/streets'))
     (place / 'streets' / 'model.safetensors').write_bytes(b'damaged')
     assert 'is damaged or was changed' in zoo('push', 'streets', '--to', 'my-lab/streets', status=2)
+
+
+def test_bundled_segmenter(zoo):
+    (row,) = zoo('list', BUNDLED, '--json')
+    assert row['weights'] == 'in the package' and row['published_miou'] is None and row['parameters'] == 6_327_083
+    info = zoo('info', BUNDLED, '--json')
+    assert info['weights'] == 'in the package' and info['data'] is None and info['label_names'][3] == 'road'
+    assert "create_segmenter('semantic_fpn_coc_tiny.camvid', pretrained=True)" in zoo('fetch', BUNDLED)
+    zoo('push', BUNDLED, '--to', './copy')
+    assert _same(create_segmenter(BUNDLED, pretrained=True), create_segmenter('local-dir:copy'))
+    assert 'did you mean semantic_fpn_coc_tiny.camvid' in zoo('list', 'semantic_fpn_coc_tiny.camvd', status=2)

@@ -40,6 +40,7 @@ def test_wheel_contains_only_the_packages(built):
         entry_points = wheel.read(f'cluster_zoo-{cluster_zoo.__version__}.dist-info/entry_points.txt').decode()
     assert names == PACKAGE
     assert {'cluster_zoo/py.typed', 'cluster_zoo/assets/cifar10_sample.tar'} <= names
+    assert 'segmentation/assets/semantic_fpn_coc_tiny.camvid/model.safetensors' in names
     assert 'cluster-zoo = cluster_zoo.cli:main' in entry_points
 
 
