@@ -34,7 +34,7 @@ case $kind in
          recipe+=(-b 8 --iterations 1500 --warmup 100 --val-interval 500 --workers 0); seeds=${SEEDS:-42} ;;
     gpu) recipe+=(-b 16 --iterations 20000 --warmup 500 --val-interval 2000 --workers 8); seeds=${SEEDS:-42 43 44} ;;
     bundled) export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-         recipe+=(-b 8 --iterations 2500 --warmup 100 --val-interval 500 --workers 0 --loss ce lovasz
+         recipe+=(-b 8 --iterations 1200 --warmup 100 --val-interval 600 --workers 0 --loss ce lovasz
                   --pretrained-backbone cluster_zoo/assets/coc_tiny_plain.cifar10.safetensors)
          seeds=42 order=(semantic_fpn-coc_tiny) ;;
 esac

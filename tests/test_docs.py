@@ -212,6 +212,8 @@ def _write_files():
     Path('photos').mkdir()
     next(birds).save('photos/robin.jpg')
     next(birds).resize((96, 64)).save('photo.jpg')
+    Path('docs/figures').mkdir(parents=True)
+    shutil.copy(ROOT / 'docs/figures/street.jpg', 'docs/figures')
     Path('birds-model').mkdir()
     Path('birds-model/config.json').write_text('{}')
 

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ _TWO_STAGES = {'mask_rcnn': MaskRCNN, 'faster_rcnn': FasterRCNN}
 _ONE_STAGE = {'retinanet': RetinaNet, 'fcos': FCOS}
 DETECTORS = _TWO_STAGES | _ONE_STAGE
 _CHANNELS = 256
+_COCO_CLASSES = 80
 _OF_CLASSES = (
     *('roi_heads.box_predictor.', 'roi_heads.mask_predictor.mask_fcn_logits.'),
     'head.classification_head.cls_logits.',
@@ -166,6 +168,9 @@ def _build(cls: type[nn.Module], pyramid: FeaturePyramid, num_classes: int, opti
     sizes = {name: options.get(name, default) for name, default in (('min_size', 800), ('max_size', 1333))}
     model = cls(pyramid, num_classes + 1, **{**defaults, **options})
     model.transform = RoundedResize(**sizes, image_mean=options['image_mean'], image_std=options['image_std'])
+    if isinstance(model, MaskRCNN):
+        # The usual initialization grows for few classes: with one, large logits soon leave only dead ReLUs before them
+        nn.init.normal_(model.roi_heads.mask_predictor.mask_fcn_logits.weight, std=math.sqrt(2 / _COCO_CLASSES))
     if isinstance(model, FasterRCNN):
         model.rpn.min_size = torch.finfo(torch.float32).tiny  # pixels; torchvision drops boxes below 0.001
         for part in (model.rpn, model.roi_heads):
