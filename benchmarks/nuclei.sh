@@ -2,7 +2,7 @@
 # Trains Mask R-CNN on the nuclei of the Data Science Bowl 2018 from scratch, all backbones with the same recipe. DATA is
 # the folder or tar of the data in the format of COCO.
 #
-#   bash benchmarks/nuclei.sh cpu DATA [BACKBONE ...]    500 iterations of 4 crops; half an hour per backbone and core
+#   bash benchmarks/nuclei.sh cpu DATA [BACKBONE ...]    450 iterations of 4 crops; half an hour per backbone and core
 #   bash benchmarks/nuclei.sh gpu DATA [BACKBONE ...]    12,000 iterations of 16 crops; has not been run
 #
 # Runs are in output/detection/nuclei-KIND-BACKBONE. A stopped run is resumed, a finished run is skipped.
@@ -26,7 +26,7 @@ recipe=(
 few=(rpn_pre_nms_top_n_train=1000 rpn_post_nms_top_n_train=300 rpn_post_nms_top_n_test=500 box_batch_size_per_image=64)
 case $kind in
     cpu) export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # for two cores, start the script twice with other backbones
-         recipe+=(-b 4 --lr 3e-4 --iterations 500 --warmup 50 --val-interval 500 --recovery-interval 100 --workers 0) ;;
+         recipe+=(-b 4 --lr 3e-4 --iterations 450 --warmup 50 --val-interval 450 --recovery-interval 100 --workers 0) ;;
     gpu) recipe+=(-b 16 --lr 6e-4 --iterations 12000 --warmup 500 --val-interval 2000 --workers 8) ;;
 esac
 

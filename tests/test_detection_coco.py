@@ -245,9 +245,11 @@ def test_pycocotools_reads_the_same_masks(data, monkeypatch, caplog):
 def test_crops(data):
     whole, whole_target = coco.create_dataset(str(data), 'train')[0]
     dataset = coco.create_dataset(str(data), 'train', coco.train_transform(0.0, coco.RandomCrop(24, [32, 48], 128)))
+    flips = coco.create_dataset(str(data), 'train', coco.train_transform(1.0, coco.RandomCrop(24, [32, 48], 128)))
     torch.manual_seed(0)
     sides, counts = set(), set()
-    for _ in range(30):
+    for seed in range(30):
+        torch.manual_seed(seed)
         image, target = dataset[0]
         side = image.shape[-1]
         assert image.shape == (3, side, side) and image.dtype == torch.float32
@@ -267,4 +269,8 @@ def test_crops(data):
         assert len(target['area']) == len(target['iscrowd']) == inside.sum()
         sides.add(side)
         counts.add(len(boxes[inside]))
+        torch.manual_seed(seed)
+        flipped, other = flips[0]
+        assert torch.equal(flipped, image.flip(-1)) and torch.equal(other['masks'], target['masks'].flip(-1))
+        assert torch.equal(other['boxes'][:, 0], image.shape[-1] - target['boxes'][:, 2])
     assert sides == {18, 12} and counts == {0, 1, 2}  # 24 pixels after resizing 24 to 32 or 48

@@ -121,6 +121,12 @@ def test_options_go_to_the_detector_or_the_backbone():
     assert four.backbone.body.model.stem.proj.weight.shape[1] == 4
 
 
+@pytest.mark.parametrize('num_classes', [1, 80])
+def test_initial_masks_of_few_classes(num_classes):
+    weight = build('mask_rcnn', 'test_resnet', num_classes).roi_heads.mask_predictor.mask_fcn_logits.weight
+    assert weight.std().item() == pytest.approx(80**-0.5 * 2**0.5, rel=0.2)  # mmdetection's for COCO
+
+
 def test_settings_are_those_of_mmdetection():
     model = build('mask_rcnn', 'coc_tiny', 80)
     assert model.rpn._pre_nms_top_n == dict(training=2000, testing=1000)

@@ -1,10 +1,12 @@
 """Segmenters loaded from checkpoints and by name, with their classes, normalization and test protocol."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import segmentation
 from cluster_zoo.errors import CheckpointError, OptionError
@@ -12,6 +14,7 @@ from segmentation.data.classes import CAMVID, pascal_colours
 from segmentation.engine import trained as module
 from segmentation.models.published_systems import segmenter_config
 
+ROOT = Path(__file__).parents[1]
 SIZES = dict(channels=8, output_stride=8)
 OPTIONS = dict(head='fcn', backbone='test_resnet', num_classes=3, channels=8, model_kwargs=dict(output_stride=8))
 
@@ -167,3 +170,15 @@ def test_options_of_untrusted_files(save, options):
     with pytest.raises(OptionError) as error:
         segmentation.load_trained(path)
     assert '\n' not in str(error.value)
+
+
+def test_bundled_segmenter_on_a_street():
+    """A test image of CamVid and its labels. A mask of the most frequent class alone would be right at 28 %."""
+    trained = segmentation.load_trained(name='semantic_fpn_coc_tiny.camvid')
+    assert trained.classes.names == CAMVID.names and np.array_equal(trained.classes.colours, CAMVID.colours)
+    labels = np.asarray(Image.open(ROOT / 'tests' / 'street_labels.png'))
+    mask = trained.predict(Image.open(ROOT / 'docs' / 'figures' / 'street.jpg')).numpy()
+    labeled = labels < 11
+    assert mask.shape == labels.shape and (mask == labels)[labeled].mean() > 0.75
+    counts = np.bincount(labels[labeled])
+    assert counts.max() / counts.sum() == pytest.approx(0.28, abs=0.005)

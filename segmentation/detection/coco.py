@@ -34,7 +34,7 @@ __all__ = ['CocoDataset', 'RandomCrop', 'coco_backend', 'create_dataset', 'eval_
 _logger = logging.getLogger(__name__)
 
 _LISTED = 3  # number of annotations that a line lists
-_PER_OBJECT = ('labels', 'masks', 'area', 'iscrowd')  # of a target, beside its boxes
+_PER_OBJECT = ('labels', 'area', 'iscrowd')  # of a target, beside its boxes and masks
 _TOLERANCE = 1.0  # pixels that a box may reach out of its image without a remark
 
 

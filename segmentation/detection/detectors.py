@@ -169,7 +169,7 @@ def _build(cls: type[nn.Module], pyramid: FeaturePyramid, num_classes: int, opti
     model = cls(pyramid, num_classes + 1, **{**defaults, **options})
     model.transform = RoundedResize(**sizes, image_mean=options['image_mean'], image_std=options['image_std'])
     if isinstance(model, MaskRCNN):
-        # The usual initialization grows for few classes: with one, large logits soon leave only dead ReLUs before them
+        # The usual initialization grows for few classes: with one, the loss of masks would start at about 10
         nn.init.normal_(model.roi_heads.mask_predictor.mask_fcn_logits.weight, std=math.sqrt(2 / _COCO_CLASSES))
     if isinstance(model, FasterRCNN):
         model.rpn.min_size = torch.finfo(torch.float32).tiny  # pixels; torchvision drops boxes below 0.001
