@@ -152,6 +152,8 @@ def test_settings_are_those_of_mmdetection():
         (('mask_rcnn', 'coc_tiny', 3), dict(pool_region=2), 'pool_region=2'),
         (('mask_rcnn', 'coc_tiny', 3), dict(in_chans=4), '4 channels need image_mean'),
         (('fcos', 'coc_tiny', 3), dict(image_mean=[0.5]), '3 channels need image_mean'),
+        (('fcos', 'coc_tiny', 3), dict(pretrained=True), 'by name. Download a file'),
+        (('mask_rcnn_coc_small_25',), dict(pretrained=True), 'drive.google.com/drive/folders/1Y-A'),
     ],
 )
 def test_wrong_arguments(args, options, message):

@@ -133,6 +133,12 @@ def _with_defaults(
             f'There is no detector {detector!r}{nearest(detector, [*DETECTORS, *CONFIGS])}: choose from '
             f'{", ".join(DETECTORS)}, or a published one of list_detectors().'
         )
+    if options.pop('pretrained', False):
+        source = f': the authors share theirs in {CONFIGS[detector].source}' if detector in CONFIGS else ''
+        raise OptionError(
+            f'Weights of whole detectors cannot be downloaded by name{source}. Download a file and give it as '
+            'checkpoint_path, or use pretrained_backbone=True.'
+        )
     if detector in CONFIGS:
         config = CONFIGS[detector]
         detector, backbone = config.detector, backbone or config.backbone
