@@ -123,7 +123,7 @@ def test_options_go_to_the_detector_or_the_backbone():
 
 @pytest.mark.parametrize('num_classes', [1, 80])
 def test_initial_masks_of_few_classes(num_classes):
-    weight = build('mask_rcnn', 'test_resnet', num_classes).roi_heads.mask_predictor.mask_fcn_logits.weight
+    weight = create_detector('mask_rcnn', 'test_resnet', num_classes).roi_heads.mask_predictor.mask_fcn_logits.weight
     assert weight.std().item() == pytest.approx(80**-0.5 * 2**0.5, rel=0.2)  # mmdetection's for COCO
 
 
