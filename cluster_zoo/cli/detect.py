@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
 from segmentation.detection.coco import coco_backend
 from segmentation.detection.options import add_model_options, model_arguments
@@ -24,6 +23,7 @@ from .image_jobs import (
     add_json_option,
     check_outputs,
     find_jobs,
+    memory_errors,
     process_images,
     save_png,
 )
@@ -82,10 +82,8 @@ def _detect(job: Job, trained: TrainedDetector, args: argparse.Namespace) -> dic
         OptionError: The memory is not sufficient, or an output cannot be written.
     """
     image = read_image(job.source)
-    try:
+    with memory_errors(args.device, 'use a smaller --min-size and --max-size'):
         objects = trained.predict(image, args.threshold)
-    except torch.OutOfMemoryError as error:
-        raise OptionError(f'out of memory on {args.device}: use a smaller --min-size and --max-size') from error
     picture = draw_objects(image, objects, trained.classes)
     record = dict(image=job.source, picture=save_png(picture, args.output, job.name, '--output'))
     found = Counter(trained.classes[one.label - 1] for one in objects)

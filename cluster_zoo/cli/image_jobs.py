@@ -4,10 +4,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -112,6 +114,17 @@ def save_png(image: Image.Image, folder: str, name: Path, option: str) -> str:
         with replacing(path) as scratch:
             image.save(scratch, 'PNG')
     return str(path)
+
+
+@contextmanager
+def memory_errors(device: str, advice: str) -> Iterator[None]:
+    """Raises `OptionError` with advice for the errors of a device without free memory."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, and the error of an allocation on a CPU
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise OptionError(f'out of memory on {device}: {advice}') from error
 
 
 def process_images(

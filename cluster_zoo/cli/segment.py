@@ -28,6 +28,7 @@ from .image_jobs import (
     add_json_option,
     check_outputs,
     find_jobs,
+    memory_errors,
     process_images,
     save_png,
 )
@@ -48,7 +49,11 @@ def predict_parser(prog: str = 'cluster-zoo segment predict') -> Parser:
     add_image_arguments(parser)
     add = parser.add_argument_group('model').add_argument
     add('--checkpoint', metavar='FILE', help='a checkpoint of segment train, which knows classes and test protocol')
-    add('--model', metavar='NAME', help="pretrained weights; with --checkpoint, the system of the authors' file")
+    add(
+        '--model',
+        metavar='NAME',
+        help="pretrained weights, such as semantic_fpn_coc_tiny.camvid; with --checkpoint, the system of the authors' file",
+    )
     add('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
     add('--device', help='device (default: the accelerator of this machine, else cpu)')
     group = add_test_options(parser, prefix='', crop='window')
@@ -106,12 +111,8 @@ def _segment(job: Job, trained: TrainedSegmenter, args: argparse.Namespace) -> d
         OptionError: The memory is not sufficient, or an output cannot be written.
     """
     image = read_image(job.source)
-    try:
+    with memory_errors(args.device, 'use a smaller --window or --batch-size'):
         mask = trained.predict(image, scales=args.scales, flip=args.flip, chunk=args.batch_size)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one, and the error of an allocation on a CPU
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise OptionError(f'out of memory on {args.device}: use a smaller --window or --batch-size') from error
     found, classes = areas(mask, trained.classes), trained.classes
     mask = mask.to(torch.uint8)
     record = dict(image=job.source, mask=save_png(palette_image(mask, classes), args.output, job.name, '--output'))
