@@ -49,11 +49,8 @@ def predict_parser(prog: str = 'cluster-zoo segment predict') -> Parser:
     add_image_arguments(parser)
     add = parser.add_argument_group('model').add_argument
     add('--checkpoint', metavar='FILE', help='a checkpoint of segment train, which knows classes and test protocol')
-    add(
-        '--model',
-        metavar='NAME',
-        help="pretrained weights, such as semantic_fpn_coc_tiny.camvid; with --checkpoint, the system of the authors' file",
-    )
+    help = "weights by name, such as semantic_fpn_coc_tiny.camvid; with --checkpoint, the system of the authors' file"
+    add('--model', metavar='NAME', help=help)
     add('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
     add('--device', help='device (default: the accelerator of this machine, else cpu)')
     group = add_test_options(parser, prefix='', crop='window')
