@@ -46,6 +46,7 @@ def coco_backend() -> tuple[str, ModuleType]:
     """
     for name, module in (('faster_coco_eval', 'faster_coco_eval.core.mask'), ('pycocotools', 'pycocotools.mask')):
         try:
+            logging.getLogger(name).setLevel(logging.WARNING)  # faster_coco_eval logs its own table of results
             return name, import_module(module)
         except ModuleNotFoundError:
             continue
