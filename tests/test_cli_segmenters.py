@@ -145,7 +145,7 @@ def test_push(zoo, model, place, monkeypatch):
 
 def test_bundled_segmenter(zoo):
     (row,) = zoo('list', BUNDLED, '--json')
-    assert row['weights'] == 'in the package' and row['published_miou'] is None and row['parameters'] == 6_327_083
+    assert row['weights'] == 'in the package' and row['published_miou'] is None and row['parameters'] == 6_326_467
     info = zoo('info', BUNDLED, '--json')
     assert info['weights'] == 'in the package' and info['data'] is None and info['label_names'][3] == 'road'
     assert "create_segmenter('semantic_fpn_coc_tiny.camvid', pretrained=True)" in zoo('fetch', BUNDLED)
