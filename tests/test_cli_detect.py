@@ -63,6 +63,7 @@ def test_no_objects_and_unreadable_images(files, capsys):
     [
         (['photos'], 'no --checkpoint given'),
         (['photos', '--checkpoint', 'last.pth.tar', '--threshold', 2], '--threshold must be from 0 to 1'),
+        (['photos', '--checkpoint', 'last.pth.tar', '--min-size', 0], '--min-size must be at least 1'),
         (['photos', '--checkpoint', 'missing.pth'], 'missing.pth'),
         (['photos', '--checkpoint', 'last.pth.tar', '--detector', 'mask_rcn'], 'did you mean mask_rcnn'),
         (['nothing', '--checkpoint', 'last.pth.tar'], 'no image to process'),

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import pickle
 import tarfile
 
 import numpy as np
@@ -273,4 +274,5 @@ def test_crops(data):
         flipped, other = flips[0]
         assert torch.equal(flipped, image.flip(-1)) and torch.equal(other['masks'], target['masks'].flip(-1))
         assert torch.equal(other['boxes'][:, 0], image.shape[-1] - target['boxes'][:, 2])
+    pickle.loads(pickle.dumps(dataset))[0]  # as for workers that are not forked
     assert sides == {18, 12} and counts == {0, 1, 2}  # 24 pixels after resizing 24 to 32 or 48

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from segmentation.detection.coco import coco_backend
-from segmentation.detection.options import add_model_options, model_arguments
+from segmentation.detection.options import add_model_options, check_ranges, model_arguments
 from segmentation.detection.prediction import Detected, draw_objects
 from segmentation.detection.trained import TrainedDetector, load_trained
 
@@ -55,6 +55,7 @@ def predict_parser(prog: str = 'cluster-zoo detect predict') -> Parser:
 def _load(args: argparse.Namespace) -> TrainedDetector:
     if not args.checkpoint:
         raise OptionError('no --checkpoint given: name a file of detect train or of the authors')
+    check_ranges(args)
     if not 0 <= args.threshold <= 1:
         raise OptionError('--threshold must be from 0 to 1')
     set_up_device(args)

@@ -34,7 +34,6 @@ __all__ = ['CocoDataset', 'RandomCrop', 'coco_backend', 'create_dataset', 'eval_
 _logger = logging.getLogger(__name__)
 
 _LISTED = 3  # number of annotations that a line lists
-_PER_OBJECT = ('labels', 'area', 'iscrowd')  # of a target, beside its boxes and masks
 _TOLERANCE = 1.0  # pixels that a box may reach out of its image without a remark
 
 
@@ -85,7 +84,6 @@ class CocoDataset(Dataset):
         self.classes = classes
         self.masks = masks
         self.transform = transform
-        self.rle = coco_backend()[1] if masks else None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -154,11 +152,12 @@ class CocoDataset(Dataset):
         return image
 
     def _mask(self, segmentation: Any, size: tuple[int, int]) -> np.ndarray:
+        _, rle = coco_backend()  # no attribute, as a module cannot be pickled
         if isinstance(segmentation, list):
-            segmentation = self.rle.merge(self.rle.frPyObjects(segmentation, *size))
+            segmentation = rle.merge(rle.frPyObjects(segmentation, *size))
         elif isinstance(segmentation['counts'], list):
-            segmentation = self.rle.frPyObjects(segmentation, *size)
-        return self.rle.decode(segmentation)
+            segmentation = rle.frPyObjects(segmentation, *size)
+        return rle.decode(segmentation)
 
 
 class RandomCrop:
@@ -176,9 +175,7 @@ class RandomCrop:
         self.side = side
         self.min_size = tuple(min_size)
         self.max_size = max_size
-        self.drop_outside = v2.SanitizeBoundingBoxes(
-            min_size=1, labels_getter=lambda sample: tuple(sample[1][name] for name in _PER_OBJECT if name in sample[1])
-        )
+        self.drop_outside = v2.SanitizeBoundingBoxes(min_size=1, labels_getter=_per_object)
 
     def __call__(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Crops the image, tv_tensors.Image [3, H, W], and its target, see `CocoDataset`."""
@@ -191,6 +188,11 @@ class RandomCrop:
             return F.crop(x, top, left, side, side) if isinstance(x, tv_tensors.TVTensor) else x
 
         return self.drop_outside(crop(image), {name: crop(value) for name, value in target.items()})
+
+
+def _per_object(sample: tuple[Tensor, dict[str, Any]]) -> tuple[Tensor, ...]:
+    """Returns what a target has for each object beside its boxes and masks. Workers that are not forked pickle this."""
+    return tuple(sample[1][name] for name in ('labels', 'area', 'iscrowd'))
 
 
 def train_transform(flip: float = 0.5, crop: RandomCrop | None = None) -> Callable:

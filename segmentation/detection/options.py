@@ -11,7 +11,7 @@ from cluster_zoo.training.parser import ParseKwargs, Parser
 from cluster_zoo.training.shared_options import add_device_options, add_logger_options
 from segmentation.engine.train_options import add_ema_options, add_run_options
 
-__all__ = ['MODEL_OPTIONS', 'add_model_options', 'model_arguments', 'train_parser', 'validate_parser']
+__all__ = ['MODEL_OPTIONS', 'add_model_options', 'check_ranges', 'model_arguments', 'train_parser', 'validate_parser']
 
 MODEL_OPTIONS = ('detector', 'backbone', 'num_classes', 'min_size', 'max_size', 'model_kwargs')
 _AT_LEAST = {
@@ -33,17 +33,22 @@ class _Parser(Parser):
         args = super().resolve(argv)
         if not args.data:
             raise OptionError('no data given: name the folder of a dataset in the format of COCO (DATA), or its .tar')
-        values = {name: value for name, value in vars(args).items() if isinstance(value, (int, float))}
-        if args.min_size:
-            values['min_size'] = min(args.min_size)
-        for least, names in _AT_LEAST.items():
-            for name in names:
-                if not values.get(name, least) >= least:
-                    raise OptionError(f'--{name.replace("_", "-")} must be at least {least}')
-        for name in _ABOVE_0:
-            if not values.get(name, 1) > 0:
-                raise OptionError(f'--{name.replace("_", "-")} must be above 0')
+        check_ranges(args)
         return args
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Raises `OptionError` for a number that is too small."""
+    values = {name: value for name, value in vars(args).items() if isinstance(value, (int, float))}
+    if args.min_size:
+        values['min_size'] = min(args.min_size)
+    for least, names in _AT_LEAST.items():
+        for name in names:
+            if not values.get(name, least) >= least:
+                raise OptionError(f'--{name.replace("_", "-")} must be at least {least}')
+    for name in _ABOVE_0:
+        if not values.get(name, 1) > 0:
+            raise OptionError(f'--{name.replace("_", "-")} must be above 0')
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
