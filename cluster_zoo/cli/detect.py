@@ -44,7 +44,7 @@ def predict_parser(prog: str = 'cluster-zoo detect predict') -> Parser:
     add('--checkpoint', metavar='FILE', help='a checkpoint of detect train, which knows model and classes')
     add('--use-ema', action='store_true', help='use the averaged weights of the checkpoint')
     add('--device', help='device (default: the accelerator of this machine, else cpu)')
-    parser.epilog = "The authors' checkpoints need --detector NAME. --min-size has the last of its values."
+    parser.epilog = "The authors' checkpoints need --detector NAME. The last one of several --min-size is used."
     add = parser.add_argument_group('output').add_argument
     add('-o', '--output', default='objects', metavar='DIR', help='folder of the pictures (default: objects)')
     add('--threshold', type=float, default=0.5, metavar='P', help='least score of an object, 0 to 1 (default: 0.5)')
